@@ -1,0 +1,413 @@
+"""Small street scenes, painted by NumPy from (seed, split, index) alone: a benchmark that needs no files.
+
+    scene = paint(seed=0, split="train", index=7, size=64)      # rgb, depth, event, lidar, label
+
+Not in the paper: it stands in for DELIVER (Zhang et al. 2023, the paper's main data set), whose four sensors, five
+weather conditions and five sensor failures it copies. A scene is laid out in metres in front of a pinhole camera and
+painted far to near, so that colour, depth, height, scan lines and motion agree with each other. By construction no
+sensor tells all classes apart:
+
+    by colour only      LaneMark | Road, hedge (Vegetation) | low wall (Building)
+    by distance only    Sidewalk | Road (the same greys, one is raised), Billboard (a flat painted car) | a real car
+    by motion only      MovingCar | ParkedCar (the same in rgb, depth and lidar; only events see the difference)
+
+A condition or a failure changes a sensor, never the scene: label and geometry depend on (seed, split, index) alone.
+Axes: u right and v down, 0..1 over the image (which is stretched to its size); x right and z forward, in metres.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+
+CLASSES: list[tuple[str, tuple[int, int, int]]] = [
+    ("Sky", (70, 130, 180)), ("Building", (70, 70, 70)), ("Vegetation", (107, 142, 35)), ("Road", (128, 64, 128)),
+    ("LaneMark", (157, 234, 50)), ("Sidewalk", (244, 35, 232)), ("Pole", (153, 153, 153)), ("Sign", (220, 220, 0)),
+    ("Billboard", (250, 170, 30)), ("ParkedCar", (0, 0, 142)), ("MovingCar", (0, 200, 230)),
+    ("Pedestrian", (220, 20, 60)),
+]
+SKY, BUILDING, VEGETATION, ROAD, LANE, SIDEWALK, POLE, SIGN, BILLBOARD, PARKED, MOVING, PEDESTRIAN = range(12)
+SPLITS = ("train", "val", "test")
+CONDITIONS = ("cloud", "fog", "night", "rain", "sun")
+CASES = ("motionblur", "overexposure", "underexposure", "lidarjitter", "eventlowres")
+
+FOCAL = 1.0     # in image widths
+FAR = 70.0      # metres; only the skyline is there
+TEXELS = 64     # texture and scan lines are as fine as this at every image size
+REFLECTANCE = np.array([0, 0.45, 0.45, 0.25, 0.25, 0.25, 0.4, 0.95, 0.5, 0.5, 0.5, 0.5], np.float32)    # by class
+ROUGHNESS = np.array([0.02, 0.06, 0.2, 0.08, 0.06, 0.08, 0.05, 0.03, 0.05, 0.05, 0.05, 0.08], np.float32)
+
+# The background's surfaces by number; behind DASHED come BLOCKS blocks of the skyline and 2 * HOUSES house fronts.
+VOID, ASPHALT, MARK, PAVEMENT, GRASS, DASHED, BLOCKS, HOUSES = 0, 1, 2, 3, 4, 5, 8, 8
+FRONT = DASHED + 1 + BLOCKS
+
+# What stands on the street is made of parts, painted in order: shape; left, right, bottom, top as shares of the
+# thing's box; surface angle as in HHA, upright to facing up; paint: a colour, or a factor on the thing's own colour.
+BOX, OVAL, LEAVES = range(3)
+UPRIGHT, SLOPE, FLAT = 128, 190, 255
+TYRE, GLASS, LAMP, SKIN, STEEL = (0.08, 0.08, 0.08), (0.2, 0.24, 0.28), (0.9, 0.3, 0.2), (0.75, 0.55, 0.45), (0.5,) * 3
+PAINTS = ((0.8, 0.12, 0.12), (0.12, 0.25, 0.75), (0.85, 0.7, 0.1))     # of signs
+PARTS = {
+    "box": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0),),
+    "plate": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0), (BOX, 0.3, 0.7, 0.35, 0.65, UPRIGHT, 1.6)),
+    "disc": ((OVAL, 0, 1, 0, 1, UPRIGHT, 1.0), (OVAL, 0.3, 0.7, 0.3, 0.7, UPRIGHT, 1.6)),
+    "tree": ((BOX, 0.44, 0.56, 0, 0.5, UPRIGHT, (0.32, 0.25, 0.18)), (LEAVES, 0, 0.75, 0.35, 0.85, UPRIGHT, 0.85),
+             (LEAVES, 0.2, 1, 0.4, 1, UPRIGHT, 1.0)),
+    "person": ((BOX, 0.15, 0.45, 0, 0.5, UPRIGHT, 0.5), (BOX, 0.55, 0.85, 0, 0.5, UPRIGHT, 0.5),
+               (BOX, 0, 1, 0.42, 0.84, UPRIGHT, 1.0), (OVAL, 0.22, 0.78, 0.82, 1, UPRIGHT, SKIN)),
+    "car from the side": (
+        (BOX, 0.18, 0.78, 0.55, 1, FLAT, 0.9), (BOX, 0.22, 0.74, 0.6, 0.92, SLOPE, GLASS),
+        (BOX, 0, 1, 0.15, 0.53, UPRIGHT, 1.0), (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
+        (OVAL, 0.1, 0.3, 0, 0.32, UPRIGHT, TYRE), (OVAL, 0.7, 0.9, 0, 0.32, UPRIGHT, TYRE)),
+    "car from behind": (
+        (BOX, 0.05, 0.95, 0, 0.3, UPRIGHT, TYRE), (BOX, 0.1, 0.9, 0.55, 1, FLAT, 0.9),
+        (BOX, 0.16, 0.84, 0.6, 0.92, SLOPE, GLASS), (BOX, 0, 1, 0.16, 0.53, UPRIGHT, 1.0),
+        (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15), (BOX, 0.02, 0.18, 0.38, 0.5, UPRIGHT, LAMP),
+        (BOX, 0.82, 0.98, 0.38, 0.5, UPRIGHT, LAMP)),
+}
+
+
+class Thing(NamedTuple):
+    """Something that stands on the street: a key of PARTS, its class, and its box in metres."""
+    kind: str
+    label: int
+    x: float
+    z: float
+    width: float
+    height: float
+    base: float         # height of its foot over the road
+    speed: float        # sideways motion between two frames, in image widths; 0 = it stands
+    colour: tuple[float, float, float]
+
+
+class Scene(NamedTuple):
+    """All that chance decides about a scene, whatever its size, condition and case; in metres if not said otherwise."""
+    key: tuple[int, int, int]
+    centre: tuple[float, float]     # (u, v) of the vanishing point
+    eye: float                      # height of the camera
+    curb: float                     # height of sidewalk and grass over the road
+    bend: float                     # of the road: its x grows by bend * z**2
+    section: np.ndarray             # (1024,) cross-section of the ground: surfaces, 16 to the metre, x = 0 at 512
+    slabs: np.ndarray               # (2, 64) brightness of the ground by x and by z: seams that mean nothing
+    dash: tuple[float, float]       # dashes per metre, phase
+    crossing: float                 # z of a zebra crossing
+    walls: tuple[float, float]      # x of the house fronts on the left and on the right
+    house: float                    # length of a house
+    tall: np.ndarray                # (2 * HOUSES,) height of the houses, the curb's where there is a gap
+    skyline: np.ndarray             # (BLOCKS,) height in v
+    labels: np.ndarray              # (FRONT + 2 * HOUSES,) class of each background surface
+    colours: np.ndarray             # (FRONT + 2 * HOUSES, 3)
+    texture: np.ndarray             # (TEXELS, TEXELS), mean 0, deviation 1
+    things: list[Thing]             # far to near
+    ego: tuple[float, float]        # between two frames: metres forward, yaw in image widths
+    shade: tuple[float, float]      # the houses' shadow when the sun shines, from x to x
+    visibility: float               # in fog
+
+
+def layout(seed: int, split: str, index: int) -> Scene:
+    """Draw scene `index` of a split; the splits are separate random streams. Arguments as in `paint`."""
+    key = (seed, SPLITS.index(split), index)
+    rng = np.random.default_rng(key)
+    draws = iter(rng.random(512).tolist())
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * next(draws)
+
+    def one_of(*choices):
+        return choices[int(len(choices) * next(draws))]
+
+    def leaf() -> tuple[float, float, float]:
+        return between(0.15, 0.4), between(0.3, 0.5), between(0.1, 0.22)
+
+    def plaster() -> tuple[float, float, float]:
+        light = between(0.3, 0.7)
+        return light * between(1, 1.15), light * between(0.85, 1), light * between(0.75, 1)
+
+    def any_colour() -> tuple[float, float, float]:
+        return between(0.1, 0.8), between(0.1, 0.8), between(0.1, 0.8)
+
+    # Ground: grass | sidewalk | road with two edge lines and a dashed one | sidewalk | grass
+    curb, left, right = between(0.15, 0.3), between(-4.2, -1.8), between(1.8, 4.2)
+    far_left, far_right = left - between(2, 5), right + between(2, 5)
+    middle, line = left + (right - left) * between(0.35, 0.65), between(0.3, 0.5)
+    section = np.full(1024, GRASS)
+    for start, end, what in ((far_left, far_right, PAVEMENT), (left, right, ASPHALT), (middle, middle + line, DASHED),
+                             (left + between(0.2, 1.2), 0, MARK), (right - between(0.5, 1.5), 0, MARK)):
+        section[int(512 + 16 * start):int(512 + 16 * (end or start + line))] = what
+
+    # Background surfaces. Road and sidewalk are of one grey.
+    grey, green = between(0.3, 0.5), leaf()
+    park = [one_of(True, False) for _ in range(BLOCKS)]
+    white = between(0.75, 0.95)
+    blue = between(0.55, 0.75), between(0.68, 0.78), 0.85
+    colours = [blue, (grey,) * 3, (white,) * 3, (grey,) * 3, green, (white,) * 3]
+    colours += [green if p else plaster() for p in park] + [plaster() for _ in range(2 * HOUSES)]
+    labels = [SKY, ROAD, LANE, SIDEWALK, VEGETATION, LANE] + [VEGETATION if p else BUILDING for p in park]
+    tall = [one_of(curb, between(4, 16), between(4, 16)) for _ in range(2 * HOUSES)]
+
+    things = []
+
+    def place(kind, label, x, z, width, height, colour, speed=0.0, lift=0.0):
+        base = lift + (0.0 if left < x < right else curb)
+        things.append(Thing(kind, label, x, z, width, height, base, speed, colour))
+
+    for _ in range(one_of(1, 2, 3)):
+        x = one_of(far_left - between(0, 2), far_right + between(0, 2))
+        place("tree", VEGETATION, x, between(6, 24), between(2.5, 5), between(3.5, 7.5), leaf())
+    for _ in range(one_of(1, 2, 3)):                            # hedges and low walls
+        x = one_of(far_left - between(0, 1), far_right + between(0, 1))
+        label, colour = one_of((VEGETATION, leaf()), (BUILDING, plaster()))
+        place("box", label, x, between(5, 20), between(2, 5), between(0.8, 1.7), colour)
+    for _ in range(one_of(3, 4, 5)):                            # posts: bare, with a sign, with the grey back of a sign
+        x, z, height = one_of(left - between(0.3, 1.1), right + between(0.3, 1.1)), between(4.5, 12), between(2, 3.5)
+        place("box", POLE, x, z, 0.36, height, STEEL)
+        label, colour = one_of((None, STEEL), (POLE, STEEL), (SIGN, one_of(*PAINTS)), (SIGN, one_of(*PAINTS)))
+        if label is not None:
+            width = between(1, 1.4)
+            place(one_of("plate", "disc"), label, x, z - 0.01, width, width, colour, lift=height - 0.4)
+    for _ in range(one_of(4, 5, 6)):                            # a third each: parked cars, moving cars, billboards
+        kind, width = one_of(("car from the side", between(3.4, 4.4)), ("car from behind", between(1.7, 2)))
+        label, speed = one_of((PARKED, 0.0), (BILLBOARD, 0.0), (MOVING, one_of(-1, 1) * between(0.035, 0.07)))
+        x, z, height = between(left - 1.5, right + 1.5), between(2.2, 4.3) ** 2, between(1.4, 1.8)
+        place(kind, label, x, z, width, height, any_colour(), speed)
+    for _ in range(one_of(2, 3, 4)):                            # people, of whom half walk
+        speed = one_of(0.0, one_of(-1, 1) * between(0.02, 0.04))
+        x, z, width, height = between(far_left, far_right), between(4, 11), between(0.6, 0.8), between(1.5, 1.9)
+        place("person", PEDESTRIAN, x, z, width, height, any_colour(), speed)
+
+    return Scene(
+        key, (between(0.36, 0.64), between(0.36, 0.48)), between(1.5, 2), curb, between(-0.002, 0.002), section,
+        rng.random((2, 64), np.float32) * 0.3 + 0.85, (between(0.25, 0.45), between(0, 1)), between(4, 30),
+        (far_left - between(0.5, 5.5), far_right + between(0.5, 5.5)), between(6, 12), np.array(tall, np.float32),
+        rng.random(BLOCKS, np.float32) * 0.1 + 0.01, np.array(labels + [BUILDING] * 2 * HOUSES),
+        np.array(colours, np.float32), rng.random((TEXELS, TEXELS), np.float32) * 3.4 - 1.7,
+        sorted(things, key=lambda thing: -thing.z), (between(0.1, 0.3), between(-0.004, 0.004)),
+        (far_left, between(left, right)), between(12, 24))
+
+
+def render(scene: Scene, size: tuple[int, int], condition: str, case: str) -> dict[str, np.ndarray]:
+    """Paint a scene at `size` (H, W) as every sensor sees it; keys, ranges, `condition` and `case` as in `paint`."""
+    H, W = size
+    (cu, cv), eye = scene.centre, scene.eye
+    u = (np.arange(W, dtype=np.float32) + 0.5) / W              # (W,) of the pixels' centres
+    v = ((np.arange(H, dtype=np.float32) + 0.5) / H)[:, None]   # (H, 1)
+    texture = scene.texture[(v[:, 0] * TEXELS).astype(np.intp)][:, (u * TEXELS).astype(np.intp)]
+    surface = np.full((H, W), VOID, np.intp)                    # the number of the surface that each pixel sees
+    z = np.full((H, W), 1000, np.float32)
+    light = np.repeat(1.1 - 0.3 * v, W, axis=1)
+
+    # The ground: rows from `g` on lie below the horizon, each at one distance.
+    g = int(cv * H + 0.5) + 1
+    block = (u * BLOCKS).astype(np.intp)
+    np.copyto(surface[:g], DASHED + 1 + block, where=v[:g] > cv - scene.skyline[block])
+    z[:g][surface[:g] > VOID] = FAR
+    ahead = np.minimum(FOCAL * eye / (v[g:] - cv), FAR)         # (H - g, 1)
+    x = (u - cu) * ahead / FOCAL - scene.bend * ahead ** 2      # (H - g, W)
+    ground = scene.section[(x * 16 + 512).clip(0, 1023).astype(np.intp)]
+    ground[(ground == DASHED) & ((ahead * scene.dash[0] + scene.dash[1]) % 1 < 0.5)] = ASPHALT
+    stripes = (np.abs(ahead - scene.crossing) < 1.5) & ((x * 1.2 + 64).astype(np.intp) & 1 == 0)
+    ground[stripes & (ground == ASPHALT)] = MARK
+    surface[g:] = ground
+    raised = (ground == PAVEMENT) | (ground == GRASS)
+    z[g:] = ahead * np.where(raised, np.float32(1 - scene.curb / eye), np.float32(1))
+    slab_x, slab_z = scene.slabs
+    slabs = slab_x[(x * 0.8 + 32).astype(np.intp) & 63] * slab_z[(ahead * 0.7).astype(np.intp)]
+    light[g:] = np.where((ground == MARK) | (ground == DASHED), np.float32(1), slabs)
+
+    # House fronts: the two sides of the street, so each image column is at one distance.
+    rightwards = u > cu
+    front = np.where(rightwards, scene.walls[1], -scene.walls[0]).astype(np.float32) * FOCAL / np.abs(u - cu).clip(1e-3)
+    house = np.minimum(front / scene.house, HOUSES - 1).astype(np.intp) + HOUSES * rightwards
+    tall = np.where(front < FAR, scene.tall[house], scene.curb).astype(np.float32)
+    wall = (v > cv - FOCAL * (tall - eye) / front) & (v < cv + FOCAL * (eye - scene.curb) / front)
+    np.copyto(surface, FRONT + house, where=wall)
+    np.copyto(z, front, where=wall)
+    floor = ((eye + 2 - (v - cv) * (front / FOCAL)) * 0.7).astype(np.intp)
+    window = (floor & (front * 0.8).astype(np.intp) & 1).astype(bool)
+    np.copyto(light, np.where(window, np.float32(0.5), np.float32(1)), where=wall)
+
+    # Things, far to near; each part is a surface more. `motion` reaches as far as a thing will have moved.
+    labels, colours, distances = scene.labels.tolist(), scene.colours.tolist(), [0.0] * len(scene.labels)
+    angles = [0] + [FLAT] * DASHED + [UPRIGHT] * (len(labels) - DASHED - 1)
+    motion = np.zeros((H, W), np.float32)
+    for thing in scene.things:
+        scale = FOCAL / thing.z
+        width, height, reach = scale * thing.width, scale * thing.height, abs(thing.speed)
+        start, foot = cu + scale * thing.x - width / 2, cv + scale * (eye - thing.base)
+        columns = _pixels(start - reach, start + width + reach, W)
+        if columns.stop == 0 or columns.start >= W:
+            continue
+        motion[_pixels(foot - height, foot, H), columns] = thing.speed
+        for shape, left, right, bottom, top, angle, paint_ in PARTS[thing.kind]:
+            rows = _pixels(foot - top * height, foot - bottom * height, H)
+            columns = _pixels(start + left * width, start + right * width, W)
+            if shape == BOX:
+                surface[rows, columns] = len(labels)
+            else:
+                across = (u[columns] - (start + (left + right) / 2 * width)) * (2 / (width * (right - left)))
+                upward = (v[rows] - (foot - (bottom + top) / 2 * height)) * (2 / (height * (top - bottom)))
+                radius = across * across + upward * upward
+                if shape == LEAVES:
+                    radius += 0.3 * texture[rows, columns]
+                np.copyto(surface[rows, columns], len(labels), where=radius < 1)
+            if thing.label == BILLBOARD:
+                angle = UPRIGHT
+            labels.append(thing.label)
+            colours.append(paint_ if type(paint_) is tuple else [paint_ * c for c in thing.colour])
+            distances.append(thing.z + 0.8 * (angle > UPRIGHT))     # panes, roof and bonnet lie behind the bumper
+            angles.append(angle)
+    painted = surface >= len(scene.labels)
+    np.copyto(z, np.array(distances, np.float32).take(surface), where=painted)
+    np.copyto(light, 1, where=painted)
+    label = np.array(labels, np.uint8).take(surface)
+    light *= 1 + ROUGHNESS[label] * texture
+    clean = np.array(colours, np.float32).T.take(surface, axis=1) * light   # (3, H, W), channels first is faster
+
+    # Every sensor draws its noise in every condition, so that a condition changes its own sensors and nothing else.
+    rng = np.random.default_rng([*scene.key, 1])
+    return {
+        "rgb": _rgb(scene, clean, z, x, condition, case, rng),
+        "depth": _depth(scene, z, v, label, np.array(angles, np.uint8).take(surface), condition, rng),
+        "event": _event(scene, clean, z, u, v, motion, case, rng),
+        "lidar": _lidar(scene, z, v, label, condition, case, rng),
+        "label": label,
+    }
+
+
+def _pixels(start: float, end: float, count: int) -> slice:
+    """The pixels whose centres lie between two coordinates (0..1 is the image)."""
+    return slice(max(int(start * count + 0.5), 0), max(int(end * count + 0.5), 0))
+
+
+def _rgb(scene: Scene, clean: np.ndarray, z: np.ndarray, x: np.ndarray, condition: str, case: str,
+         rng: Generator) -> np.ndarray:
+    H, W = z.shape
+    noise = rng.random((3, H, W), np.float32) - 0.5
+    drops = rng.random((2, 60))
+    light, grain = clean, 0.07
+    if condition == "night":                                    # the car's own lamps, and little else
+        light, grain = clean * (0.14 + 0.4 * np.exp(z / -10)), 0.12
+    elif condition == "fog":
+        clear = np.exp(z / -scene.visibility)
+        light = clean * clear + 0.7 * (1 - clear)
+    elif condition == "rain":
+        light, grain = 0.65 * clean + 0.08, 0.1
+        rows = (drops[0] * H).astype(np.intp) + np.arange(max(2, H // 9))[:, None]      # (length, drops)
+        columns = (drops[1] * W).astype(np.intp) + (rows - rows[0]) // 4
+        rows, columns = rows.clip(0, H - 1), columns.clip(0, W - 1)
+        light[:, rows, columns] = 0.6 * light[:, rows, columns] + 0.3
+    elif condition == "sun":
+        light = clean * np.float32([1.5, 1.42, 1.25])[:, None, None]
+        shaded = (x > scene.shade[0]) & (x < scene.shade[1])
+        light[:, H - len(x):] *= np.where(shaded, np.float32(0.45), np.float32(1))
+    if case == "motionblur":                                    # a box filter along the rows
+        width = max(3, W // 20 * 2 + 1)
+        total = np.cumsum(np.pad(light, ((0, 0), (0, 0), (width // 2 + 1, width // 2)), "edge"), axis=2)
+        light = (total[..., width:] - total[..., :-width]) / width
+    elif case == "overexposure":
+        light = light * 2.2 + 0.15
+    elif case == "underexposure":
+        light = light * 0.25
+    out = np.empty((H, W, 3), np.uint8)
+    out.transpose(2, 0, 1)[:] = ((light + grain * noise) * 255).clip(0, 255)
+    return out
+
+
+def _log_range(z: np.ndarray) -> np.ndarray:
+    return (255 - 60 * np.log(z)).clip(1, 255)                  # 1 m: 255, 70 m: 1
+
+
+def _root_height(scene: Scene, z: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return 80 * np.sqrt((scene.eye - (v - scene.centre[1]) * z / FOCAL).clip(0, 10))    # road: 0, 0.2 m: 36, 10 m: 253
+
+
+def _depth(scene: Scene, z: np.ndarray, v: np.ndarray, label: np.ndarray, angle: np.ndarray, condition: str,
+           rng: Generator) -> np.ndarray:
+    chance = rng.random(z.shape, np.float32)
+    seen = label != SKY
+    if condition == "fog":                                      # the farther, the more pixels without a measurement
+        seen &= chance < np.exp(-(z / (2 * scene.visibility)) ** 2)
+    out = np.empty((*z.shape, 3), np.uint8)
+    out[..., 0] = _log_range(z) * seen
+    out[..., 1] = _root_height(scene, z, v) * seen
+    out[..., 2] = angle * seen
+    return out
+
+
+def _event(scene: Scene, clean: np.ndarray, z: np.ndarray, u: np.ndarray, v: np.ndarray, motion: np.ndarray, case: str,
+           rng: Generator) -> np.ndarray:
+    """Log brightness against the frame before, which is this one pulled back along ego motion and the things' own."""
+    H, W = z.shape
+    noise = rng.random((H, W), np.float32)
+    level = np.log((np.float32([0.3, 0.6, 0.1]) @ clean.reshape(3, -1)).clip(0) + 0.05)     # (H * W,)
+    forward, yaw = scene.ego
+    near = forward / z
+    column = ((u - yaw - (u - scene.centre[0]) * near - motion) * W - 0.5).clip(0, W - 1.001)
+    row = ((v - (v - scene.centre[1]) * near) * H - 0.5).clip(0, H - 1.001)
+    left, top = column.astype(np.intp), row.astype(np.intp)
+    du, dv, at = column - left.astype(np.float32), row - top.astype(np.float32), top * W + left
+    upper, lower = level[at], level[at + W]                     # bilinear
+    upper += (level[at + 1] - upper) * du
+    lower += (level[at + W + 1] - lower) * du
+    change = upper + (lower - upper) * dv - level.reshape(H, W)
+    out = np.zeros((H, W, 3), np.uint8)
+    out[..., 0] = ((change > 0.2) | (noise < 0.005)) * np.uint8(255)
+    out[..., 1] = ((change < -0.2) | (noise > 0.995)) * np.uint8(255)
+    if case == "eventlowres":
+        out = out[np.arange(H) // 2 * 2][:, np.arange(W) // 2 * 2]
+    return out
+
+
+def _lidar(scene: Scene, z: np.ndarray, v: np.ndarray, label: np.ndarray, condition: str, case: str,
+           rng: Generator) -> np.ndarray:
+    H, W = z.shape
+    texel = (v[:, 0] * TEXELS).astype(np.intp)
+    scan = np.flatnonzero(texel % 4 == 1)                       # every fourth row of texels
+    chance = rng.random((scan.size, W), np.float32)
+    error = 0.98 + 0.04 * rng.random((scan.size, W), np.float32)
+    shifts = ((rng.random(TEXELS) - 0.5) * W / 6).astype(np.intp)
+    z, v, label = z[scan], v[scan], label[scan]
+    keep = 0.9 * np.exp(z / -60)
+    if condition == "rain":
+        keep *= 0.55
+    elif condition == "fog":
+        keep *= np.exp(z / -30)
+    seen = (chance < keep) & (label != SKY)
+    rows = np.empty((scan.size, W, 3), np.uint8)
+    rows[..., 0] = _log_range(z * error) * seen
+    rows[..., 1] = _root_height(scene, z * error, v) * seen
+    rows[..., 2] = 255 * REFLECTANCE[label] * error * seen
+    if case == "lidarjitter":
+        rows = np.take_along_axis(rows, (np.arange(W) + shifts[texel[scan], None])[..., None] % W, axis=1)
+    out = np.zeros((H, W, 3), np.uint8)
+    out[scan] = rows
+    return out
+
+
+def paint(seed: int, split: str, index: int, size: int | tuple[int, int] = 64, condition: str | None = None,
+          case: str | None = None) -> dict[str, np.ndarray | str]:
+    """One scene as its four sensors see it.
+
+    Args:
+        seed, split, index: which scene; at least 0, of SPLITS, at least 0.
+        size: H = W, or (H, W), in pixels, at least 8; the same scene at any size.
+        condition: of CONDITIONS; None lets the index choose, each in every fifth scene.
+        case: of CASES, or "none"; None lets the index choose: one scene of six has a case.
+    Returns:
+        uint8 (H, W, 3): "rgb"; "depth" (log distance, height, surface angle, as in HHA; 0 = sky or unseen); "event"
+        (positive, negative, 0); "lidar" (log range, height, intensity; 0 = no return). uint8 (H, W), 0..11: "label".
+        str: "condition" and "case".
+    Raises:
+        ValueError: an argument outside these ranges.
+    """
+    H, W = (size, size) if isinstance(size, int) else size
+    for name, value, known in (("split", split, SPLITS), ("condition", condition or "cloud", CONDITIONS),
+                               ("case", case or "none", ("none", *CASES))):
+        if value not in known:
+            raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}.")
+    if min(seed, index) < 0 or min(H, W) < 8:
+        raise ValueError(f"scene (seed {seed}, index {index}) of {H} x {W} pixels: use at least 0, 0 and 8 x 8.")
+    condition = condition or CONDITIONS[index % 5]
+    case = case or (CASES[index // 30 % 5] if index // 5 % 6 == 5 else "none")
+    return {**render(layout(seed, split, index), (H, W), condition, case), "condition": condition, "case": case}

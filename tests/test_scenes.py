@@ -1,0 +1,129 @@
+"""The synthetic scenes: repeatable, the same street under every condition, and sensors that complement each other."""
+import time
+
+import numpy as np
+import pytest
+
+import scenes
+from scenes import CASES, CLASSES, CONDITIONS, MOVING, PARKED, SPLITS, layout, paint, render
+
+SENSORS = ("rgb", "depth", "event", "lidar")
+
+
+def differing(a, b):
+    return {name for name in (*SENSORS, "label") if not np.array_equal(a[name], b[name])}
+
+
+def test_the_same_arguments_give_the_same_bytes_and_any_other_scene_differs():
+    first, again = paint(3, "train", 11), paint(3, "train", 11)
+    assert not differing(first, again)
+    for other in (paint(4, "train", 11), paint(3, "val", 11), paint(3, "test", 11), paint(3, "train", 12)):
+        assert differing(first, other) == {*SENSORS, "label"}
+
+
+def test_no_two_scenes_of_any_splits_are_the_same():
+    seen = {paint(seed, split, index)["label"].tobytes() for seed in (0, 1) for split in SPLITS for index in range(60)}
+    assert len(seen) == 2 * len(SPLITS) * 60
+
+
+@pytest.mark.parametrize("size", [64, (37, 90), (8, 8), (130, 65)])
+def test_every_sensor_has_three_channels_of_the_requested_size(size):
+    H, W = (size, size) if isinstance(size, int) else size
+    for index in range(30):
+        scene = paint(0, "val", index, size)
+        for name in SENSORS:
+            assert scene[name].shape == (H, W, 3) and scene[name].dtype == np.uint8, name
+        assert scene["label"].shape == (H, W) and scene["label"].dtype == np.uint8
+        assert scene["label"].max() < len(CLASSES)
+
+
+def test_every_class_is_in_at_least_three_scenes_of_ten():
+    count = np.zeros(len(CLASSES))
+    for index in range(200):
+        count[np.unique(paint(0, "train", index)["label"])] += 1
+    rare = {name: n for (name, _), n in zip(CLASSES, count, strict=True) if n < 60}
+    assert not rare
+
+
+def test_conditions_and_cases_are_spread_evenly():
+    frames = [paint(0, "val", index, 8) for index in range(150)]
+    assert [sum(f["condition"] == c for f in frames) for c in CONDITIONS] == [30] * 5
+    assert [sum(f["case"] == c for f in frames) for c in CASES] == [5] * 5
+    pairs = {(f["condition"], f["case"]) for f in frames}
+    assert len(pairs) == len(CONDITIONS) * (len(CASES) + 1)
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({"condition": "night"}, {"rgb"}), ({"condition": "fog"}, {"rgb", "depth", "lidar"}),
+    ({"condition": "rain"}, {"rgb", "lidar"}), ({"condition": "sun"}, {"rgb"}), ({"case": "motionblur"}, {"rgb"}),
+    ({"case": "overexposure"}, {"rgb"}), ({"case": "underexposure"}, {"rgb"}), ({"case": "lidarjitter"}, {"lidar"}),
+    ({"case": "eventlowres"}, {"event"})])
+def test_a_condition_or_case_changes_its_own_sensors_and_nothing_else(change, expected):
+    for index in range(5):
+        plain = paint(1, "test", index, condition="cloud", case="none")
+        changed = paint(1, "test", index, **{"condition": "cloud", "case": "none", **change})
+        assert differing(plain, changed) == expected
+
+
+def test_night_is_dark_fog_hides_the_distance_and_rain_thins_the_lidar():
+    def mean(name, condition, measure):
+        return np.mean([measure(paint(0, "val", i, condition=condition, case="none")[name]) for i in range(20)])
+    assert mean("rgb", "night", np.mean) < 0.5 * mean("rgb", "cloud", np.mean)
+    assert mean("rgb", "sun", np.mean) > mean("rgb", "cloud", np.mean)
+
+    def returns(image):
+        return (image > 0).any(-1).mean()
+    assert mean("depth", "fog", returns) < 0.95 * mean("depth", "cloud", returns)
+    assert mean("lidar", "rain", returns) < 0.7 * mean("lidar", "cloud", returns)
+
+
+def test_only_events_tell_a_moving_car_from_a_parked_one():
+    fired = []
+    for index in range(40):
+        scene = layout(0, "val", index)
+        stopped = scene._replace(things=[
+            t._replace(label=PARKED, speed=0.0) if t.label == MOVING else t for t in scene.things])
+        moving, parked = (render(s, (64, 64), "cloud", "none") for s in (scene, stopped))
+        where = moving["label"] == MOVING
+        if where.sum() >= 20:
+            assert differing(moving, parked) == {"event", "label"}
+            assert np.array_equal(where, parked["label"] != moving["label"])
+            fired.append([(image["event"][where] > 0).any(-1).mean() for image in (moving, parked)])
+    assert len(fired) >= 20
+    moving, parked = np.mean(fired, axis=0)
+    assert moving > 1.5 * parked, f"events on {moving:.0%} of a moving car's pixels, on {parked:.0%} of a parked one's"
+
+
+def test_a_billboard_is_a_car_to_the_camera_and_flat_to_the_depth_sensor():
+    for index in range(10):
+        scene = layout(0, "val", index)
+        real = scene._replace(things=[
+            t._replace(label=PARKED) if t.label == scenes.BILLBOARD else t for t in scene.things])
+        painted, car = (render(s, (64, 64), "cloud", "none") for s in (scene, real))
+        if (painted["label"] == scenes.BILLBOARD).sum() > 30:
+            assert differing(painted, car) >= {"depth", "label"}
+            assert "rgb" not in differing(painted, car)
+
+
+def test_a_larger_image_is_the_same_scene_drawn_finer():
+    for index in range(10):
+        small, large = paint(2, "val", index, 64)["label"], paint(2, "val", index, 128)["label"]
+        assert max((small == large[i::2, j::2]).mean() for i in (0, 1) for j in (0, 1)) > 0.92
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ((0, "training", 1), "training"), ((0, "val", 1, 64, "snow"), "snow"), ((0, "val", 1, 64, "sun", "blur"), "blur"),
+    ((0, "val", -1), "-1"), ((0, "val", 1, (4, 64)), "4 x 64")])
+def test_a_wrong_argument_is_named_in_the_error(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        paint(*arguments)
+
+
+def test_painting_is_far_from_slow():
+    paint(0, "train", 0)
+    times = []
+    for index in range(100):
+        start = time.perf_counter()
+        paint(0, "train", index)
+        times.append(time.perf_counter() - start)
+    assert np.median(times) < 0.05      # 2 ms on an idle core; the slack is for busy machines

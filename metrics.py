@@ -1,0 +1,50 @@
+"""Segmentation metrics from one int64 confusion matrix, with the rule for absent classes in the name.
+
+    matrix += confusion(logits.argmax(1), labels, num_classes)      # (K, K): rows are labels, columns predictions
+    scores(matrix)["miou_published"], scores(matrix)["miou_occurring"]
+
+Two rules are in use for a class that occurs in neither labels nor predictions, so that its IoU is 0 / 0:
+published (the papers' tables): it counts as 0; occurring: the mean runs over the classes that occur.
+"""
+
+import torch
+from torch import Tensor
+
+
+def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Counts of (label, prediction) pairs -> (K, K) int64. Labels outside 0..K-1 (255 = ignore) are left out.
+
+    prediction, labels: int64 of one shape, on one device. int64 because float32 stops counting at 16.7 million
+    pixels, which is sixteen DELIVER frames.
+    """
+    valid = (labels >= 0) & (labels < num_classes)
+    pairs = torch.where(valid, labels * num_classes + prediction, num_classes * num_classes).flatten()
+    counts = torch.bincount(pairs, minlength=num_classes * num_classes + 1)[:-1]
+    return counts.view(num_classes, num_classes)
+
+
+def scores(matrix: Tensor) -> dict:
+    """(K, K) int64 -> percentages: mIoU under both rules, per-class IoU (None where absent), accuracy, F1.
+
+    accuracy: pixels right of all labelled ones; mean_accuracy: recall averaged over the classes that are labelled;
+    f1: averaged over the classes that occur, as in miou_occurring.
+    """
+    matrix = matrix.double().cpu()
+    right = matrix.diagonal()
+    labelled, predicted = matrix.sum(1), matrix.sum(0)
+    union = labelled + predicted - right
+    occurs = union > 0
+    iou = right / union.clamp(min=1)
+    f1 = 2 * right / (labelled + predicted).clamp(min=1)
+
+    def mean(values: Tensor, where: Tensor) -> float:
+        return 100 * float(values[where].mean()) if where.any() else 0.0
+
+    return {
+        "miou_published": 100 * float(iou.mean()),
+        "miou_occurring": mean(iou, occurs),
+        "accuracy": 100 * float(right.sum() / matrix.sum().clamp(min=1)),
+        "mean_accuracy": mean(right / labelled.clamp(min=1), labelled > 0),
+        "f1": mean(f1, occurs),
+        "iou": [100 * float(v) if o else None for v, o in zip(iou, occurs, strict=True)],
+    }

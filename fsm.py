@@ -1,0 +1,158 @@
+"""Feature Selection Module (RMMSS, arXiv 2505.12861 v2, section 4.3): the best of two frozen models, stage 2.
+
+Teacher T and robust model R see the same, possibly incomplete, input. At each stage i, on the fused features
+f_T, f_R (B, C_i, h_i, w_i), and once more on the logits with K channels:
+
+    score       s_j = sigmoid(conv1x1(depthwise3x3(f_j)))     (B, 1, h, w), own weights for each source j
+    candidate   (1 + s_j) f_j                                  per element the largest wins,
+    selected    f_winner                                       and its unscaled feature is passed on
+
+That hard rule is all that is published, and it cannot train: an arg-max over frozen features gives the scores no
+gradient. Here it stands as rule="hard"; two relaxations can be trained (neither is in the paper):
+
+    "candidate" softmax over the sources of candidate / temperature, per element: the hard rule, softened.
+    "score"     softmax over the sources of s_j / temperature, per position: the scores alone decide. A candidate's
+                order flips with the feature's sign (for negative values the *smaller* score wins), a score's does not.
+
+Told which sensors are present (not in the paper): a score looks at 3x3 pixels and cannot tell a teacher's feature of
+a complete input from one of an incomplete input, but which sensors work is known at inference. `told` adds one bias
+per source and sensor to the score; it starts at zero, where the published form is.
+
+Axes: B samples, S sources (T, R), C channels, K classes, h w stage.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from checkpoint import read
+from model import Output, ScorePredictor, composite, present_of, subset_logits
+
+RULES = ("hard", "candidate", "score")
+
+
+class Selected(NamedTuple):
+    logits: Tensor  # (B, K, H, W)
+    fused: tuple[Tensor, ...]  # 4 x (B, C_i, h_i, w_i)
+    share: Tensor  # (5, S): mean weight of each source at the stages 1..4 and at the logits
+
+
+class FSM(nn.Module):
+    """Selects features and logits among the outputs of several models with the same widths and classes.
+
+    widths: C_1..C_4; num_classes: K; modalities: M; sources: S, in the paper 2; rule: one of RULES;
+    temperature: of the softmax, > 0 (0.2 worked best in first trials; towards 0 it becomes the hard rule);
+    told: whether the scores know which sensors are present.
+    """
+
+    def __init__(
+        self, widths: tuple[int, ...], num_classes: int, modalities: int, sources: int = 2,
+        rule: str = "score", temperature: float = 0.2, told: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        if rule not in RULES:
+            raise ValueError(f"FSM rule '{rule}' is unknown; choose one of {', '.join(RULES)}.")
+        self.rule, self.temperature = rule, temperature
+        channels = (*widths, num_classes)
+        self.scores = nn.ModuleList(ScorePredictor(c, sources) for c in channels)
+        self.told = nn.Parameter(torch.zeros(len(channels), sources, modalities + 1), requires_grad=told)
+
+    def told_bias(self, level: int, present: Tensor) -> Tensor:
+        """What the scores of a level know of the sensors -> (B, S). The last column answers to 'all are there'."""
+        known = torch.cat((present, present.all(1, keepdim=True)), 1).to(self.told.dtype)  # (B, M + 1)
+        return known @ self.told[level].t()
+
+    def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+        """S x (B, C, h, w) -> selected (B, C, h, w), share (S,)."""
+        weight, bias = self.scores[level].folded()
+        bias = bias + self.told_bias(level, present)  # (B, S)
+        if rule != "score":
+            return kernels.feature_score_select(sources, weight, bias, None if rule == "hard" else self.temperature)
+        scores = kernels.feature_score(sources, weight, bias)  # (S, B, 1, h, w)
+        weights = (scores.float() / self.temperature).softmax(0)
+        selected = sum(w.to(x.dtype) * x for w, x in zip(weights, sources, strict=True))
+        return selected, weights.detach().mean((1, 2, 3, 4))
+
+    def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Selected:
+        """outputs: of the sources for one input, on (B, M) `present` sensors; rule: another one than trained with."""
+        rule = rule or self.rule
+        fused, shares = [], []
+        for i, sources in enumerate(zip(*(out.fused for out in outputs), strict=True)):
+            selected, share = self.select(list(sources), i, present, rule)
+            fused.append(selected)
+            shares.append(share)
+        logits, share = self.select([out.logits for out in outputs], 4, present, rule)
+        return Selected(logits, tuple(fused), torch.stack([*shares, share]))
+
+
+def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) -> Tensor:
+    """What pulls the final student to the selected features: mean squared difference, summed over stages -> scalar.
+
+    Not in the paper, which does not say how the selection reaches the student. Each channel is scaled by the
+    selected features' deviation, so that stages and channels of different size weigh the same.
+    """
+    total = torch.zeros((), device=student[0].device)
+    for s, t in zip(student, selected, strict=True):
+        t = t.detach().float()
+        scale = t.std((0, 2, 3), keepdim=True) + 1e-5
+        total = total + ((s.float() - t) / scale).square().mean()
+    return total
+
+
+# ---- the ensemble: T + R + FSM, at the cost of both models --------------------------------------------------------------
+
+
+def ensemble_logits(selected: Selected, robust: nn.Module, level: str = "both") -> Tensor:
+    """The ensemble's answer -> (B, K, H, W).
+
+    level: "logits" as selected; "features": the selected features through the robust model's decoder, which has
+    learned to read incomplete ones; "both": the mean of the two distributions, as logits.
+    """
+    if level == "logits":
+        return selected.logits
+    decoded = robust.decoder(selected.fused, selected.logits.shape[-2:])
+    if level == "features":
+        return decoded
+    return (selected.logits.float().softmax(1) + decoded.float().softmax(1)).clamp(min=1e-12).log()
+
+
+def ensemble_predictor(fsm: FSM, teacher: nn.Module, robust: nn.Module, level: str = "both", rule: str | None = None):
+    """predict(images, subsets, degraded) -> iterator of logits, as `model.subset_logits` gives for one model.
+
+    Both models see what the protocol leaves of the input; the selection is told which sensors work.
+    """
+
+    def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
+        for subset in subsets:
+            present = present_of(subset, images.shape[:2])
+            seen, mask = (images, present) if degraded is None else (composite(images, present, degraded), None)
+            selected = fsm([teacher.eval()(seen, mask), robust.eval()(seen, mask)], present.to(images.device), rule)
+            yield ensemble_logits(selected, robust, level)
+
+    return predict
+
+
+def switch_predictor(teacher: nn.Module, robust: nn.Module):
+    """The honest baseline: the teacher when all sensors are there, else the robust model."""
+
+    def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
+        answers = subset_logits(robust, images, [s for s in subsets if len(s) < images.shape[1]], degraded)
+        for subset in subsets:
+            complete = len(subset) == images.shape[1]
+            yield next(subset_logits(teacher, images, [subset]) if complete else answers)
+
+    return predict
+
+
+def load_fsm(path, device: torch.device) -> FSM:
+    """Rebuilds the FSM of a `fsm.pt`, in eval mode."""
+    state = read(pathlib.Path(path))
+    meta = state["meta"]
+    fsm = FSM(meta["widths"], len(meta["classes"]), len(meta["modalities"]), rule=meta["rule"],
+              temperature=meta["temperature"], told=meta["told"])  # fmt: skip
+    fsm.load_state_dict(state["model"])
+    return fsm.to(device).eval()

@@ -1,0 +1,108 @@
+"""Checkpoints that nothing can ruin: atomic, checked, self-describing, and read without running any code.
+
+    save_model("student.pt", model, meta)          model, meta = load_model("student.pt", device)
+    write(folder / "last.pt", state)               state = load_last(folder)     # the newest valid one, or None
+"""
+
+import io
+import os
+import pathlib
+import sys
+import zipfile
+
+import torch
+from torch import nn
+
+from model import build_model
+
+
+def write(path: pathlib.Path, state: dict, keep_previous: bool = False) -> None:
+    """Saves atomically: beside, flushed, verified, renamed; the previous file survives until then.
+
+    Raises OSError with the space needed when the disk is full; the old file stays as it was.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    beside = path.with_suffix(".new")
+    try:
+        with open(beside, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if damage(beside):
+            raise OSError(damage(beside))
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"cannot save {path} ({error.strerror or error}): {buffer.tell() / 2**20:.1f} MB of free space are "
+                      "needed there; what was saved before is still valid.") from error  # fmt: skip
+    if keep_previous and path.exists():
+        os.replace(path, path.with_suffix(".previous.pt"))
+    os.replace(beside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name itself must reach the disk
+    os.close(folder)
+
+
+def damage(path: pathlib.Path) -> str | None:
+    """What is wrong with a checkpoint file, by the CRC-32 that its zip container holds for every tensor."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        return f"the checksum of {bad} is wrong" if bad else None
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        return f"it is cut off or overwritten ({error})"
+
+
+def read(path: pathlib.Path) -> dict:
+    """Loads a file of `write`. Raises FileNotFoundError or ValueError with one sentence."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if reason := damage(path):
+        raise ValueError(f"{path} is corrupt: {reason}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({type(error).__name__}).") from error
+
+
+def load_last(folder: pathlib.Path) -> dict | None:
+    """The newest valid of last.pt and the one before it."""
+    files = [file for file in (folder / "last.pt", folder / "last.previous.pt") if file.exists()]
+    for file in files:
+        try:
+            return read(file)
+        except ValueError as error:
+            print(f"warning: {error} Falling back to the one before.", file=sys.stderr)
+    if files:
+        raise ValueError(f"no valid checkpoint is left in {folder}; start again in another folder.")
+    return None
+
+
+def save_model(path: pathlib.Path, model: nn.Module, meta: dict) -> None:
+    """A model that describes itself: evaluate.py and predict.py need only the path."""
+    write(path, {"format": "rmmss 1", "meta": meta, "model": model.state_dict()})
+
+
+def load_model(path: str, device: torch.device, expect: dict | None = None) -> tuple[nn.Module, dict]:
+    """Rebuilds a model from its checkpoint -> (model in eval mode, meta).
+
+    expect: entries of meta that must agree (classes, modalities ...), else ValueError with both descriptions.
+    """
+    state = read(pathlib.Path(path))
+    if not isinstance(state, dict) or state.get("format") != "rmmss 1":
+        raise ValueError(f"{path} was not written by this project; published weights go through --pretrained.")
+    meta = state["meta"]
+    for name, value in (expect or {}).items():
+        if meta[name] != value:
+            raise ValueError(f"{path} was trained with {name} {meta[name]}, but here they are {value}.")
+    model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), meta
+
+
+def describe(o, dataset, backbone: str) -> dict:
+    """What a model's checkpoint says of itself."""
+    return {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes),
+            "palette": [[int(v) for v in colour] for colour in dataset.palette], "size": o.size, "data": o.data,
+            "root": o.root, "depth": o.depth, "label_map": o.label_map, "drop_path": o.drop_path,
+            "dropout": o.dropout}  # fmt: skip

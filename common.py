@@ -1,0 +1,395 @@
+"""What both training loops must share to be correct: processes, batches, schedule, log, signals and validation.
+
+Everything random in a run is a function of (seed, phase, step) or of (seed, epoch, frame). So a checkpoint holds
+weights, optimizer state, step and best score, and nothing else is needed to continue bit for bit, with any number of
+loader workers.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from torch import Tensor, nn
+
+import metrics
+from checkpoint import load_last, save_model, write
+from data import normalise
+from model import subset_logits
+
+PHASES = ("teacher", "robust", "fsm", "student")
+EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
+
+
+class Run:
+    """The processes, device and folder of a run, and the signals it was sent. The loops stay in the scripts."""
+
+    def __init__(self, o, script: str):
+        self.o, self.script, self.folder, self.started = o, script, pathlib.Path(o.out), time.time()
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        cuda = torch.cuda.is_available() if o.device == "auto" else o.device.startswith("cuda")
+        if cuda and not torch.cuda.is_available():
+            raise ValueError(f"--device {o.device}: torch sees no CUDA device here; use --device cpu.")
+        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = torch.device("cpu" if not cuda else local if o.device in ("auto", "cuda") else o.device)
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if o.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        if o.batch_size % self.world:
+            raise ValueError(f"--batch-size {o.batch_size} counts all processes: make it a multiple of {self.world}.")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+        self.writer = tensorboard_writer(self.folder) if o.tensorboard and self.rank == 0 else None
+        self.signalled = 0
+        for number in EXIT_STATUS:
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, _frame) -> None:
+        if number == signal.SIGINT and self.signalled == signal.SIGINT:
+            os._exit(130)  # the second Ctrl-C means now
+        self.signalled = number
+
+    def claim(self, phases: tuple[str, ...]) -> dict | None:
+        """Takes the run folder for these phases, or returns the state to continue from. Never overwrites a run."""
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+        state = load_last(self.folder) if self.o.resume or restarted else None
+        if state and state["script"] != self.script:
+            raise ValueError(f"{self.folder}: its last run was {state['script']}; resume that one.")
+        if self.o.resume and not state:
+            raise ValueError(f"{self.folder} holds no last.pt to resume; start it without --resume.")
+        used = [p for p in phases if (self.folder / f"{p}.pt").exists()]
+        used += [p for p in ("log.jsonl", "last.pt") if phases[0] == "teacher" and (self.folder / p).exists()]
+        if used and not state and not restarted:
+            raise ValueError(f"{self.folder} is not empty ({used[0]}): continue it with --resume {self.folder}, "
+                             "or choose another folder with --out.")  # fmt: skip
+        if self.world > 1:
+            dist.barrier()  # nobody writes before everybody has looked
+        if self.rank == 0 and not state:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / "config.json"
+            config = json.loads(file.read_text()) if file.exists() else {}
+            config[self.script] = {"options": vars(self.o), "versions": versions(), "git": git_revision()}
+            file.write_text(json.dumps(config, indent=1) + "\n")
+        return state
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model as the loop calls it: compiled if asked for, and averaging gradients over the processes."""
+        if self.world > 1:
+            model = sync_batch_norm(model, self.device)
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return torch.compile(model, dynamic=True) if self.o.compile else model
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over the processes."""
+        if self.world > 1:
+            dist.all_reduce(x := x.clone())
+        return x
+
+    def say(self, text: str, end: str = "\n") -> None:
+        if self.rank == 0:
+            print(text, end=end, flush=True)
+
+    def log(self, **values) -> None:
+        """One line of log.jsonl, and the numbers of it to tensorboard if asked for."""
+        if self.rank == 0:
+            line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in line.items() if self.writer else ():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{line['phase']}/{name}", value, line["step"])
+
+
+class Progress:
+    """Where a phase stands: step, best score, log, checkpoints. Everything that `--resume` continues from.
+
+    for step, batch in progress.batches(train):      # saves and stops between two turns of the loop
+        ...; loss.backward()
+        progress.check(loss, losses, names)          # before the optimizer: stops on a value that is not finite
+        ...; optimizer.step()
+        if progress.validation_due(): ...; progress.validated(score, meta)
+    """
+
+    def __init__(self, run: Run, phase: str, model: nn.Module, optimizer, scaler, frames: int, epochs: float, state):
+        o = run.o
+        self.run, self.phase, self.model, self.optimizer, self.scaler = run, phase, model, optimizer, scaler
+        self.per_epoch = frames / o.batch_size  # steps, a fraction too: the stream of frames does not stop at an epoch
+        self.steps = max(1, math.ceil(epochs * self.per_epoch))
+        self.warmup = min(round(o.warmup_epochs * self.per_epoch), self.steps // 2)
+        self.every = max(1, round(o.eval_every * self.per_epoch))
+        self.step, self.best = 0, -1.0
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            self.step, self.best = state["step"], state["best"]
+        self.sums: dict[str, Tensor] = {}
+        self.since, self.waited, self.counted, self.stop = time.time(), 0.0, 0, 0
+
+    def state(self) -> dict:
+        return {"script": self.run.script, "phase": self.phase, "step": self.step, "best": self.best,
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()}  # fmt: skip
+
+    def batches(self, dataset) -> Iterator[tuple[int, tuple]]:
+        run, o = self.run, self.run.o
+        keys = Batches(len(dataset), o.batch_size, o.seed, self.step, self.steps, run.rank, run.world)
+        source = iter(loader(dataset, keys, o.workers, run.device))
+        while self.step < self.steps:
+            began = time.time()
+            batch = next(source)
+            self.waited += time.time() - began
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.steps, self.warmup, o.lr)
+            self.model.train()
+            yield self.step, batch
+            self.step += 1
+            self.counted += 1
+            if self.counted >= 50 or self.step == self.steps or self.stop:
+                self.report()
+            if self.step % o.save_every == 0 or self.step == self.steps or self.stop:
+                if run.rank == 0:
+                    write(run.folder / "last.pt", self.state(), keep_previous=True)
+            if self.stop:
+                why = signal.Signals(self.stop).name if self.stop > 1 else f"--max-minutes {o.max_minutes:g}"
+                run.say(f"\nstopped by {why} after step {self.step}; continue with --resume {run.folder}")
+                raise SystemExit(EXIT_STATUS.get(self.stop, 0))
+
+    def check(self, loss: Tensor, losses: dict[str, Tensor], names: list[str]) -> None:
+        """After backward: a loss or gradient that is not finite ends the run before it can reach the weights.
+
+        The one read of the device in a step; it also tells all processes to stop together when one was asked to.
+        """
+        run = self.run
+        late = run.o.max_minutes and time.time() - run.started > 60 * run.o.max_minutes
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # fp16's scaler skips steps whose gradients overflow, which is its normal way to find the scale
+        finite = torch.isfinite(loss.detach()) & (torch.isfinite(norm) | self.scaler.is_enabled())
+        flags = torch.tensor([0, run.signalled or int(bool(late))], device=loss.device)
+        flags[0] = ~finite
+        if run.world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        broken, self.stop = flags.tolist()
+        if broken:
+            bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))] or ["the gradient"]
+            file = run.folder / f"nonfinite-{run.rank}.pt"
+            write(file, {**self.state(), "losses": {k: v.detach() for k, v in losses.items()}, "frames": list(names)})
+            raise ValueError(f"{' and '.join(bad)} of phase {self.phase}, step {self.step} is not finite on process "
+                             f"{run.rank}; frames of its batch: {', '.join(names)}. The weights were not updated and are "
+                             f"in {file} with the losses.")  # fmt: skip
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def report(self) -> None:
+        """The progress line and a line of the log: means since the last one."""
+        run, seconds = self.run, time.time() - self.since
+        sums = run.total(torch.stack(list(self.sums.values()))) / (self.counted * run.world)
+        losses = dict(zip(self.sums, sums.tolist(), strict=True))
+        rate = self.counted * run.o.batch_size / seconds
+        left = (self.steps - self.step) * seconds / self.counted
+        lr = self.optimizer.param_groups[0]["lr"]
+        run.log(phase=self.phase, step=self.step, epoch=self.step / self.per_epoch, **losses, lr=lr, images_per_second=rate,
+                data_wait=self.waited / seconds, peak_memory_mb=peak_memory(run.device))  # fmt: skip
+        text = (f"{self.phase} epoch {self.step / self.per_epoch:.1f}/{self.steps / self.per_epoch:.0f} "
+                f"step {self.step}/{self.steps} loss {sum(losses.values()):.3f} {rate:.1f} images/s "
+                f"{left / 60:.1f} min left")  # fmt: skip
+        run.say(f"\r{text}\033[K" if sys.stdout.isatty() else text, "" if sys.stdout.isatty() else "\n")
+        self.sums, self.since, self.waited, self.counted = {}, time.time(), 0.0, 0
+
+    def validation_due(self) -> bool:
+        return (self.step + 1) % self.every == 0 or self.step + 1 == self.steps
+
+    def validated(self, score: float, meta: dict, **values: float) -> None:
+        """Keeps the best model so far as <phase>.pt, and logs the scores."""
+        if score > self.best:
+            self.best = score
+            if self.run.rank == 0:
+                save_model(self.run.folder / f"{self.phase}.pt", self.model, meta)
+        self.run.log(phase=self.phase, step=self.step + 1, epoch=(self.step + 1) / self.per_epoch, **values)
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+        self.run.say(f"{chr(10) if sys.stdout.isatty() else ''}{self.phase} step {self.step + 1}: {shown}")
+
+
+def tensorboard_writer(folder: pathlib.Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, for CPUs; on GPUs torch has its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        n = x.new_full((1,), x.numel() / x.shape[1])
+        sums = dist_functional.all_reduce(torch.cat((x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), n)))
+        mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        var = square - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * sums[-1] / (sums[-1] - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()  # (C,)
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
+def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncedBatchNorm  # the same parameters and buffers, another forward
+    return model
+
+
+def guarded(main: Callable, o) -> int:
+    """Runs a script's main; what the user can mend is told in one sentence, exit status 2."""
+    try:
+        main(o)
+    except (ValueError, OSError) as error:
+        rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"\nerror{rank}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+# ---- batches, schedule, randomness ------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Keys (epoch, index) of this process's share of every batch from `first_step` on.
+
+    The run is one endless stream of frames, a fresh permutation per epoch, cut into batches: every frame is seen once
+    an epoch, every batch is full, and the position in the stream follows from the step alone.
+    """
+
+    def __init__(self, frames: int, batch_size: int, seed: int, first_step: int, steps: int, rank: int, world: int):
+        self.frames, self.batch_size, self.seed = frames, batch_size, seed
+        self.first_step, self.steps, self.rank, self.world = first_step, steps, rank, world
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, None
+        for step in range(self.first_step, self.steps):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.frames != epoch:
+                    epoch = position // self.frames
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.frames)
+                batch.append((epoch, int(order[position % self.frames])))
+            yield batch[self.rank :: self.world]
+
+
+def quiet_worker(_: int) -> None:
+    """Loader workers leave signals to the training process, which finishes its step first."""
+    for number in EXIT_STATUS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def loader(dataset, batches, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=quiet_worker,
+                                       pin_memory=device.type == "cuda")  # fmt: skip
+
+
+def seed_step(seed: int, phase: str, step: int, rank: int) -> torch.Generator:
+    """Seeds torch for the step (dropout, drop path), and returns a generator that is equal on all processes."""
+    key = np.random.SeedSequence([seed, PHASES.index(phase), step])
+    shared, own = (int(k.generate_state(1, np.uint64)[0] >> 1) for k in (key, *key.spawn(rank + 1)[-1:]))
+    torch.manual_seed(own)
+    return torch.Generator().manual_seed(shared)
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up from a tenth of the peak, then poly 0.9 down to 0 (published recipe)."""
+    if step < warmup:
+        return peak * (0.1 + 0.9 * step / warmup)
+    return peak * (1 - (step - warmup) / max(1, steps - warmup)) ** 0.9
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW without weight decay for 1-D parameters (norms and biases), as published."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
+    """Does nothing but for fp16, whose small gradients it keeps from becoming zero."""
+    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "off")
+
+
+# ---- validation, log values -------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run: Run) -> list[dict]:
+    """metrics.scores of each subset of sensors. predict(images, subsets) yields logits per subset (`predictor`)."""
+    size = run.o.batch_size
+    shard = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)]
+    k = len(dataset.classes)
+    matrices = torch.zeros(len(subsets), k, k, dtype=torch.int64, device=run.device)
+    for images, labels, _ in loader(dataset, shard[run.rank :: run.world], run.o.workers, run.device):
+        labels = labels.to(run.device, non_blocking=True)
+        with autocast(run.device, run.o.amp):
+            for i, logits in enumerate(predict(normalise(images.to(run.device, non_blocking=True)), subsets)):
+                matrices[i] += metrics.confusion(logits.argmax(1), labels, k)
+    return [metrics.scores(matrix) for matrix in run.total(matrices)]
+
+
+def predictor(model: nn.Module) -> Callable:
+    return lambda images, subsets, degraded=None: subset_logits(model.eval(), images, subsets, degraded)
+
+
+def all_subsets(modalities: int) -> list[tuple[int, ...]]:
+    """The 2^M - 1 non-empty subsets, the complete one last."""
+    subsets = [tuple(m for m in range(modalities) if bits >> m & 1) for bits in range(1, 2**modalities)]
+    return sorted(subsets, key=lambda s: (len(s), s))
+
+
+def peak_memory(device: torch.device) -> float:
+    """MB: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "machine": platform.machine(), "threads": torch.get_num_threads()}  # fmt: skip
+
+
+def git_revision() -> str:
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"

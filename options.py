@@ -1,0 +1,228 @@
+"""The command lines of both training stages, and each data set's recipe.
+
+Nothing heavy is imported here: `--help` and a mistyped option answer before torch is loaded.
+`--data` picks the recipe whose values become the defaults; `python train_stage1.py --data deliver --help` shows them.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+# Published (paper, section 5): AdamW 6e-5, weight decay 0.01, 10 epochs of warm-up from 0.1, poly 0.9, 200 epochs for
+# the teacher, 120 for the student, 1024 x 1024.  The batch size is not stated there; 8 is the usual choice on DELIVER.
+# Stage 2 has no published recipe at all.  The synthetic one was chosen by measurement (README, results).
+PUBLISHED = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
+                 student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0)  # fmt: skip
+RECIPES = {
+    "synthetic": dict(PUBLISHED, backbone="segformer_tiny", size=64, epochs=40.0, distill_epochs=20.0, fsm_epochs=2.0,
+                      student_epochs=20.0, batch_size=16, lr=2e-3, warmup_epochs=1.0, eval_every=5.0),
+    "deliver": PUBLISHED,
+    "muses": PUBLISHED,
+    "mcubes": dict(PUBLISHED, size=512),
+    "folder": dict(PUBLISHED, size=512),
+}  # fmt: skip
+ROOTS = {"deliver": "data/DELIVER", "muses": "data/MUSES", "mcubes": "data/MCubeS"}
+# Options that may change when a run is continued: they do not change what it computes.
+FREE = {"resume", "config", "workers", "device", "max_minutes", "eval_every", "tensorboard", "out", "save_every", "root"}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=120)
+
+
+def positive(kind: type, zero: bool = False):
+    """An argparse type: a number of this kind above 0 (or from 0 on)."""
+
+    def parse(text: str):
+        value = kind(text)
+        if value < 0 or (value == 0 and not zero) or value != value:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} {'from 0 on' if zero else 'above 0'}"
+    return parse
+
+
+def names(text: str) -> list[str]:
+    """An argparse type: names separated by commas, none twice."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found or len(set(found)) != len(found):
+        raise argparse.ArgumentTypeError(f"'{text}' must be names separated by commas, none twice")
+    return found
+
+
+def share(text: str) -> float:
+    """An argparse type: a number in 0..1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in 0..1")
+    return value
+
+
+def add_data_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
+    group.add_argument("--root", help="folder of the data set, in its published layout (README); None: data/NAME")
+    group.add_argument("--modalities", type=names,
+                       help="sensors and their order, by comma; fewer train faster. None: all of the data set")
+    group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="DELIVER's depth: published models use hha")
+    group.add_argument("--label-map", help='folder data: own label ids to classes, e.g. "0=255,1=0,2=1"; 255 = ignore')
+    group.add_argument("--size", type=positive(int), default=recipe["size"],
+                       help="side of the training crop, pixels; at least 32, larger sees more context, costs its square")
+    group.add_argument("--limit", type=positive(int), help="use only the first N frames of each split; for trials")
+    group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
+                       help="go on past at most N broken frames (each is listed) instead of stopping at the first")
+    group.add_argument("--workers", type=positive(int, zero=True), default=0 if recipe["size"] < 128 else 4,
+                       help="loader processes per training process; raise it while the log shows a data-wait above 5 %%")
+
+
+def add_training_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--batch-size", type=positive(int), default=recipe["batch_size"],
+                       help="frames per step over all processes; halve --lr when you halve it")
+    group.add_argument("--lr", type=positive(float), default=recipe["lr"], help="peak learning rate of AdamW; "
+                       "1e-5..3e-3: with pretrained weights 6e-5, a small model from scratch 1e-3; too high diverges")
+    group.add_argument("--weight-decay", type=positive(float, zero=True), default=0.01, help="none for 1-D parameters")
+    group.add_argument("--warmup-epochs", type=positive(float, zero=True), default=recipe["warmup_epochs"],
+                       help="linear rise from a tenth of --lr; at most half a phase is used")
+    group.add_argument("--drop-path", type=share, default=0.1, help="rate of the last block; 0 for very small models")
+    group.add_argument("--dropout", type=share, default=0.1, help="of the decoder's channels")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off",
+                       help="mixed precision: bf16 on CPUs with AMX and on GPUs from 8.0, fp16 on older GPUs")
+    group.add_argument("--compile", action="store_true", help="torch.compile the models; worth it for runs over an hour")
+    group.add_argument("--eval-every", type=positive(float), default=recipe["eval_every"],
+                       help="epochs between validations (fractions allowed); the best model so far is kept")
+    group.add_argument("--seed", type=positive(int, zero=True), default=0, help="same seed, same machine: same numbers")
+
+
+def add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default=out, help="run folder; must be empty or new, unless --resume continues it")
+    group.add_argument("--resume", metavar="RUN", help="continue this run folder (or its last.pt) exactly")
+    group.add_argument("--config", metavar="FILE", help="take every option from a run's config.json; others overrule it")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--deterministic", action="store_true", help="bit-for-bit repeatable on a GPU as well; slower")
+    group.add_argument("--save-every", type=positive(int), default=200, metavar="STEPS", help="steps between last.pt")
+    group.add_argument("--max-minutes", type=positive(float), help="save and stop by the clock, exit status 0")
+    group.add_argument("--tensorboard", action="store_true", help="also write curves, if tensorboard is installed")
+
+
+def early(argv: list[str], *flags: str) -> argparse.Namespace:
+    """A few flags of this command line, read before the real parse because they decide its defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        first.add_argument(flag)
+    return first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+
+
+def read_config(parser: argparse.ArgumentParser, path: str, script: str) -> tuple[pathlib.Path, dict]:
+    """The options of `script` in a run folder's config.json; path: that file, its folder, or a .pt file beside it."""
+    file = pathlib.Path(path)
+    file = file.parent / "config.json" if file.suffix == ".pt" else file
+    file = file / "config.json" if file.suffix != ".json" else file
+    try:
+        return file, json.loads(file.read_text())[script]["options"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        parser.error(f"{file} holds no options of {script} ({type(error).__name__}); is {path} a run folder of it?")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The command line, over --config or the resumed run's config.json, over the defaults."""
+    o = parser.parse_args(argv)
+    if o.resume or o.config:
+        file, saved = read_config(parser, o.resume or o.config, parser.prog)
+        if unknown := sorted(set(saved) - set(vars(o))):
+            parser.error(f"{file} holds options this version does not know: {', '.join(unknown)}.")
+        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "config", "out")})
+        o = parser.parse_args(argv)
+        if o.resume:
+            o.out = str(file.parent)
+            for name, value in saved.items():
+                if name not in FREE and getattr(o, name) != value:
+                    parser.error(f"--{name.replace('_', '-')} {getattr(o, name)} contradicts {file}, which was started "
+                                 f"with {value}: leave it out, or start a new run with --config {file} --out DIR.")  # fmt: skip
+    if o.data == "folder" and not o.root:
+        parser.error("--data folder needs --root, the folder that holds classes.txt.")
+    if o.size < 32:
+        parser.error(f"--size {o.size} is too small: the coarsest stage needs at least 32 pixels.")
+    if o.label_map and o.data != "folder":
+        parser.error(f"--label-map is for --data folder; {o.data} has its own label ids.")
+    o.root = o.root or ROOTS.get(o.data)
+    return o
+
+
+def make_parser(script: str, doc: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(script, description=doc, formatter_class=Help, allow_abbrev=False)
+
+
+def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    data = early(argv, "--data").data
+    recipe = RECIPES.get(data, RECIPES["synthetic"])
+    parser = make_parser("train_stage1.py", doc)
+    add_data_options(parser, recipe)
+    group = parser.add_argument_group("model")
+    group.add_argument("--backbone", default=recipe["backbone"],
+                       help="segformer_b0..b5 or cmnext_b0..b5, or segformer_tiny, cmnext_tiny for trials")
+    group.add_argument("--pretrained", help="MiT ImageNet weights, or published model weights, to start the teacher from")
+    group.add_argument("--teacher", help="a trained teacher: skip its training")
+    add_training_options(parser, recipe)
+    group = parser.add_argument_group("stage 1")
+    group.add_argument("--epochs", type=positive(float), default=recipe["epochs"],
+                       help="of the teacher, on all sensors; an under-trained teacher makes distillation hurt")
+    group.add_argument("--distill-epochs", type=positive(float), default=recipe["distill_epochs"],
+                       help="of the robust model, sensors dropped at random")
+    group.add_argument("--lambda-kl", type=positive(float, zero=True), default=1.0,
+                       help="weight of KL(student || teacher) per pixel, 0..10; the published 50 / K is 2 for 25 classes")
+    group.add_argument("--alpha", type=positive(float, zero=True), default=0.3,
+                       help="weight of the prototype distance, 0..10; 0 leaves plain distillation")
+    group.add_argument("--match", choices=("random", "same"), default="random",
+                       help="teacher sensor a student sensor answers to: random is the paper's, same its ablation")
+    group.add_argument("--beta", type=positive(float, zero=True), default=0.0,
+                       help="weight of intra-class feature variation (CVPR 2026 version: 12), 0 = off")
+    add_run_options(parser, f"runs/{data or 'synthetic'}")
+    o = parse(parser, argv)
+    if o.teacher and o.pretrained:
+        parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
+    return o
+
+
+def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    first = early(argv, "--data", "--stage1")
+    parser = make_parser("train_stage2.py", doc)
+    stage1 = read_config(parser, first.stage1, "train_stage1.py")[1] if first.stage1 else {}
+    recipe = RECIPES.get(first.data or stage1.get("data"), RECIPES["synthetic"])
+    add_data_options(parser, recipe)
+    group = parser.add_argument_group("models")
+    group.add_argument("--stage1", metavar="RUN", help="run folder of stage 1, for its teacher.pt and robust.pt")
+    group.add_argument("--teacher", help="the full-modality teacher, instead of --stage1")
+    group.add_argument("--robust", help="the robust model, instead of --stage1")
+    add_training_options(parser, recipe)
+    group = parser.add_argument_group("stage 2")
+    group.add_argument("--fsm-epochs", type=positive(float), default=recipe["fsm_epochs"],
+                       help="of the feature selection; it has few parameters and needs few")
+    group.add_argument("--student-epochs", type=positive(float), default=recipe["student_epochs"],
+                       help="of the final student, started from the robust model")
+    group.add_argument("--rule", choices=("score", "candidate"), default="score",
+                       help="relaxation the FSM is trained through (fsm.py)")
+    group.add_argument("--temperature", type=positive(float), default=0.2,
+                       help="of that softmax, 0.05..1; smaller is closer to the published hard rule, and harder to train")
+    group.add_argument("--untold", action="store_true", help="do not tell the scores which sensors are present")
+    group.add_argument("--complete", type=share, default=0.4,
+                       help="share of complete inputs for the student, on top of the random subsets")
+    group.add_argument("--gamma-logits", type=positive(float, zero=True), default=1.0,
+                       help="weight of KL(student || selected logits); 0 with --gamma-features 0: no FSM targets")
+    group.add_argument("--gamma-features", type=positive(float, zero=True), default=0.1,
+                       help="weight of the distance to the selected features, 0..10")
+    add_run_options(parser, first.stage1 or "runs/stage2")
+    inherited = ("data", "root", "modalities", "depth", "label_map", "size", "limit", "batch_size", "lr", "amp", "seed")
+    parser.set_defaults(**{name: stage1[name] for name in inherited if name in stage1})
+    o = parse(parser, argv)
+    if bool(o.stage1) == bool(o.teacher or o.robust):
+        parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
+    if not o.stage1 and not (o.teacher and o.robust):
+        parser.error("--teacher and --robust belong together: give both, or --stage1 RUN.")
+    return o

@@ -1,0 +1,133 @@
+"""Stage 2 of RMMSS: Feature Selection over the frozen teacher and robust model, then the final student.
+
+    python train_stage2.py --stage1 runs/synthetic
+    python train_stage2.py --teacher teacher.pt --robust robust.pt --data deliver --root data/DELIVER
+
+Data, size and batch come from the stage-1 run unless given. Writes into its folder (or --out): config.json, log.jsonl,
+fsm.pt, student.pt, and last.pt to continue from (--resume). Next: python evaluate.py RUN/student.pt.
+
+The paper stops at the selection; how the selection and the student are trained is this project's (fsm.py says how).
+"""
+
+from options import stage2_options
+
+if __name__ == "__main__":
+    OPTIONS = stage2_options(__doc__)  # before torch is imported, so that --help and typing errors answer at once
+
+import copy
+import sys
+
+import torch
+from torch import nn
+
+import common
+import hpdm
+from checkpoint import describe, load_model
+from data import draw_present, normalise, open_dataset
+from fsm import FSM, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
+
+
+def main(o) -> None:
+    run = common.Run(o, "train_stage2.py")
+    kwargs = dict(root=o.root, modalities=o.modalities, size=o.size, seed=o.seed, limit=o.limit, depth=o.depth,
+                  label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
+    train = open_dataset(o.data, split="train", augment=True, **kwargs)
+    val = open_dataset(o.data, split="val", **kwargs)
+    state = run.claim(("fsm", "student"))
+
+    expect = {"classes": list(train.classes), "modalities": list(train.modalities)}
+    teacher, teacher_meta = load_model(o.teacher or f"{o.stage1}/teacher.pt", run.device, expect)
+    robust, robust_meta = load_model(o.robust or f"{o.stage1}/robust.pt", run.device, expect)
+    if teacher_meta["backbone"] != robust_meta["backbone"]:
+        raise ValueError(f"the teacher is a {teacher_meta['backbone']} and the robust model a {robust_meta['backbone']}: "
+                         "their features cannot be selected from; use two models of one backbone.")  # fmt: skip
+    teacher.requires_grad_(False)
+    robust.requires_grad_(False)
+    meta = describe(o, train, robust_meta["backbone"])
+
+    if not (state and state["phase"] == "student"):
+        train_fsm(run, teacher, robust, train, val, meta, state)
+    fsm = load_fsm(run.folder / "fsm.pt", run.device).requires_grad_(False)
+    train_student(run, teacher, robust, fsm, train, val, meta, state if state and state["phase"] == "student" else None)
+    run.say(f"stage 2 is complete: {run.folder}/fsm.pt and student.pt. Next: python evaluate.py {run.folder}/student.pt")
+
+
+def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict, state: dict | None) -> None:
+    """The scores alone are trained; both models are frozen and see the same, possibly incomplete, input."""
+    o = run.o
+    torch.manual_seed(o.seed)
+    fsm = FSM(robust.widths, len(train.classes), len(train.modalities), rule=o.rule, temperature=o.temperature,
+              told=not o.untold).to(run.device)  # fmt: skip
+    meta = {**meta, "rule": o.rule, "temperature": o.temperature, "told": not o.untold, "widths": list(robust.widths)}
+    model, subsets = run.parallel(fsm), common.all_subsets(len(train.modalities))
+    optimizer, scaler = common.adamw(fsm, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
+    progress = common.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, state)
+    for step, (images, labels, names) in progress.batches(train):
+        generator = common.seed_step(o.seed, "fsm", step, run.rank)
+        images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
+        labels = labels.to(run.device, non_blocking=True)  # (B, H, W)
+        present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
+
+        with common.autocast(run.device, o.amp):
+            with torch.no_grad():
+                sources = [teacher(images, present), robust(images, present)]
+            selected = model(sources, present.to(run.device, non_blocking=True))
+            decoded = robust.decoder(selected.fused, images.shape[-2:])
+        losses = {"ce_logits": hpdm.ohem_cross_entropy(selected.logits, labels, total=run.total),
+                  "ce_features": hpdm.ohem_cross_entropy(decoded, labels, total=run.total)}  # fmt: skip
+
+        loss = sum(losses.values())
+        scaler.scale(loss).backward()
+        progress.check(loss, losses, names)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if progress.validation_due():
+            predict = ensemble_predictor(fsm, teacher, robust)
+            *missing, full = (r["miou_published"] for r in common.validate(predict, val, subsets, run))
+            mean = (full + sum(missing)) / len(subsets)
+            progress.validated(mean, meta, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
+
+
+def train_student(
+    run, teacher: nn.Module, robust: nn.Module, fsm: FSM, train, val, meta: dict, state: dict | None
+) -> None:
+    """One model, started from the robust one: ground truth, and the selection's logits and features as targets."""
+    o = run.o
+    student = copy.deepcopy(robust).requires_grad_(True)
+    model, subsets = run.parallel(student), common.all_subsets(len(train.modalities))
+    optimizer, scaler = common.adamw(student, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
+    progress = common.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, state)
+    for step, (images, labels, names) in progress.batches(train):
+        generator = common.seed_step(o.seed, "student", step, run.rank)
+        images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
+        labels = labels.to(run.device, non_blocking=True)  # (B, H, W)
+        present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
+
+        with common.autocast(run.device, o.amp):
+            with torch.no_grad():
+                sources = [teacher(images, present), robust(images, present)]
+                selected = fsm(sources, present.to(run.device, non_blocking=True))
+                target = ensemble_logits(selected, robust)
+            out = model(images, present)
+        losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels, total=run.total)}
+        if o.gamma_logits:
+            losses["kl"] = o.gamma_logits * hpdm.distill_logits(out.logits, target)
+        if o.gamma_features:
+            losses["features"] = o.gamma_features * feature_distance(out.fused, selected.fused)
+
+        loss = sum(losses.values())
+        scaler.scale(loss).backward()
+        progress.check(loss, losses, names)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if progress.validation_due():
+            results = common.validate(common.predictor(student), val, subsets, run)
+            *missing, full = (r["miou_published"] for r in results)
+            mean = (full + sum(missing)) / len(subsets)
+            progress.validated(mean, meta, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
+
+
+if __name__ == "__main__":
+    sys.exit(common.guarded(main, OPTIONS))

@@ -56,8 +56,6 @@ class Run:
             dist.init_process_group("nccl" if cuda else "gloo")
         self.writer = tensorboard_writer(self.folder) if o.tensorboard and self.rank == 0 else None
         self.signalled = 0
-        for number in EXIT_STATUS:
-            signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self.signalled == signal.SIGINT:
@@ -66,6 +64,8 @@ class Run:
 
     def claim(self, phases: tuple[str, ...]) -> dict | None:
         """Takes the run folder for these phases, or returns the state to continue from. Never overwrites a run."""
+        for number in EXIT_STATUS:  # from here on there is something to save
+            signal.signal(number, self.on_signal)
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
         state = load_last(self.folder) if self.o.resume or restarted else None
         if state and state["script"] != self.script:

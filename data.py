@@ -7,12 +7,9 @@ Then the joint augmentation of training, modality dropping (stage 1), and the co
 Axes: B batch, M modalities, K classes, H W image size. A label of 255 is ignored everywhere.
 """
 import argparse
-import colorsys
 import os
-import struct
 import sys
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,218 +20,28 @@ from PIL import Image
 from torch import Tensor
 
 import scenes
+from export import export
+from layouts import (
+    DATASETS,
+    IGNORED,
+    LAYOUTS,
+    Layout,
+    Picture,
+    label_table,
+    parse_classes,
+    read_classes,
+    read_image,
+    read_label,
+    read_mcubes,
+    read_muses_range,
+)
 
-IGNORED = 255
 SPLITS = ("train", "val", "test")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
 SPARSE = ("event", "lidar", "radar")    # resized by NEAREST: the mean of a point and of nothing is neither
 SYNTHETIC_COUNT = {"train": 2000, "val": 200, "test": 200}
 CACHE_BYTES = 256 * 2**20               # a split of painted scenes that fits is kept in memory once painted
-
-
-# ---- classes and layouts --------------------------------------------------------------------------------------------
-class Layout(NamedTuple):
-    """Where a data set keeps its files: FOLDER/pattern, with a frame's key being the path less folder and ending."""
-    title: str
-    classes: str                            # "name r g b, ..."
-    sensors: dict[str, tuple[str, str]]     # modality -> (folder, ending of the file names)
-    label: tuple[str, str]
-    pattern: str
-    expected: str                           # for people
-    source: str
-
-
-LAYOUTS = {
-    "deliver": Layout(
-        "DELIVER",
-        "Building 70 70 70, Fence 100 40 40, Other 55 90 80, Pedestrian 220 20 60, Pole 153 153 153, "
-        "RoadLine 157 234 50, Road 128 64 128, SideWalk 244 35 232, Vegetation 107 142 35, Cars 0 0 142, "
-        "Wall 102 102 156, TrafficSign 220 220 0, Sky 70 130 180, Ground 81 0 81, Bridge 150 100 100, "
-        "RailTrack 230 150 140, GroundRail 180 165 180, TrafficLight 250 170 30, Static 110 190 160, "
-        "Dynamic 170 120 50, Water 45 60 150, Terrain 145 170 100, TwoWheeler 0 0 230, Bus 0 60 100, Truck 0 0 70",
-        {"rgb": ("img", "_rgb_front.png"), "depth": ("hha", "_depth_front.png"),
-         "event": ("event", "_event_front.png"), "lidar": ("lidar", "_lidar_front.png")},
-        ("semantic", "_semantic_front.png"), "*/{split}/*/*",
-        "{img,depth,hha,event,lidar,semantic}/{cloud,fog,night,rain,sun}/{train,val,test}/MAP_*_point*/*_front.png",
-        "see the DELIVER (CMNeXt) project page"),
-    "muses": Layout(
-        "MUSES",
-        "road 128 64 128, sidewalk 244 35 232, building 70 70 70, wall 102 102 156, fence 190 153 153, "
-        "pole 153 153 153, traffic light 250 170 30, traffic sign 220 220 0, vegetation 107 142 35, "
-        "terrain 152 251 152, sky 70 130 180, person 220 20 60, rider 255 0 0, car 0 0 142, truck 0 0 70, "
-        "bus 0 60 100, train 0 80 100, motorcycle 0 0 230, bicycle 119 11 32",
-        {"rgb": ("frame_camera", "_frame_camera.png"), "event": ("event_camera", "_event_camera.png"),
-         "lidar": ("lidar", "_lidar.png"), "radar": ("radar", "_radar.png")},
-        ("gt_semantic", "_gt_labelTrainIds.png"), "{split}/*/*/*",
-        "{frame_camera,event_camera,lidar,radar,gt_semantic}/{train,val,test}/{clear,fog,rain,snow}/{day,night}/"
-        "REC*_frame_*.png (the projected sensors there or below projected_to_rgb/)",
-        "see the MUSES project page"),
-    "mcubes": Layout(
-        "MCubeS",
-        "asphalt 44 160 44, concrete 31 119 180, metal 255 127 14, road_marking 214 39 40, fabric 140 86 75, "
-        "glass 127 127 127, plaster 188 189 34, plastic 255 152 150, rubber 23 190 207, sand 174 199 232, "
-        "gravel 196 156 148, ceramic 197 176 213, cobblestone 247 182 210, brick 199 199 199, grass 219 219 141, "
-        "wood 158 218 229, leaf 57 59 121, water 107 110 207, human 156 158 222, sky 99 121 57",
-        {"rgb": ("polL_color", ".png"), "aolp": ("polL_aolp_sin", ".npy"), "dolp": ("polL_dolp", ".npy"),
-         "nir": ("NIR_warped", ".png")},
-        ("GT", ".png"), "*",
-        "multimodal_dataset/{polL_color,polL_aolp_sin,polL_aolp_cos,polL_dolp,NIR_warped,NIR_warped_mask,GT}/NAME.* "
-        "and multimodal_dataset/list_folder/{train,val,test}.txt",
-        "see the MCubeSNet project page"),
-    "folder": Layout(
-        "a folder data set", "", {}, ("labels", ".png"), "{split}/**/*",
-        "classes.txt, <modality>/{train,val,test}/**/ID.{png,jpg,npy} and labels/{train,val,test}/**/ID.png",
-        "python data.py --export DIR --layout folder shows one"),
-}
-DATASETS = ("synthetic", *LAYOUTS)
-
-
-def parse_classes(entries: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Entries 'name' or 'name r g b' to the K names and a (K, 3) uint8 palette."""
-    names, palette = [], []
-    for words in filter(None, map(str.split, entries)):
-        coloured = len(words) > 3 and all(word.isdecimal() and int(word) < 256 for word in words[-3:])
-        names.append(" ".join(words[:-3] if coloured else words))
-        hue = 0.618 * len(palette) % 1      # steps of the golden ratio spread any number of hues
-        palette.append([int(word) for word in words[-3:]] if coloured
-                       else [int(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.7, 0.9)])
-    return names, np.array(palette, np.uint8).reshape(-1, 3)
-
-
-def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
-    """A folder data set's classes.txt: the class of label 0 in the first line, and so on."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; write a class a line, 'name' or 'name r g b', in label order")
-    names, palette = parse_classes(path.read_text(encoding="utf-8").splitlines())
-    if not 0 < len(names) < 256:
-        raise ValueError(f"{path} has {len(names)} classes; expected 1 to 255, one a line")
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{path} has the class {name!r} twice; give every class a name of its own")
-    return names, palette
-
-
-def label_table(label_map: dict[int, int] | str, num_classes: int) -> np.ndarray:
-    """Id in a label file -> class or 255, as a (65536,) int16 table where -1 marks ids that must not occur.
-
-    label_map: {id: class} or 'id=class,...' with 255 for ignored, or 'shift:N': class = id + N, ignored when below 0.
-    The id 255 is ignored unless the map says otherwise.
-    """
-    try:
-        if not isinstance(label_map, str):
-            pairs = label_map
-        elif label_map.startswith("shift:"):
-            shift = int(label_map[len("shift:"):])
-            pairs = {id: id + shift if id + shift >= 0 else IGNORED for id in range(255) if id + shift < num_classes}
-        else:
-            pairs = {int(id): int(target) for id, target in (pair.split("=") for pair in label_map.split(","))}
-    except ValueError:
-        raise ValueError(f"label map {label_map!r} is not understood; write id=class,id=class,... or shift:N") from None
-    table = np.full(65536, -1, np.int16)
-    table[IGNORED] = IGNORED
-    for id, target in pairs.items():
-        if not (0 <= id < 65536 and (0 <= target < num_classes or target == IGNORED)):
-            raise ValueError(f"label map entry {id}={target} is out of range; classes are 0..{num_classes - 1} or 255")
-        table[id] = target
-    return table
-
-
-# ---- decoding -------------------------------------------------------------------------------------------------------
-Picture = Image.Image | np.ndarray  # 8 bit: L or RGB; else (H, W, 1 or 3) float32. Pillow resizes its own the fastest.
-
-
-def read_file(path: Path) -> Picture:
-    """The values of a file as stored: 8-bit .png and .jpg an L, P or RGB image, others an (H, W) or (H, W, C) array.
-
-    A missing or damaged file is a FileNotFoundError or ValueError of one sentence that names it.
-    """
-    if not path.is_file():
-        for raw in (path.with_suffix(".h5"), path.with_suffix(".bin")):
-            if raw.is_file():
-                raise FileNotFoundError(f"{raw} is raw sensor data; project it onto the camera with the MUSES SDK "
-                                        f"and put the images it writes at {path}, or below projected_to_rgb/")
-        raise FileNotFoundError(f"{path} is missing, though its frame has other files; restore it, choose --modalities "
-                                f"without it, or let --skip-broken leave the frame out")
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return archive[archive.files[0]]
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            mode, tile = image.mode, image.tile[0]
-            if mode.startswith("I"):        # 16-bit grey
-                return np.asarray(image).astype(np.uint16)
-            if not str(tile[3]).endswith(";16B"):
-                image.load()
-                return image if mode in ("L", "P", "RGB") else image.convert("RGB")
-            high = np.asarray(image)
-        # Of 16-bit colour, Pillow keeps the high bytes. Told that the file is little-endian, it yields the low ones.
-        with Image.open(path, formats=("PNG",)) as image:
-            image.tile = [(*tile[:3], tile[3].replace("16B", "16L"))]
-            return (high.astype(np.uint16) << 8 | np.asarray(image))[..., :3]
-    except Exception as error:              # a decoder may raise anything on a damaged file
-        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
-
-
-def read_image(path: Path) -> Picture:
-    """A sensor's file: 8 bit as stored, 16 bit as float32 in 0..1, floats (.npy, .npz) as they are."""
-    image = read_file(path)
-    if isinstance(image, Image.Image):
-        return image.convert("RGB") if image.mode == "P" else image
-    image = image[..., None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[2] not in (1, 3) or not (image.dtype.kind == "f" or image.dtype in ("u1", "u2")):
-        raise ValueError(f"{path} holds {image.dtype} of shape {image.shape}; expected (H, W), (H, W, 1) or (H, W, 3) "
-                         f"of uint8, uint16 or float")
-    if image.dtype == np.uint8:
-        return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    if image.dtype == np.uint16:
-        return image.astype(np.float32) / 65535
-    if not np.isfinite(image).all():
-        raise ValueError(f"{path} has NaN or infinite values; replace them, for example by 0")
-    return image.astype(np.float32)
-
-
-def read_float(path: Path) -> np.ndarray:
-    """A sensor's file as (H, W, 1 or 3) float32, 8 and 16 bit in 0..1."""
-    image = read_image(path)
-    return image if isinstance(image, np.ndarray) else np.atleast_3d(np.asarray(image)) / np.float32(255)
-
-
-def read_muses_range(path: Path) -> np.ndarray:
-    """MUSES lidar or radar: v / 100, so about 0..1 for metres. A PNG holds (v + 100) * 150, an .npz v; empty is 0."""
-    if path.suffix == ".npz":
-        return read_float(path) / 100
-    stored = read_file(path)
-    if isinstance(stored, Image.Image):
-        raise ValueError(f"{path} has 8 bits; MUSES lidar and radar are 16-bit PNG files; write them with the SDK")
-    return (np.atleast_3d(stored).astype(np.float32) - 15000) / 15000
-
-
-def read_mcubes(path: Path) -> np.ndarray:
-    """A MCubeS sensor without the left 192 columns, as is the custom; AoLP as sin, cos, sin; NIR 0 outside its mask."""
-    image, root = read_float(path), path.parent.parent
-    if path.parent.name == "polL_aolp_sin":
-        image = np.dstack([image, read_float(root / "polL_aolp_cos" / path.name), image])
-    mask = root / "NIR_warped_mask" / path.name
-    if path.parent.name == "NIR_warped" and mask.is_file():
-        image = image * (read_float(mask)[..., :1] > 0)
-    return image[:, 192:]
-
-
-def read_label(path: Path, table: np.ndarray, red: bool) -> np.ndarray:
-    """A label file as (H, W) uint8 classes by `label_table`; `red`: the ids are in a colour image's red channel."""
-    ids = read_file(path)
-    ids = np.asarray(ids.getchannel(0) if red and isinstance(ids, Image.Image) else ids)
-    if ids.ndim != 2 or ids.dtype.kind != "u":
-        raise ValueError(f"{path} is no label map; expected class ids of 8 or 16 bit in one channel")
-    label = table.take(ids)                 # (H, W), in int16: no id can wrap around
-    if label.min() < 0:
-        known = np.flatnonzero(table >= 0)
-        raise ValueError(f"{path} holds the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2]} and "
-                         f"{known[-1]}; correct the file, classes.txt or --label-map")
-    return label.astype(np.uint8)
 
 
 # ---- the frames of a split ------------------------------------------------------------------------------------------
@@ -558,100 +365,6 @@ def sensor_noise(images: Tensor, level: str, names: list[str], modalities: list[
             if modality != "event":
                 image += deviation * torch.from_numpy(rng.standard_normal(image.shape, np.float32)).to(image.device)
     return images
-
-
-# ---- painted scenes as another data set's files ---------------------------------------------------------------------
-# What each of scenes.CLASSES, in that order, is called there. Parked and moving cars are the same to all three.
-EXPORT_CLASSES = {
-    "deliver": "Sky,Building,Vegetation,Road,RoadLine,SideWalk,Pole,TrafficSign,Static,Cars,Cars,Pedestrian",
-    "muses": "sky,building,vegetation,road,road,sidewalk,pole,traffic sign,wall,car,car,person",
-    "mcubes": "sky,brick,leaf,asphalt,road_marking,concrete,metal,plastic,wood,metal,metal,human",
-}
-MUSES_WEATHER = {"cloud": "snow/day", "fog": "fog/day", "night": "clear/night", "rain": "rain/day", "sun": "clear/day"}
-
-
-def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """A painted scene as the files of a data set, path -> uint8 or uint16 for PNG and float32 for .npy.
-
-    MUSES' radar is every fourth column of the lidar. MCubeS gets 192 empty columns on the left, and depth, events and
-    lidar stand in for its AoLP, DoLP and near infrared.
-    """
-    rgb, depth, event, lidar = (scene[modality] for modality in ("rgb", "depth", "event", "lidar"))
-    label, condition, case = ids[scene["label"]].astype(np.uint8), scene["condition"], scene["case"]
-    if layout == "deliver":
-        key = f"{condition}/{split}/MAP_1_point{index % 3 + 1}{'' if case == 'none' else '_' + case}/{index:06d}"
-        event = event[::2, ::2] if case == "eventlowres" else event
-        red = np.dstack([label + 1, 0 * label, 0 * label])
-        return {f"img/{key}_rgb_front.png": rgb, f"hha/{key}_depth_front.png": depth,
-                f"depth/{key}_depth_front.png": depth[..., 0], f"event/{key}_event_front.png": event,
-                f"lidar/{key}_lidar_front.png": lidar, f"semantic/{key}_semantic_front.png": red}
-    if layout == "muses":
-        key = f"{split}/{MUSES_WEATHER[condition]}/REC{index % 3:04d}_frame_{index:06d}"
-        lidar = 15000 + 60 * lidar.astype(np.uint16)    # 0..255 as 0..102 metres
-        radar = np.where(np.arange(lidar.shape[1])[:, None] % 4, 15000, lidar).astype(np.uint16)
-        files = {f"frame_camera/{key}_frame_camera.png": rgb, f"event_camera/{key}_event_camera.png": event,
-                 f"lidar/{key}_lidar.png": lidar, f"radar/{key}_radar.png": radar,
-                 f"gt_semantic/{key}_gt_labelTrainIds.png": label}
-        return files if split != "test" else dict(list(files.items())[:-1])
-    if layout == "mcubes":
-        key, angle = f"scene{index % 3}_{split}_{index:06d}", depth[..., 0] * np.float32(np.pi / 255)
-        files = {f"polL_color/{key}.png": rgb.astype(np.uint16) * 257, f"polL_aolp_sin/{key}.npy": np.sin(angle),
-                 f"polL_aolp_cos/{key}.npy": np.cos(angle), f"polL_dolp/{key}.npy": event[..., 0] / np.float32(255),
-                 f"NIR_warped/{key}.png": lidar[..., 2].astype(np.uint16) * 257, f"GT/{key}.png": label,
-                 f"NIR_warped_mask/{key}.png": np.full_like(label, 255), f"SS/{key}.png": label}
-        return {f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][:array.ndim])
-                for path, array in files.items()}
-    key = f"{split}/{condition}/{case}/{index:06d}"
-    return {f"rgb/{key}.png": rgb, f"depth/{key}.png": depth[..., 0].astype(np.uint16) * 257, f"event/{key}.png": event,
-            f"lidar/{key}.npy": lidar / np.float32(255), f"labels/{key}.png": label}
-
-
-def export(out: Path, layout: str, count: int, size: int, seed: int) -> None:
-    """Write `count` scenes of height `size` (MUSES 16:9, else square): half train, a quarter each val and test.
-
-    Weather conditions and sensor failures take turns, so that six frames of a split show all of them.
-    """
-    if count < 4:
-        raise ValueError(f"--count {count} leaves a split empty; use 4 or more")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose a new folder")
-    ids = np.arange(len(scenes.CLASSES))
-    if layout != "folder":
-        names = parse_classes(LAYOUTS[layout].classes.split(","))[0]
-        ids = np.array([names.index(name) for name in EXPORT_CLASSES[layout].split(",")])
-    for split, number in (("train", count - count // 4 * 2), ("val", count // 4), ("test", count // 4)):
-        keys = []
-        for i in range(number):
-            condition, case = scenes.CONDITIONS[i % 5], ("none", *scenes.CASES)[i % 6]
-            shape = (size, size * 16 // 9 if layout == "muses" else size)
-            files = scene_files(layout, split, i, scenes.paint(seed, split, i, shape, condition, case), ids)
-            keys.append(Path(next(iter(files))).stem)
-            for path, array in files.items():
-                write_file(out / path, array)
-        if layout == "mcubes":
-            write_file(out / f"multimodal_dataset/list_folder/{split}.txt", "\n".join(keys) + "\n")
-    if layout == "folder":
-        write_file(out / "classes.txt", "".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in scenes.CLASSES))
-
-
-def write_file(path: Path, content: np.ndarray | str) -> None:
-    """Text, .npy, or PNG of 8 or 16 bit; Pillow writes no 16-bit colour, so those chunks are put together here."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    elif path.suffix == ".npy":
-        np.save(path, content)
-    elif content.dtype == np.uint8:
-        Image.fromarray(content).save(path)
-    else:
-        height, width = content.shape[:2]
-        rows = content.astype(">u2").reshape(height, -1).view(np.uint8)     # (H, 2 W C)
-        rows = np.pad(rows, ((0, 0), (1, 0)))                               # a row begins with its filter: none
-        header = struct.pack(">IIBBBBB", width, height, 16, 2 if content.ndim == 3 else 0, 0, 0, 0)
-        chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-            for kind, data in chunks))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

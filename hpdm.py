@@ -93,7 +93,7 @@ def ohem_cross_entropy(
     # find the largest bound that leaves enough pixels. Nothing is copied to the host.
     bits = ce.detach().abs().view(torch.int32).masked_fill(~valid, -1)
     enough = (total(valid.sum()) * min_share).ceil()
-    high = torch.tensor(-math.log(threshold), device=ce.device).view(torch.int32)
+    high = torch.tensor(abs(math.log(threshold)), device=ce.device).view(torch.int32)  # abs: -log(1) is -0.0
     low = torch.where(total((bits >= high).sum()) >= enough, high, 0)  # the threshold alone may leave enough
     for _ in range(31):
         middle = low + (high - low) // 2

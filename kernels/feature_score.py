@@ -18,10 +18,10 @@ small beside that. Fused away: the depth-wise convolution's (B, C, H, W) output,
 stacked copies of the sources: about 8 S N in plain PyTorch.
 
 A program owns a tile of pixels with a halo of one, for all channels. Nine shifted reads of the features would ask nine
-times the bandwidth of the L1 cache; instead a pixel's nine products sum_c w[c,t] f[c,p] come from one read, as a
-product of matrices (16 x C) times (C x pixels) on tensor cores in three TF32 parts, and what is shifted is their
-sum over the channels: nine numbers a pixel. The backward pass likewise shifts dz, one number a pixel. The second
-look at the features of the tile, now that the scores are known, finds them in the cache.
+times the bandwidth of the L1 cache; instead a pixel's nine products sum_c w[c,t] f[c,p] come from one read, and what
+is shifted is these sums: nine numbers a pixel, not nine times C. The backward pass likewise shifts dz, one number a
+pixel. The weight's gradient is a product (C x pixels) times (pixels x 9), on tensor cores in three TF32 parts. The
+second look at a tile's features, once its scores are known, finds them in the cache.
 
 Nothing is saved for the backward pass but the inputs and the scores. Sums over tiles are added in a fixed order, so
 that the result is the same every time (no atomics).
@@ -49,13 +49,10 @@ def tile_pixels(H, W, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
-def shifted(values, SIGN: tl.constexpr, TILE_W: tl.constexpr):
-    """values (16, pixels) -> row t moved by tap t: out[t, p] = values[t, p + SIGN * o_t]; right for own pixels."""
-    offs_p = tl.arange(0, values.shape[1])
-    tap = tl.arange(0, 16)
-    move = SIGN * ((tap // 3 - 1) * TILE_W + tap % 3 - 1)
-    origin = offs_p[None, :] + move[:, None]
-    origin = tl.minimum(tl.maximum(origin, 0), values.shape[1] - 1)  # of the halo, whose values nobody uses
+def shifted(values, tap, SIGN: tl.constexpr, TILE_W: tl.constexpr):
+    """values (rows, pixels) of a tile, row r moved by tap[r]: out[r, p] = values[r, p + SIGN * o_t]; for own pixels."""
+    origin = tl.arange(0, values.shape[1])[None, :] + SIGN * ((tap // 3 - 1) * TILE_W + tap % 3 - 1)[:, None]
+    origin = tl.minimum(tl.maximum(origin, 0), values.shape[1] - 1)  # out of the tile only for the halo's pixels
     return tl.gather(values, origin, axis=1)
 
 
@@ -117,18 +114,23 @@ def select_kernel(
     b = tl.program_id(2).to(tl.int64)
     y, x, inside, own = tile_pixels(H, W, TILE_H, TILE_W)
     offs_p = y * x_stride_y + x * x_stride_x
-    tap = tl.arange(0, 16)
 
     scores = ()
     for j in tl.static_range(S):
-        acc_taps = tl.zeros((16, TILE_H * TILE_W), tl.float32)
+        sums = ()  # over the channels, one for each tap
+        for _ in tl.static_range(9):
+            sums = sums + (tl.zeros((TILE_H * TILE_W,), tl.float32),)
         for c in range(0, C, BLOCK_C):
             offs_c = c + tl.arange(0, BLOCK_C)
             x_tile = load_features(x_ptrs[j] + b * x_stride_b, offs_c, offs_p, inside, C, x_stride_c)
-            mask_w = (tap < 9)[:, None] & (offs_c < C)[None, :]
-            w_tile = tl.load(weight_ptr + (j * C + offs_c)[None, :] * 9 + tap[:, None], mask=mask_w, other=0)
-            acc_taps = tl.dot(w_tile, x_tile, acc_taps, input_precision="tf32x3")
-        z = tl.sum(shifted(acc_taps, 1, TILE_W), axis=0)
+            grown = ()
+            for t in tl.static_range(9):
+                w = tl.load(weight_ptr + (j * C + offs_c) * 9 + t, mask=offs_c < C, other=0)
+                grown = grown + (sums[t] + tl.sum(w[:, None] * x_tile, axis=0),)
+            sums = grown
+        z = tl.zeros((TILE_H * TILE_W,), tl.float32)
+        for t in tl.static_range(9):
+            z += tl.sum(shifted(sums[t][None, :], tl.full((1,), t, tl.int32), 1, TILE_W), axis=0)
         z += tl.load(bias_ptr + b * bias_stride_b + j * bias_stride_s)
         score = 1 / (1 + tl.exp(-z))
         tl.store(scores_ptr + (j * B + b) * H * W + y * W + x, score, mask=own)
@@ -165,25 +167,24 @@ def select_kernel(
 
 
 @triton.jit
-def score_backward_kernel(
+def weight_backward_kernel(
     x_ptrs,  # S x (B, C, H, W), all with the strides below; read
-    weight_ptr,  # (S, C, 9) float32, contiguous; read
     scores_ptr,  # (S, B, H, W) float32, contiguous; read
     grad_ptr,  # (B, C, H, W) gradient of the relaxed selection, or None; read
     grad_scores_ptr,  # (S, B, H, W) float32, contiguous: gradient of the scores where grad_ptr is None; read
-    grad_x_ptrs,  # S x (B, C, H, W), all with the strides out_*, or None; written
-    grad_weight_ptr,  # (B, tiles, S, C, 9) float32, contiguous: each tile's part, or None; written
+    dz_ptr,  # (S, B, H, W) float32, contiguous; written
+    grad_weight_ptr,  # (B, tiles, S, C, 9) float32, contiguous: each tile's part; written
     grad_bias_ptr,  # (B, tiles, S) float32, contiguous: each tile's part; written
-    B, C, H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x, grad_stride_b, grad_stride_c, grad_stride_y,
-    grad_stride_x, out_stride_b, out_stride_c, out_stride_y, out_stride_x, temperature,
+    B, C, H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x,
+    grad_stride_b, grad_stride_c, grad_stride_y, grad_stride_x, temperature,
     S: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """dz of a tile and its halo, and from that the tile's part of the gradients of weight and bias."""
     PIXELS: tl.constexpr = TILE_H * TILE_W
     b = tl.program_id(2).to(tl.int64)
     y, x, inside, own = tile_pixels(H, W, TILE_H, TILE_W)
     offs_p = y * x_stride_y + x * x_stride_x
     offs_g = y * grad_stride_y + x * grad_stride_x
-    tap = tl.arange(0, 16)
     tiles = tl.num_programs(0) * tl.num_programs(1)
     tile = b * tiles + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
 
@@ -196,7 +197,7 @@ def score_backward_kernel(
             grad_scores = grad_scores + (tl.load(grad_scores_ptr + offs_s, mask=inside, other=0),)
         else:
             grad_scores = grad_scores + (tl.zeros((PIXELS,), tl.float32),)
-    if grad_ptr is not None:  # the scores' gradients of the whole tile, for its own pixels see their neighbours'
+    if grad_ptr is not None:
         for c in range(0, C, BLOCK_C):
             offs_c = c + tl.arange(0, BLOCK_C)
             g_tile = load_features(grad_ptr + b * grad_stride_b, offs_c, offs_g, inside, C, grad_stride_c)
@@ -206,89 +207,98 @@ def score_backward_kernel(
             weights, selected = relax(x_tiles, scores, temperature, S)
             grown = ()
             for j in tl.static_range(S):
-                candidate_grad = weights[j] * (x_tiles[j] - selected) * g_tile / temperature
-                grown = grown + (grad_scores[j] + tl.sum(candidate_grad * x_tiles[j], axis=0),)
+                grad_candidate = weights[j] * (x_tiles[j] - selected) * g_tile / temperature
+                grown = grown + (grad_scores[j] + tl.sum(grad_candidate * x_tiles[j], axis=0),)
             grad_scores = grown
 
+    tap = tl.arange(0, 16)
     for j in tl.static_range(S):
         dz = grad_scores[j] * scores[j] * (1 - scores[j])  # 0 outside the image
+        tl.store(dz_ptr + (j * B + b) * H * W + y * W + x, dz, mask=own)
         tl.store(grad_bias_ptr + tile * S + j, tl.sum(tl.where(own, dz, 0.0), axis=0))
-        dz_taps = shifted(tl.broadcast_to(dz[None, :], (16, PIXELS)), -1, TILE_W)  # dz_j[p - o_t]
+        # (C x pixels) times (pixels x 16), in GROUPS of pixels so that every warp has a product of its own.
+        dz_taps = shifted(tl.broadcast_to(dz[None, :], (16, PIXELS)), tap, -1, TILE_W)  # dz_j[p - o_t]
+        dz_groups = tl.permute(tl.reshape(dz_taps, (16, GROUPS, PIXELS // GROUPS)), (1, 2, 0))
         for c in range(0, C, BLOCK_C):
             offs_c = c + tl.arange(0, BLOCK_C)
-            if grad_weight_ptr is not None:
-                # (C x pixels) times (pixels x 16), in GROUPS of pixels so that every warp has its own product.
-                x_tile = load_features(x_ptrs[j] + b * x_stride_b, offs_c, offs_p, own, C, x_stride_c)
-                x_groups = tl.permute(tl.reshape(x_tile, (BLOCK_C, GROUPS, PIXELS // GROUPS)), (1, 0, 2))
-                dz_groups = tl.permute(tl.reshape(dz_taps, (16, GROUPS, PIXELS // GROUPS)), (1, 2, 0))
-                grad_w = tl.sum(tl.dot(x_groups, dz_groups, input_precision="tf32x3"), axis=0)  # (BLOCK_C, 16)
-                offs_w = ((tile * S + j) * C + offs_c)[:, None] * 9 + tap[None, :]
-                tl.store(grad_weight_ptr + offs_w, grad_w, mask=(offs_c < C)[:, None] & (tap < 9)[None, :])
-            if grad_x_ptrs is not None:
-                mask_w = (offs_c < C)[:, None] & (tap < 9)[None, :]
-                w_tile = tl.load(weight_ptr + (j * C + offs_c)[:, None] * 9 + tap[None, :], mask=mask_w, other=0)
-                grad_x = tl.dot(w_tile, dz_taps, input_precision="tf32x3")  # (BLOCK_C, pixels)
-                if grad_ptr is not None:
-                    g_tile = load_features(grad_ptr + b * grad_stride_b, offs_c, offs_g, own, C, grad_stride_c)
-                    x_tiles = ()
-                    for i in tl.static_range(S):
-                        x_ptr = x_ptrs[i] + b * x_stride_b
-                        x_tiles = x_tiles + (load_features(x_ptr, offs_c, offs_p, own, C, x_stride_c),)
-                    weights, selected = relax(x_tiles, scores, temperature, S)
-                    candidate_grad = weights[j] * (x_tiles[j] - selected) * g_tile / temperature
-                    grad_x += weights[j] * g_tile + (1 + scores[j])[None, :] * candidate_grad
-                out_ptrs = grad_x_ptrs[j] + b * out_stride_b + offs_c.to(tl.int64)[:, None] * out_stride_c
-                mask = (offs_c < C)[:, None] & own[None, :]
-                tl.store(out_ptrs + (y * out_stride_y + x * out_stride_x)[None, :], grad_x, mask=mask)
+            x_tile = load_features(x_ptrs[j] + b * x_stride_b, offs_c, offs_p, own, C, x_stride_c)
+            x_groups = tl.permute(tl.reshape(x_tile, (BLOCK_C, GROUPS, PIXELS // GROUPS)), (1, 0, 2))
+            grad_w = tl.sum(tl.dot(x_groups, dz_groups, input_precision="tf32x3"), axis=0)  # (BLOCK_C, 16)
+            offs_w = ((tile * S + j) * C + offs_c)[:, None] * 9 + tap[None, :]
+            tl.store(grad_weight_ptr + offs_w, grad_w, mask=(offs_c < C)[:, None] & (tap < 9)[None, :])
 
 
 @triton.jit
-def hard_backward_kernel(
-    x_ptrs,  # S x (B, C, H, W), all with the strides below; read
-    scores_ptr,  # (S, B, H, W) float32, contiguous; read
-    grad_ptr,  # (B, C, H, W) gradient of the selection; read
-    grad_x_ptrs,  # S x (B, C, H, W), all with the strides out_*: grad where the source was chosen, else 0; written
-    B, C, H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x, grad_stride_b, grad_stride_c, grad_stride_y,
-    grad_stride_x, out_stride_b, out_stride_c, out_stride_y, out_stride_x,
-    S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+def features_backward_kernel(
+    x_ptrs,  # S x (B, C, H, W), all with the strides below; read with grad_ptr
+    weight_ptr,  # (S, C, 9) float32, contiguous; read with dz_ptr
+    scores_ptr,  # (S, B, H, W) float32, contiguous; read with grad_ptr
+    dz_ptr,  # (S, B, H, W) float32, contiguous, or None under the hard rule; read
+    grad_ptr,  # (B, C, H, W) gradient of the selection, or None for the scores alone; read
+    grad_x_ptrs,  # S x (B, C, H, W), all with the strides out_*; written
+    B, C, H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x,
+    grad_stride_b, grad_stride_c, grad_stride_y, grad_stride_x,
+    out_stride_b, out_stride_c, out_stride_y, out_stride_x, temperature,
+    S: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """Repeats the choice from the saved scores, which costs less than to save it: no neighbours are involved."""
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    b = tl.program_id(2).to(tl.int64)
-    y = offs_p // W
-    x = offs_p % W
-    mask_p = offs_p < H * W
+    """Gradient of the features: through the selection, element by element, and through the scores, from dz.
+
+    The hard rule's choice is repeated from the saved scores; to save it would cost more.
+    """
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    b = (tl.program_id(2) // channel_blocks).to(tl.int64)
+    offs_c = tl.program_id(2) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_t = tl.arange(0, TILE_H * TILE_W)
+    y = tl.program_id(1) * TILE_H + offs_t // TILE_W
+    x = tl.program_id(0) * TILE_W + offs_t % TILE_W
+    inside = (y < H) & (x < W)
+    mask = (offs_c < C)[:, None] & inside[None, :]
+
     scores = ()
     x_tiles = ()
+    if grad_ptr is not None:
+        offs_g = y * grad_stride_y + x * grad_stride_x
+        g_tile = load_features(grad_ptr + b * grad_stride_b, offs_c, offs_g, inside, C, grad_stride_c)
+        offs_p = y * x_stride_y + x * x_stride_x
+        for j in tl.static_range(S):
+            offs_s = (j * B + b) * H * W + y * W + x
+            scores = scores + (tl.load(scores_ptr + offs_s, mask=inside, other=0),)
+            x_tiles = x_tiles + (load_features(x_ptrs[j] + b * x_stride_b, offs_c, offs_p, inside, C, x_stride_c),)
+        if dz_ptr is None:
+            index, _ = choose(x_tiles, scores, S)
+        else:
+            weights, selected = relax(x_tiles, scores, temperature, S)
     for j in tl.static_range(S):
-        scores = scores + (tl.load(scores_ptr + (j * B + b) * H * W + offs_p, mask=mask_p, other=0),)
-        x_ptr = x_ptrs[j] + b * x_stride_b
-        x_tiles = x_tiles + (load_features(x_ptr, offs_c, y * x_stride_y + x * x_stride_x, mask_p, C, x_stride_c),)
-    index, _ = choose(x_tiles, scores, S)
-    g_ptr = grad_ptr + b * grad_stride_b
-    g_tile = load_features(g_ptr, offs_c, y * grad_stride_y + x * grad_stride_x, mask_p, C, grad_stride_c)
-    mask = (offs_c < C)[:, None] & mask_p[None, :]
-    for j in tl.static_range(S):
+        if dz_ptr is None:
+            grad_x = tl.where(index == j, g_tile, 0.0)
+        else:
+            grad_x = tl.zeros((BLOCK_C, TILE_H * TILE_W), tl.float32)
+            for t in tl.static_range(9):
+                y_t = y - (t // 3 - 1)
+                x_t = x - (t % 3 - 1)
+                mask_t = (y_t >= 0) & (y_t < H) & (x_t >= 0) & (x_t < W)
+                dz = tl.load(dz_ptr + (j * B + b) * H * W + y_t * W + x_t, mask=mask_t, other=0)
+                w = tl.load(weight_ptr + (j * C + offs_c) * 9 + t, mask=offs_c < C, other=0)
+                grad_x += w[:, None] * dz[None, :]
+            if grad_ptr is not None:
+                grad_candidate = weights[j] * (x_tiles[j] - selected) * g_tile / temperature
+                grad_x += weights[j] * g_tile + (1 + scores[j])[None, :] * grad_candidate
         out_ptrs = grad_x_ptrs[j] + b * out_stride_b + offs_c.to(tl.int64)[:, None] * out_stride_c
-        tl.store(out_ptrs + (y * out_stride_y + x * out_stride_x)[None, :], tl.where(index == j, g_tile, 0.0), mask=mask)
+        tl.store(out_ptrs + (y * out_stride_y + x * out_stride_x)[None, :], grad_x, mask=mask)
 
 
 # -------------------------------------------------------------------------------------------------- launchers
 
 
-def tile_blocks(sources: int) -> dict:
-    """Tile of the stencil kernels, halo included. The tiles of all sources are held at once: more, smaller."""
-    return {"BLOCK_C": 16, "TILE_H": 16 if sources <= 2 else 8, "TILE_W": 32, "num_warps": 8, "num_stages": 2}
+def select_blocks(sources: int) -> dict:
+    """Tile of select_kernel, halo included. The tiles of all sources are held at once: the more, the smaller."""
+    if sources <= 2:
+        return {"BLOCK_C": 8, "TILE_H": 16, "TILE_W": 32, "num_warps": 4}
+    return {"BLOCK_C": 8, "TILE_H": 8, "TILE_W": 32, "num_warps": 8}
 
 
-HARD_BLOCKS = {"BLOCK_C": 8, "BLOCK_P": 256, "num_warps": 8}
-GROUPS = 8  # parts of a tile's pixels that the weight's gradient is summed over, one for each warp
-
-
-def _tile_grid(features: list[Tensor], blocks: dict) -> tuple[int, int, int]:
-    B, _, H, W = features[0].shape
-    return triton.cdiv(W, blocks["TILE_W"] - 2), triton.cdiv(H, blocks["TILE_H"] - 2), B
+WEIGHT_BLOCKS = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "GROUPS": 8, "num_warps": 8, "num_stages": 2}
+FEATURES_BLOCKS = {"BLOCK_C": 8, "TILE_H": 4, "TILE_W": 64, "num_warps": 8}  # no halo
 
 
 def launch_select(
@@ -297,8 +307,8 @@ def launch_select(
     """S x (B, C, H, W), weight (S, C, 3, 3), bias (B, S) -> scores (S, B, H, W), selected (B, C, H, W), share (S,)."""
     S, first = len(features), features[0]
     B, C, H, W = first.shape
-    blocks = tile_blocks(S)
-    grid = _tile_grid(features, blocks)
+    blocks = select_blocks(S)
+    grid = triton.cdiv(W, blocks["TILE_W"] - 2), triton.cdiv(H, blocks["TILE_H"] - 2), B
     scores = torch.empty((S, B, H, W), device=first.device, dtype=torch.float32)
     selected = shares = None
     if not scores_only:
@@ -312,48 +322,45 @@ def launch_select(
     return scores, selected, None if shares is None else shares.sum(0)
 
 
-def launch_score_backward(
-    features: list[Tensor],
-    weight: Tensor,
-    scores: Tensor,
-    grad: Tensor | None,
-    grad_scores: Tensor | None,
-    temperature: float,
-    need_features: bool,
-    need_weight: bool,
-) -> tuple[list[Tensor] | None, Tensor | None, Tensor]:
-    """Gradients of features S x (B, C, H, W) and weight (S, C, 3, 3), where needed, and of bias (B, S).
+def launch_weight_backward(
+    features: list[Tensor], scores: Tensor, grad: Tensor | None, grad_scores: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz (S, B, H, W), and the gradients of weight (S, C, 3, 3) and bias (B, S).
 
     grad (B, C, H, W) is the relaxed selection's gradient; without it grad_scores (S, B, H, W) is the scores'.
     """
     S, first = len(features), features[0]
     B, C, H, W = first.shape
-    blocks = tile_blocks(S)
-    grid = _tile_grid(features, blocks)
-    parts = B, grid[0] * grid[1], S
-    grad_bias = torch.empty(parts, device=first.device, dtype=torch.float32)
-    grad_x = [torch.empty_like(first) for _ in features] if need_features else None
-    grad_weight = torch.empty((*parts, C, 9), device=first.device, dtype=torch.float32) if need_weight else None
-    score_backward_kernel[grid](
-        tuple(features), weight, scores, grad, grad_scores,
-        tuple(grad_x) if need_features else None, grad_weight, grad_bias, B, C, H, W,
-        *first.stride(), *(first if grad is None else grad).stride(), *(grad_x or features)[0].stride(),
-        temperature, S=S, GROUPS=GROUPS, **blocks,
+    blocks = WEIGHT_BLOCKS
+    grid = triton.cdiv(W, blocks["TILE_W"] - 2), triton.cdiv(H, blocks["TILE_H"] - 2), B
+    dz = torch.empty((S, B, H, W), device=first.device, dtype=torch.float32)
+    grad_weight = torch.empty((B * grid[0] * grid[1], S, C, 9), device=first.device, dtype=torch.float32)
+    grad_bias = torch.empty((B, grid[0] * grid[1], S), device=first.device, dtype=torch.float32)
+    weight_backward_kernel[grid](
+        tuple(features), scores, grad, grad_scores, dz, grad_weight, grad_bias, B, C, H, W,
+        *first.stride(), *(first if grad is None else grad).stride(), temperature, S=S, **blocks,
     )  # fmt: skip
-    if need_weight:
-        grad_weight = grad_weight.sum((0, 1)).unflatten(2, (3, 3))  # (S, C, 3, 3)
-    return grad_x, grad_weight, grad_bias.sum(1)
+    return dz, grad_weight.sum(0).unflatten(2, (3, 3)), grad_bias.sum(1)
 
 
-def launch_hard_backward(features: list[Tensor], scores: Tensor, grad: Tensor) -> list[Tensor]:
-    """The gradient (B, C, H, W) handed to the source that each element was taken from: S x (B, C, H, W)."""
+def launch_features_backward(
+    features: list[Tensor],
+    weight: Tensor,
+    scores: Tensor,
+    dz: Tensor | None,
+    grad: Tensor | None,
+    temperature: float | None,
+) -> list[Tensor]:
+    """The gradients of the features, S x (B, C, H, W): through the scores from dz, through the selection from grad."""
     first = features[0]
     B, C, H, W = first.shape
     grad_x = [torch.empty_like(first) for _ in features]
-    grid = (triton.cdiv(H * W, HARD_BLOCKS["BLOCK_P"]), triton.cdiv(C, HARD_BLOCKS["BLOCK_C"]), B)
-    hard_backward_kernel[grid](
-        tuple(features), scores, grad, tuple(grad_x), B, C, H, W,
-        *first.stride(), *grad.stride(), *grad_x[0].stride(), S=len(features), **HARD_BLOCKS,
+    blocks = FEATURES_BLOCKS
+    grid = triton.cdiv(W, blocks["TILE_W"]), triton.cdiv(H, blocks["TILE_H"]), B * triton.cdiv(C, blocks["BLOCK_C"])
+    features_backward_kernel[grid](
+        tuple(features), weight, scores, dz, grad, tuple(grad_x), B, C, H, W,
+        *first.stride(), *(first if grad is None else grad).stride(), *grad_x[0].stride(),
+        temperature or 1.0, S=len(features), **blocks,
     )  # fmt: skip
     return grad_x
 
@@ -371,10 +378,11 @@ class FeatureScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_scores):
         weight, scores, *features = ctx.saved_tensors
-        need = any(ctx.needs_input_grad[2:]), ctx.needs_input_grad[0]
-        gradients = launch_score_backward(features, weight, scores, None, grad_scores.contiguous(), 1.0, *need)
-        grad_x, grad_weight, grad_bias = gradients
-        return grad_weight, grad_bias, *(grad_x or [None] * len(features))
+        dz, *grads = launch_weight_backward(features, scores, None, grad_scores.contiguous(), 1.0)
+        grad_x = [None] * len(features)
+        if any(ctx.needs_input_grad[2:]):
+            grad_x = launch_features_backward(features, weight, scores, dz, None, None)
+        return *grads, *grad_x
 
 
 class FeatureScoreSelect(torch.autograd.Function):
@@ -389,15 +397,13 @@ class FeatureScoreSelect(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         weight, scores, *features = ctx.saved_tensors
-        need_features, need_weight = any(ctx.needs_input_grad[3:]), ctx.needs_input_grad[0]
-        if ctx.temperature is None:
-            grad_x = launch_hard_backward(features, scores, grad) if need_features else [None] * len(features)
-            return None, None, None, *grad_x
-        gradients = launch_score_backward(
-            features, weight, scores, grad, None, ctx.temperature, need_features, need_weight
-        )
-        grad_x, grad_weight, grad_bias = gradients
-        return grad_weight, grad_bias, None, *(grad_x or [None] * len(features))
+        dz, grads = None, (None, None)
+        if ctx.temperature is not None:  # the hard rule has no gradient for weight and bias
+            dz, *grads = launch_weight_backward(features, scores, grad, None, ctx.temperature)
+        grad_x = [None] * len(features)
+        if any(ctx.needs_input_grad[3:]):
+            grad_x = launch_features_backward(features, weight, scores, dz, grad, ctx.temperature)
+        return *grads, None, *grad_x
 
 
 # ----------------------------------------------------------------------------------------------- public calls

@@ -1,0 +1,35 @@
+# make test     the test suite          make demo     both stages, evaluation and a picture, on the CPU
+# Each sets itself up: a virtual environment in .venv with the packages of requirements.txt.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+RUN = .venv/bin/python
+
+.PHONY: test demo bench reproduce lint clean
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
+	touch $@
+
+test: .venv/installed
+	$(RUN) -m pytest
+
+demo: .venv/installed
+	rm -rf runs/demo
+	$(RUN) train_stage1.py --out runs/demo --limit 1000 --epochs 30 --distill-epochs 16
+	$(RUN) train_stage2.py --stage1 runs/demo --fsm-epochs 2 --student-epochs 12
+	$(RUN) evaluate.py runs/demo --json runs/demo/results.json --markdown runs/demo/results.md
+	$(RUN) predict.py runs/demo --data synthetic --count 4 --panel runs/demo/panel.png
+
+bench: .venv/installed
+	$(RUN) bench.py
+
+reproduce: .venv/installed
+	$(RUN) reproduce.py
+
+lint:
+	ruff check .
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,105 @@
+"""Painted scenes in another data set's own layout and file formats, so that every loader can be tried without it.
+
+Called by `python data.py --export DIR --layout deliver|muses|mcubes|folder`. Not in the paper.
+"""
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import scenes
+from layouts import LAYOUTS, parse_classes
+
+# What each of scenes.CLASSES, in that order, is called there. Parked and moving cars are the same to all three.
+EXPORT_CLASSES = {
+    "deliver": "Sky,Building,Vegetation,Road,RoadLine,SideWalk,Pole,TrafficSign,Static,Cars,Cars,Pedestrian",
+    "muses": "sky,building,vegetation,road,road,sidewalk,pole,traffic sign,wall,car,car,person",
+    "mcubes": "sky,brick,leaf,asphalt,road_marking,concrete,metal,plastic,wood,metal,metal,human",
+}
+MUSES_WEATHER = {"cloud": "snow/day", "fog": "fog/day", "night": "clear/night", "rain": "rain/day", "sun": "clear/day"}
+
+
+def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """A painted scene as the files of a data set, path -> uint8 or uint16 for PNG and float32 for .npy.
+
+    MUSES' radar is every fourth column of the lidar. MCubeS gets 192 empty columns on the left, and depth, events and
+    lidar stand in for its AoLP, DoLP and near infrared.
+    """
+    rgb, depth, event, lidar = (scene[modality] for modality in ("rgb", "depth", "event", "lidar"))
+    label, condition, case = ids[scene["label"]].astype(np.uint8), scene["condition"], scene["case"]
+    if layout == "deliver":
+        key = f"{condition}/{split}/MAP_1_point{index % 3 + 1}{'' if case == 'none' else '_' + case}/{index:06d}"
+        event = event[::2, ::2] if case == "eventlowres" else event
+        red = np.dstack([label + 1, 0 * label, 0 * label])
+        return {f"img/{key}_rgb_front.png": rgb, f"hha/{key}_depth_front.png": depth,
+                f"depth/{key}_depth_front.png": depth[..., 0], f"event/{key}_event_front.png": event,
+                f"lidar/{key}_lidar_front.png": lidar, f"semantic/{key}_semantic_front.png": red}
+    if layout == "muses":
+        key = f"{split}/{MUSES_WEATHER[condition]}/REC{index % 3:04d}_frame_{index:06d}"
+        lidar = 15000 + 60 * lidar.astype(np.uint16)    # 0..255 as 0..102 metres
+        radar = np.where(np.arange(lidar.shape[1])[:, None] % 4, 15000, lidar).astype(np.uint16)
+        files = {f"frame_camera/{key}_frame_camera.png": rgb, f"event_camera/{key}_event_camera.png": event,
+                 f"lidar/{key}_lidar.png": lidar, f"radar/{key}_radar.png": radar,
+                 f"gt_semantic/{key}_gt_labelTrainIds.png": label}
+        return files if split != "test" else dict(list(files.items())[:-1])
+    if layout == "mcubes":
+        key, angle = f"scene{index % 3}_{split}_{index:06d}", depth[..., 0] * np.float32(np.pi / 255)
+        files = {f"polL_color/{key}.png": rgb.astype(np.uint16) * 257, f"polL_aolp_sin/{key}.npy": np.sin(angle),
+                 f"polL_aolp_cos/{key}.npy": np.cos(angle), f"polL_dolp/{key}.npy": event[..., 0] / np.float32(255),
+                 f"NIR_warped/{key}.png": lidar[..., 2].astype(np.uint16) * 257, f"GT/{key}.png": label,
+                 f"NIR_warped_mask/{key}.png": np.full_like(label, 255), f"SS/{key}.png": label}
+        return {f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][:array.ndim])
+                for path, array in files.items()}
+    key = f"{split}/{condition}/{case}/{index:06d}"
+    return {f"rgb/{key}.png": rgb, f"depth/{key}.png": depth[..., 0].astype(np.uint16) * 257, f"event/{key}.png": event,
+            f"lidar/{key}.npy": lidar / np.float32(255), f"labels/{key}.png": label}
+
+
+def export(out: Path, layout: str, count: int, size: int, seed: int) -> None:
+    """Write `count` scenes of height `size` (MUSES 16:9, else square): half train, a quarter each val and test.
+
+    Weather conditions and sensor failures take turns, so that six frames of a split show all of them.
+    """
+    if count < 4:
+        raise ValueError(f"--count {count} leaves a split empty; use 4 or more")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; choose a new folder")
+    ids = np.arange(len(scenes.CLASSES))
+    if layout != "folder":
+        names = parse_classes(LAYOUTS[layout].classes.split(","))[0]
+        ids = np.array([names.index(name) for name in EXPORT_CLASSES[layout].split(",")])
+    for split, number in (("train", count - count // 4 * 2), ("val", count // 4), ("test", count // 4)):
+        keys = []
+        for i in range(number):
+            condition, case = scenes.CONDITIONS[i % 5], ("none", *scenes.CASES)[i % 6]
+            shape = (size, size * 16 // 9 if layout == "muses" else size)
+            files = scene_files(layout, split, i, scenes.paint(seed, split, i, shape, condition, case), ids)
+            keys.append(Path(next(iter(files))).stem)
+            for path, array in files.items():
+                write_file(out / path, array)
+        if layout == "mcubes":
+            write_file(out / f"multimodal_dataset/list_folder/{split}.txt", "\n".join(keys) + "\n")
+    if layout == "folder":
+        write_file(out / "classes.txt", "".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in scenes.CLASSES))
+
+
+def write_file(path: Path, content: np.ndarray | str) -> None:
+    """Text, .npy, or PNG of 8 or 16 bit; Pillow writes no 16-bit colour, so those chunks are put together here."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif path.suffix == ".npy":
+        np.save(path, content)
+    elif content.dtype == np.uint8:
+        Image.fromarray(content).save(path)
+    else:
+        height, width = content.shape[:2]
+        rows = content.astype(">u2").reshape(height, -1).view(np.uint8)     # (H, 2 W C)
+        rows = np.pad(rows, ((0, 0), (1, 0)))                               # a row begins with its filter: none
+        header = struct.pack(">IIBBBBB", width, height, 16, 2 if content.ndim == 3 else 0, 0, 0, 0)
+        chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks))

@@ -1,0 +1,650 @@
+"""data.py: the loaders against files in each data set's own formats, augmentation, modality dropping, corruptions."""
+import shutil
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import export
+import layouts
+import scenes
+from data import open_dataset
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Folder with 12 painted scenes (6 train, 3 val, 3 test) in each of the four layouts."""
+    root = tmp_path_factory.mktemp("exported")
+    for layout in layouts.LAYOUTS:
+        export.export(root / layout, layout, count=12, size=SIZE, seed=3)
+    return root
+
+
+@pytest.fixture
+def mini(exported, tmp_path):
+    """A function that copies one layout, for a test that breaks something in it."""
+    return lambda layout: shutil.copytree(exported / layout, tmp_path / layout)
+
+
+def painted(split, index, size=SIZE):
+    return scenes.paint(3, split, index, size, scenes.CONDITIONS[index % 5], ("none", *scenes.CASES)[index % 6])
+
+
+def chw(image, scale=1):
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) * scale
+
+
+def png(path, array, filters=None):
+    """A PNG writer of the test's own; `filters` chooses None (0), Sub (1) or Up (2) for each row."""
+    height, width, channels = array.shape
+    rows = array.astype(">u2" if array.dtype == np.uint16 else "u1").reshape(height, -1).view(np.uint8).astype(int)
+    pixel, lines = array.dtype.itemsize * channels, b""
+    for y in range(height):
+        kind = filters[y] if filters is not None else 0
+        before = {0: 0, 1: np.concatenate([np.zeros(pixel, int), rows[y, :-pixel]]), 2: rows[y - 1] if y else 0}[kind]
+        lines += bytes([kind]) + ((rows[y] - before) % 256).astype(np.uint8).tobytes()
+    colour = {1: 0, 3: 2, 4: 6}[channels]
+    head = struct.pack(">IIBBBBB", width, height, 8 * array.dtype.itemsize, colour, 0, 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for chunk in (b"IHDR" + head, b"IDAT" + zlib.compress(lines), b"IEND"):
+            file.write(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)))
+
+
+def folder_dataset(root, count=4, height=40, width=60, classes=5, seed=0):
+    """A folder data set of noise whose event image repeats the label, so that both must move together."""
+    rng = np.random.default_rng(seed)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("".join(f"class {k}\n" for k in range(classes)))
+    for split in data.SPLITS:
+        for i in range(count):
+            label = rng.integers(0, classes, (height, width, 1), np.uint8)
+            png(root / f"rgb/{split}/{i}.png", rng.integers(0, 256, (height, width, 3), np.uint8))
+            png(root / f"event/{split}/{i}.png", np.repeat(label + 1, 3, axis=2))
+            png(root / f"labels/{split}/{i}.png", label)
+    return root
+
+
+# ---- what comes out is what was written -----------------------------------------------------------------------------
+def test_class_lists_have_the_published_lengths_and_distinct_names():
+    for layout, count, first, last in (("deliver", 25, "Building", "Truck"), ("muses", 19, "road", "bicycle"),
+                                       ("mcubes", 20, "asphalt", "sky")):
+        names, palette = layouts.parse_classes(layouts.LAYOUTS[layout].classes.split(","))
+        assert (len(set(names)), names[0], names[-1]) == (count, first, last)
+        assert palette.shape == (count, 3) and len(np.unique(palette, axis=0)) >= count - 1
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_deliver_files_come_back_pixel_by_pixel(exported, split):
+    dataset = open_dataset("deliver", exported / "deliver", split)
+    assert len(dataset) == {"train": 6, "val": 3, "test": 3}[split]
+    assert [frame.name for frame in dataset.frames] == sorted(frame.name for frame in dataset.frames)
+    for images, label, name in dataset:
+        scene = painted(split, int(name[-6:]))
+        for m, modality in enumerate(("rgb", "depth", "event", "lidar")):
+            assert torch.equal(images[m], chw(scene[modality])), (name, modality)
+        expected = [export.EXPORT_CLASSES["deliver"].split(",")[k] for k in scene["label"].ravel()]
+        assert [dataset.classes[k] for k in label.ravel().tolist()] == expected
+        assert images.dtype == torch.uint8 and label.dtype == torch.int64
+
+
+def test_deliver_conditions_cases_and_raw_depth_are_found(exported):
+    dataset = open_dataset("deliver", exported / "deliver", "train")
+    assert {frame.case for frame in dataset.frames} == {"none", *scenes.CASES}
+    assert {frame.condition for frame in dataset.frames} == set(scenes.CONDITIONS)
+    assert all(frame.name.startswith(f"{frame.condition}/train/MAP_") for frame in dataset.frames)
+    jitter = open_dataset("deliver", exported / "deliver", "train", case="lidarjitter")
+    assert [frame.case for frame in jitter.frames] == ["lidarjitter"]
+    raw = open_dataset("deliver", exported / "deliver", "train", ["lidar", "depth"], depth="raw", condition="night")
+    images, _, name = raw[0]
+    scene = painted("train", int(name[-6:]))
+    assert torch.equal(images[0], chw(scene["lidar"])) and torch.equal(images[1, 2], chw(scene["depth"])[0])
+
+
+def test_low_resolution_events_are_enlarged_by_nearest_neighbour(exported):
+    dataset = open_dataset("deliver", exported / "deliver", "train", ["event"], case="eventlowres")
+    stored = np.asarray(Image.open(dataset.frames[0].images[0]))
+    assert stored.shape == (SIZE // 2, SIZE // 2, 3)
+    assert torch.equal(dataset[0][0][0], chw(stored.repeat(2, axis=0).repeat(2, axis=1)))
+
+
+def test_deliver_ids_0_and_255_are_ignored_and_1_to_25_are_classes(mini):
+    root = mini("deliver")
+    path = open_dataset("deliver", root, "val").frames[0].label
+    ids = np.zeros((SIZE, SIZE, 3), np.uint8)
+    ids[:, :, 0] = np.resize([*range(26), 255], (SIZE, SIZE))
+    Image.fromarray(ids).save(path)
+    label = open_dataset("deliver", root, "val")[0][1]
+    assert label.ravel()[:27].tolist() == [255, *range(25), 255]
+
+
+def test_muses_files_come_back_in_16_bits_and_in_16_by_9(exported):
+    dataset = open_dataset("muses", exported / "muses", "train", ["lidar", "rgb", "radar", "event"])
+    for images, label, name in dataset:
+        scene = painted("train", int(name[-6:]), (SIZE, SIZE * 16 // 9))
+        assert images.shape == (4, 3, SIZE, SIZE * 16 // 9) and images.dtype == torch.float32
+        assert torch.allclose(images[0], chw(scene["lidar"], 0.004), atol=1e-7)     # 255 is 102 metres
+        assert torch.allclose(images[1], chw(scene["rgb"]) / 255, atol=1e-7)
+        columns = torch.arange(images.shape[3]) % 4 == 0
+        assert torch.equal(images[2], images[0] * columns)
+        expected = [export.EXPORT_CLASSES["muses"].split(",")[k] for k in scene["label"].ravel()]
+        assert [dataset.classes[k] for k in label.ravel().tolist()] == expected
+    assert open_dataset("muses", exported / "muses", "train").modalities == ["rgb", "event", "lidar"]
+    assert open_dataset("muses", exported / "muses", "train", ["rgb", "event"])[0][0].dtype == torch.uint8
+
+
+def test_muses_test_split_has_no_labels(exported):
+    for _, label, _ in open_dataset("muses", exported / "muses", "test"):
+        assert label.unique().tolist() == [255]
+
+
+def test_rain_is_not_found_in_train(exported):
+    dataset = open_dataset("muses", exported / "muses", "train", condition="rain")
+    assert [frame.name.split("/")[:3] for frame in dataset.frames] == [["train", "rain", "day"]]
+    night = open_dataset("muses", exported / "muses", "train", case="night")
+    assert [frame.name.split("/")[:3] for frame in night.frames] == [["train", "clear", "night"]]
+
+
+def test_muses_ranges_have_more_than_256_values_and_read_from_projected_npz_too(mini):
+    root = mini("muses")
+    frame = open_dataset("muses", root, "val", ["lidar"]).frames[0]
+    rng = np.random.default_rng(0)
+    stored = rng.integers(0, 65536, (SIZE, SIZE * 16 // 9, 3), np.uint16)
+    png(frame.images[0], stored, rng.integers(0, 3, SIZE))
+    image = open_dataset("muses", root, "val", ["lidar"])[0][0][0]
+    expected = (stored / 150 - 100) / 100       # float64
+    assert len(image.unique()) > 5000
+    assert np.abs(image.numpy().transpose(1, 2, 0) - expected).max() < 1e-6
+
+    moved = root / "projected_to_rgb/lidar" / frame.images[0].relative_to(root / "lidar")
+    for split in data.SPLITS:
+        (root / "projected_to_rgb/lidar" / split).mkdir(parents=True)
+    moved.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(moved.with_suffix(".npz"), (stored / 150 - 100).astype(np.float32))
+    again = open_dataset("muses", root, "val", ["lidar"])
+    assert again.frames[0].images[0] == moved.with_suffix(".npz")
+    assert torch.allclose(again[0][0][0], image, atol=1e-6)
+
+
+def test_mcubes_files_come_back_without_the_left_192_columns(exported):
+    dataset = open_dataset("mcubes", exported / "mcubes", "test")
+    assert dataset.modalities == ["rgb", "aolp", "dolp", "nir"] and len(dataset) == 3
+    for images, label, name in dataset:
+        scene = painted("test", int(name[-6:]))
+        angle = torch.from_numpy(scene["depth"][..., 0]).float() * torch.pi / 255
+        assert torch.allclose(images[0], chw(scene["rgb"]) / 255, atol=1e-6)
+        assert torch.allclose(images[1], torch.stack([angle.sin(), angle.cos(), angle.sin()]), atol=1e-6)
+        assert torch.allclose(images[2], chw(scene["event"])[:1] / 255, atol=1e-6)
+        assert torch.allclose(images[3], chw(scene["lidar"])[2:] / 255, atol=1e-6)
+        expected = [export.EXPORT_CLASSES["mcubes"].split(",")[k] for k in scene["label"].ravel()]
+        assert [dataset.classes[k] for k in label.ravel().tolist()] == expected
+
+
+def test_near_infrared_is_zero_where_its_mask_is(mini):
+    root = mini("mcubes")
+    frame = open_dataset("mcubes", root, "val", ["nir"]).frames[0]
+    mask = np.random.default_rng(1).integers(0, 2, (SIZE, SIZE + 192), np.uint8) * 255
+    before = open_dataset("mcubes", root, "val", ["nir"])[0][0]
+    Image.fromarray(mask).save(root / "multimodal_dataset/NIR_warped_mask" / frame.images[0].name)
+    after = open_dataset("mcubes", root, "val", ["nir"])[0][0]
+    assert torch.equal(after, before * torch.from_numpy(mask[:, 192:] > 0))
+
+
+def test_folder_files_come_back_in_any_order_of_modalities(exported):
+    root = exported / "folder"
+    dataset = open_dataset("folder", root, "val", ["lidar", "depth", "rgb"])
+    assert dataset.classes == [name for name, _ in scenes.CLASSES]
+    assert dataset.palette.tolist() == [list(colour) for _, colour in scenes.CLASSES]
+    for images, label, name in dataset:
+        scene = painted("val", int(name[-6:]))
+        assert torch.allclose(images[0], chw(scene["lidar"]) / 255)
+        assert torch.allclose(images[1], chw(scene["depth"])[:1] / 255)
+        assert torch.allclose(images[2], chw(scene["rgb"]) / 255)
+        assert torch.equal(label, torch.from_numpy(scene["label"]).long())
+    assert dataset.frames[0].condition in scenes.CONDITIONS
+    assert open_dataset("folder", root, "val").modalities == ["rgb", "depth", "event", "lidar"]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bit_png_keeps_all_bits_whatever_the_row_filter(tmp_path, channels):
+    rng = np.random.default_rng(channels)
+    stored = rng.integers(0, 65536, (31, 45, channels), np.uint16)
+    png(tmp_path / "a.png", stored, rng.integers(0, 3, 31))
+    assert np.array_equal(np.atleast_3d(layouts.read_file(tmp_path / "a.png")), stored[..., :3])
+    if channels < 4:
+        export.write_file(tmp_path / "b.png", np.squeeze(stored))
+        assert np.array_equal(np.atleast_3d(layouts.read_file(tmp_path / "b.png")), stored)
+
+
+def test_synthetic_items_are_the_painted_scenes_and_stay_so_when_cached():
+    dataset = open_dataset("synthetic", split="val", size=32, limit=7, modalities=["event", "rgb"])
+    for _ in range(2):
+        for i, (images, label, name) in enumerate(dataset):
+            scene = scenes.paint(0, "val", i, 32)
+            assert torch.equal(images[0], chw(scene["event"])) and torch.equal(images[1], chw(scene["rgb"]))
+            assert torch.equal(label, torch.from_numpy(scene["label"]).long()) and name == f"val/{i:06d}"
+            assert dataset.frames[i][1:3] == (scene["condition"], scene["case"])
+    fog = open_dataset("synthetic", split="val", limit=3, condition="fog", case="motionblur")
+    assert torch.equal(fog[1][0][0], chw(scenes.paint(0, "val", 1, 64, "fog", "motionblur")["rgb"]))
+
+
+# ---- sizes, augmentation, reproducibility ---------------------------------------------------------------------------
+def test_evaluation_size_keeps_the_aspect_and_labels_are_not_mixed(exported):
+    dataset = open_dataset("muses", exported / "muses", "val", size=32)
+    images, label, _ = dataset[0]
+    assert images.shape == (3, 3, 32, 56) or images.shape == (3, 3, 32, 57)
+    assert set(label.unique().tolist()) <= set(open_dataset("muses", exported / "muses", "val")[0][1].unique().tolist())
+    exact = open_dataset("muses", exported / "muses", "val", size=(48, 40))[0]
+    assert exact[0].shape == (3, 3, 48, 40) and exact[1].shape == (48, 40)
+
+
+def test_augmentation_moves_sensors_and_label_together(tmp_path):
+    dataset = open_dataset("folder", folder_dataset(tmp_path / "d"), modalities=["rgb", "event"], size=48, augment=True)
+    padded = 0
+    for epoch in range(6):
+        for i in range(len(dataset)):
+            images, label, _ = dataset[epoch, i]
+            assert images.shape == (2, 3, 48, 48) and label.shape == (48, 48)
+            inside = label != 255
+            assert torch.equal(images[1][:, inside], (label[inside] + 1).to(torch.uint8).expand(3, -1))
+            assert images[:, :, ~inside].sum() == 0
+            padded += int((~inside).any())
+    assert 0 < padded < 24
+
+
+def crop_of(whole, fill, top, left, flip, size=30):
+    padded = np.pad(whole, [(size, size), (size, size), (0, 0)][:whole.ndim], constant_values=fill)
+    window = padded[size + top:2 * size + top, size + left:2 * size + left]
+    return window[:, ::-1] if flip else window
+
+
+def test_the_crop_equals_the_crop_of_the_whole_resized_frame(tmp_path):
+    root = folder_dataset(tmp_path / "d", count=6)
+    dataset = open_dataset("folder", root, modalities=["rgb"], size=30, augment=True, seed=5)
+    compared = 0
+    for i, frame in enumerate(dataset.frames):
+        images, label, _ = dataset[1, i]
+        rng = np.random.default_rng([5, 1, i])          # the documented source of chance
+        scale = rng.uniform(0.5, 2)
+        height, width = round(40 * scale), round(60 * scale)
+        flip = rng.random() < 0.5
+        top, left = (int(rng.integers(min(0, s - 30), max(0, s - 30) + 1)) for s in (height, width))
+
+        y, x = (np.arange(height) + 0.5) * 40 / height, (np.arange(width) + 0.5) * 60 / width
+        nearest = np.asarray(Image.open(frame.label))[y.astype(int)][:, x.astype(int)].astype(int)
+        sure = (np.abs(y - y.round()) > 1e-6)[:, None] & (np.abs(x - x.round()) > 1e-6)     # else either is right
+        sure = crop_of(sure, True, top, left, flip)
+        assert np.array_equal(label.numpy()[sure], crop_of(nearest, 255, top, left, flip)[sure]), i
+        rng.uniform(0.5, 1.5, 3)
+        if (rng.random(2) >= 0.2).all():                # neither colour jitter nor blur
+            colour = Image.open(frame.images[0]).resize((width, height), Image.Resampling.BILINEAR)
+            expected = crop_of(np.asarray(colour).astype(int), 0, top, left, flip)
+            assert np.abs(images[0].numpy().transpose(1, 2, 0) - expected).max() <= 2, i
+            compared += 1
+    assert compared >= 2
+
+
+def test_colour_jitter_is_what_its_three_names_say_and_spares_other_sensors():
+    rng = np.random.default_rng(0)
+    image = rng.integers(60, 120, (20, 30, 3), np.uint8)
+
+    class Always:           # every chance comes true, with these factors
+        def uniform(self, *_):
+            return np.array([1.2, 0.7, 0.6])
+
+        def random(self, _):
+            return np.array([0.0, 1.0])
+
+    def grey(values):
+        return (values @ [0.299, 0.587, 0.114])[..., None]
+
+    values = image.astype(float)
+    values = grey(values) + 0.6 * (values - grey(values))
+    values = grey(values).mean() + 0.7 * (values - grey(values).mean())
+    assert np.abs(data.jitter(image, Always()) - 1.2 * values).max() <= 0.51
+    as_float = data.jitter(image.astype(np.float32) / 255, Always())
+    assert as_float.dtype == np.float32 and np.abs(as_float * 255 - 1.2 * values).max() < 1e-2
+
+
+def test_items_depend_on_seed_epoch_and_index_only():
+    def items(workers, seed=1, epoch=2):
+        dataset = open_dataset("synthetic", split="train", size=32, augment=True, seed=seed, limit=10)
+        keys = [(epoch, i) for i in (3, 1, 9, 0, 4, 4)]
+        loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=keys, num_workers=workers)
+        np.random.seed(workers)     # global state must not matter
+        torch.manual_seed(workers)
+        return [torch.cat(parts) for parts in list(zip(*loader, strict=True))[:2]]
+
+    one, two = items(0), items(2)
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert torch.equal(one[0][4], one[0][5])
+    assert not torch.equal(one[0], items(0, seed=2)[0]) and not torch.equal(one[0], items(0, epoch=3)[0])
+
+
+def test_limit_spreads_over_the_conditions(exported):
+    every = open_dataset("deliver", exported / "deliver", "train").frames
+    some = open_dataset("deliver", exported / "deliver", "train", limit=3).frames
+    assert some == [every[0], every[2], every[4]]
+    assert open_dataset("deliver", exported / "deliver", "train", limit=100).frames == every
+
+
+# ---- modality dropping and corruptions ------------------------------------------------------------------------------
+def test_normalise_gives_the_same_for_bytes_and_floats():
+    images = torch.randint(0, 256, (2, 3, 3, 5, 7), dtype=torch.uint8)
+    expected = (images.numpy() / 255 - np.reshape([0.485, 0.456, 0.406], (3, 1, 1))) / np.reshape(
+        [0.229, 0.224, 0.225], (3, 1, 1))
+    for given in (images, images / 255):
+        assert np.abs(data.normalise(given).numpy() - expected).max() < 1e-6
+        assert data.normalise(given).dtype == torch.float32
+
+
+def test_present_has_uniform_sizes_and_uniform_subsets():
+    draws = data.draw_present(60000, 4, torch.Generator().manual_seed(0))
+    assert draws.any(1).all()
+    sizes = torch.bincount(draws.sum(1), minlength=5)[1:] / len(draws)
+    assert (sizes - 0.25).abs().max() < 0.01, sizes
+    pairs = draws[draws.sum(1) == 2].long() @ torch.tensor([1, 2, 4, 8])
+    shares = torch.bincount(pairs)[[3, 5, 9, 6, 10, 12]] / len(pairs)
+    assert (shares - 1 / 6).abs().max() < 0.015, shares
+    complete = data.draw_present(60000, 4, torch.Generator().manual_seed(0), complete=0.4).all(1).float().mean()
+    assert abs(complete - (0.4 + 0.6 * 0.25)) < 0.01
+    assert data.draw_present(50, 1, torch.Generator().manual_seed(0)).all()
+
+
+def noise_inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(7, 3, 3, 24, 20, generator=generator)
+    present = data.draw_present(7, 3, generator)
+    return images, present, [f"frame {i}" for i in range(7)]
+
+
+def test_zero_fill_zeroes_missing_modalities_only():
+    images, present, _ = noise_inputs()
+    filled = data.zero_fill(images, present)
+    for b in range(7):
+        for m in range(3):
+            assert torch.equal(filled[b, m], images[b, m] if present[b, m] else torch.zeros(3, 24, 20)), (b, m)
+
+
+@pytest.mark.parametrize("r", [0.25, 0.5, 0.75])
+def test_random_missing_zeroes_the_share_r_of_missing_modalities_only(r):
+    images, present, names = noise_inputs()
+    result = data.random_missing(images, present, r, names)
+    assert torch.equal(result[present], images[present])
+    lost = result[~present] == 0
+    assert torch.equal(result[~present][~lost], images[~present][~lost])
+    assert abs(lost.float().mean() - r) < 0.02
+
+
+@pytest.mark.parametrize("level, density, deviation", [("low", 0.05, 0.1), ("mid", 0.1, 0.2), ("high", 0.2, 0.5)])
+def test_sensor_noise_has_the_stated_density_and_deviation(level, density, deviation):
+    images, _, names = noise_inputs()
+    images = images.clamp(-1, 1) * 0.5
+    images[:, :, 0, 0, 0], images[:, :, 0, 0, 1] = -2 - torch.rand(7, 3), 3 + torch.rand(7, 3)     # the extremes
+    noisy = data.sensor_noise(images, level, names, ["rgb", "event", "depth"])
+    events, clean = noisy[:, 1], images[:, 1]
+    salt = events == clean.amax((1, 2, 3), keepdim=True)
+    pepper = events == clean.amin((1, 2, 3), keepdim=True)
+    assert abs(salt.float().mean() - density / 2) < 0.01 and abs(pepper.float().mean() - density / 2) < 0.01
+    assert torch.equal(events[~salt & ~pepper], clean[~salt & ~pepper])         # events get no Gaussian noise
+    change = (noisy - images)[:, [0, 2]]
+    untouched = change[change.abs() < 0.99 if deviation < 0.3 else change.abs() < 1.4]
+    assert abs(untouched.std() - deviation) < 0.05 * deviation + 0.02
+
+
+def test_corruptions_do_not_depend_on_the_batch():
+    images, present, names = noise_inputs()
+    order = [5, 0, 3]
+    for whole, part in (
+            (data.random_missing(images, present, 0.5, names),
+             data.random_missing(images[order], present[order], 0.5, [names[i] for i in order])),
+            (data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"]),
+             data.sensor_noise(images[order], "mid", [names[i] for i in order], ["rgb", "depth", "event"]))):
+        assert torch.equal(whole[order], part)
+    other = data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"], seed=1)
+    assert not torch.equal(other, data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"]))
+
+
+# ---- one clear sentence for everything that can be wrong ------------------------------------------------------------
+def fails(kind, *parts):
+    """Expect an error of one line that has all these parts."""
+    class Check:
+        def __enter__(self):
+            self.raises = pytest.raises(kind)
+            self.error = self.raises.__enter__()
+
+        def __exit__(self, *args):
+            caught = self.raises.__exit__(*args)
+            text = str(self.error.value)
+            assert "\n" not in text and all(str(part) in text for part in parts), text
+            return caught
+    return Check()
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_a_data_set_that_is_not_there_is_named_with_its_layout_and_source(tmp_path, layout):
+    expected = layouts.LAYOUTS[layout].expected
+    with fails(FileNotFoundError, tmp_path / "nowhere", expected, layouts.LAYOUTS[layout].source):
+        open_dataset(layout, tmp_path / "nowhere")
+    with fails(FileNotFoundError, "--root", expected):
+        open_dataset(layout)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/classes.txt").write_text("a\nb\n")
+    (tmp_path / "empty/rgb").mkdir()
+    with fails(FileNotFoundError, tmp_path / "empty", "val", expected):
+        open_dataset(layout, tmp_path / "empty", "val")
+
+
+def test_a_missing_sensor_file_is_named(mini):
+    for layout, modality in (("deliver", "depth"), ("muses", "lidar"), ("mcubes", "dolp"), ("folder", "depth")):
+        root = mini(layout)
+        dataset = open_dataset(layout, root, "train")
+        path = dataset.frames[1].images[dataset.modalities.index(modality)]
+        path.unlink()
+        again = open_dataset(layout, root, "train")
+        assert len(again) == len(dataset)
+        with fails(FileNotFoundError, path, "missing"):
+            again[1]
+
+
+def test_a_missing_label_and_a_missing_picture_are_named_too(mini):
+    root = mini("deliver")
+    frames = open_dataset("deliver", root, "val").frames
+    frames[0].label.unlink()
+    frames[1].images[0].unlink()
+    dataset = open_dataset("deliver", root, "val", modalities=["rgb", "lidar"], skip_broken=2)
+    assert [frame.name for frame in dataset.frames] == [frames[2].name]
+    assert str(frames[0].label) in dataset.broken[0] and str(frames[1].images[0]) in dataset.broken[1]
+
+
+def test_truncated_and_damaged_pictures_are_named(mini):
+    root = mini("deliver")
+    path = open_dataset("deliver", root, "val").frames[0].images[0]
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for cut in (0, 7, 30, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:cut])
+        with fails(ValueError, path, "cannot be read"):
+            layouts.read_image(path)
+    for place in rng.integers(60, len(whole) - 20, 10):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
+        with fails(ValueError, path, "cannot be read"):
+            layouts.read_image(path)
+
+
+def test_a_picture_beyond_pillows_size_limit_is_named(mini, monkeypatch):
+    root = mini("deliver")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with fails(ValueError, root, "_rgb_front.png", "exceeds limit"):
+        open_dataset("deliver", root, "val")
+
+
+def test_sensor_and_label_of_different_size_are_named(mini):
+    root = mini("deliver")
+    frame = open_dataset("deliver", root, "val").frames[0]
+    Image.fromarray(np.zeros((SIZE, SIZE + 2, 3), np.uint8)).save(frame.images[3])
+    with fails(ValueError, frame.images[3], f"{SIZE} rows of {SIZE + 2}", frame.label):
+        open_dataset("deliver", root, "val")[0]
+
+
+@pytest.mark.parametrize("layout, value", [("deliver", 26), ("muses", 19), ("mcubes", 20), ("folder", 12)])
+def test_a_label_out_of_range_is_named_with_its_value(mini, layout, value):
+    root = mini(layout)
+    path = open_dataset(layout, root, "val").frames[0].label
+    ids = np.array(Image.open(path))
+    ids[9, -5] = value
+    Image.fromarray(ids).save(path)
+    with fails(ValueError, path, f"label {value},"):
+        open_dataset(layout, root, "val")[0]
+
+
+def test_unknown_names_are_answered_with_the_known_ones(exported):
+    with fails(ValueError, "'thermal'", "rgb, depth, event, lidar"):
+        open_dataset("deliver", exported / "deliver", modalities=["rgb", "thermal"])
+    with fails(ValueError, "'rgb'", "twice"):
+        open_dataset("synthetic", modalities=["rgb", "rgb"])
+    with fails(ValueError, "'kitti'", "deliver"):
+        open_dataset("kitti")
+    with fails(ValueError, "'dev'", "train, val, test"):
+        open_dataset("synthetic", split="dev")
+    with fails(ValueError, "'snow'", "cloud, fog, night, rain, sun"):
+        open_dataset("deliver", exported / "deliver", condition="snow")
+    with fails(ValueError, "label map", "folder"):
+        open_dataset("deliver", exported / "deliver", label_map="shift:-1")
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".bin"])
+def test_raw_muses_files_are_answered_with_how_to_project_them(mini, suffix):
+    root = mini("muses")
+    path = open_dataset("muses", root, "val", ["event"]).frames[0].images[0]
+    path.rename(path.with_suffix(suffix))
+    with fails(FileNotFoundError, path.with_suffix(suffix), "project"):
+        open_dataset("muses", root, "val", ["rgb", "event"])[0]
+
+
+def test_nan_and_infinity_are_named(mini):
+    root = mini("mcubes")
+    frame = open_dataset("mcubes", root, "val").frames[1]
+    for path in (frame.images[1], root / "multimodal_dataset/polL_aolp_cos" / frame.images[1].name, frame.images[2]):
+        values = np.load(path)
+        for bad in (np.nan, np.inf):
+            broken = values.copy()
+            broken[3, 200] = bad
+            np.save(path, broken)
+            with fails(ValueError, path, "NaN or infinite"):
+                open_dataset("mcubes", root, "val")[1]
+        np.save(path, values)
+
+
+def test_list_folder_cannot_lead_out_of_the_root(mini):
+    for name in ("../../secret", "/etc/passwd", "..", "a\\b"):
+        root = mini("mcubes")
+        listing = root / "multimodal_dataset/list_folder/val.txt"
+        listing.write_text(f"{name}\n")
+        with fails(ValueError, listing, "lead out"):
+            open_dataset("mcubes", root, "val")
+        shutil.rmtree(root)
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with fails(ValueError, tmp_path / "a.npy", "cannot be read"):
+        layouts.read_image(tmp_path / "a.npy")
+
+
+def test_classes_txt_is_checked(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("road 1 2 3\n\ntraffic light 4 5 6\nsky\n")
+    names, palette = layouts.read_classes(path)
+    assert names == ["road", "traffic light", "sky"] and palette[:2].tolist() == [[1, 2, 3], [4, 5, 6]]
+    path.write_text("road 1 2 3\nsky\nroad 4 5 6\n")
+    with fails(ValueError, path, "'road'", "twice"):
+        layouts.read_classes(path)
+    path.write_text("\n")
+    with fails(ValueError, path, "0 classes"):
+        layouts.read_classes(path)
+    with fails(FileNotFoundError, tmp_path / "none.txt"):
+        layouts.read_classes(tmp_path / "none.txt")
+
+
+def test_label_maps_translate_a_folders_own_ids(tmp_path):
+    root = folder_dataset(tmp_path / "d", classes=13)
+    ids = np.random.default_rng(0).integers(0, 14, (40, 60, 1), np.uint8)      # as NYUv2: 0 is unlabelled
+    for i in range(4):
+        png(root / f"labels/val/{i}.png", ids)
+    expected = np.where(ids[..., 0] == 0, 255, ids[..., 0].astype(int) - 1)
+    text = "0=255," + ",".join(f"{id}={id - 1}" for id in range(1, 14))
+    for label_map in ("shift:-1", text, {0: 255, **{id: id - 1 for id in range(1, 14)}}):
+        label = open_dataset("folder", root, "val", ["rgb"], label_map=label_map)[0][1]
+        assert np.array_equal(label.numpy(), expected)
+    with fails(ValueError, root / "labels/val/0.png", "label 13,"):
+        open_dataset("folder", root, "val", ["rgb"])[0]
+    with fails(ValueError, "'1:2'"):
+        open_dataset("folder", root, "val", ["rgb"], label_map="1:2")
+    with fails(ValueError, "3=40"):
+        open_dataset("folder", root, "val", ["rgb"], label_map={3: 40})
+
+
+def test_a_modality_of_mixed_depth_is_an_error_rather_than_zeros(tmp_path):
+    root = folder_dataset(tmp_path / "d")
+    png(root / "rgb/train/2.png", np.full((40, 60, 3), 40000, np.uint16))
+    dataset = open_dataset("folder", root, "train", ["rgb"])
+    with fails(ValueError, root / "rgb/train/2.png", "16 bits"):
+        dataset[2]
+
+
+def test_skip_broken_drops_exactly_the_broken_frames_and_stops_at_one_more(mini):
+    root = mini("deliver")
+    whole = open_dataset("deliver", root, "train").frames
+    whole[0].images[0].write_bytes(b"no picture")
+    whole[4].images[2].unlink()
+    dataset = open_dataset("deliver", root, "train", skip_broken=2)
+    assert dataset.frames == [frame for i, frame in enumerate(whole) if i not in (0, 4)]
+    assert str(whole[0].images[0]) in dataset.broken[0] and str(whole[4].images[2]) in dataset.broken[1]
+    assert len(dataset.broken) == 2 and dataset[0][2] == whole[1].name
+    with fails(ValueError, "2 frames are broken", "--skip-broken 1", whole[4].images[2]):
+        open_dataset("deliver", root, "train", skip_broken=1)
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+    return data.main(), capsys.readouterr()
+
+
+def test_check_counts_every_split_and_lists_the_broken(mini, monkeypatch, capsys):
+    for layout in layouts.LAYOUTS:
+        root = mini(layout)
+        status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
+        assert status == 0
+        assert [line.split()[:3] for line in printed.out.splitlines()] == [
+            ["train:", "6", "frames,"], ["val:", "3", "frames,"], ["test:", "3", "frames,"]]
+        victim = open_dataset(layout, root, "val").frames[1].images[0]
+        victim.write_bytes(victim.read_bytes()[:50])
+        status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
+        assert status == 1 and "val: 3 frames, 1 broken" in printed.out
+        assert printed.out.splitlines()[3].startswith(str(victim)) and len(printed.out.splitlines()) == 4
+
+
+def test_check_and_export_explain_what_they_cannot_do(tmp_path, monkeypatch, capsys):
+    status, printed = run(monkeypatch, capsys, "--data", "muses", "--root", tmp_path / "none", "--check")
+    assert status == 2 and str(tmp_path / "none") in printed.err and len(printed.err.splitlines()) == 1
+    (tmp_path / "kept").write_text("")
+    status, printed = run(monkeypatch, capsys, "--export", tmp_path, "--layout", "folder")
+    assert status == 2 and "not empty" in printed.err
+    status, printed = run(monkeypatch, capsys, "--export", tmp_path / "new", "--count", 2)
+    assert status == 2 and "--count 2" in printed.err
+
+
+def test_export_command_writes_what_check_accepts(tmp_path, monkeypatch, capsys):
+    status, _ = run(monkeypatch, capsys, "--export", tmp_path / "new", "--layout", "mcubes", "--count", 4, "--size", 16)
+    assert status == 0
+    assert run(monkeypatch, capsys, "--check", "--data", "mcubes", "--root", tmp_path / "new")[0] == 0

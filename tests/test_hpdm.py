@@ -1,0 +1,326 @@
+"""hpdm.py: the losses of stage 1 against loops over samples, sensors, classes and pixels that anyone can follow."""
+
+import itertools
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hpdm
+import kernels
+
+K = 6
+STAGES = ((5, 8, 9), (7, 4, 5), (3, 2, 3), (4, 1, 2))  # C, h, w for images of 32 x 36
+
+
+def scene(seed, samples=3, modalities=3):
+    """Random features of student and teacher, fused teacher features, labels with 255, present; all in float64."""
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = (
+        [torch.randn(samples, modalities, c, h, w, generator=g).double() for c, h, w in STAGES] for _ in range(2)
+    )
+    fused = [f.mean(1) + 0.5 * torch.randn(f[:, 0].shape, generator=g) for f in teacher]
+    blocks = torch.randint(0, K + 1, (samples, 8, 9), generator=g)  # blocks of 4 x 4, so that coarse stages see classes
+    labels = blocks.where(blocks < K, 255).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    flips = torch.rand(labels.shape, generator=g) < 0.2
+    labels = torch.where(flips, torch.randint(0, K, labels.shape, generator=g), labels)
+    present = torch.rand(samples, modalities, generator=g) < 0.5
+    present[torch.arange(samples), torch.randint(0, modalities, (samples,), generator=g)] = True
+    match = hpdm.draw_match(samples, modalities, "random", g)
+    return [s.requires_grad_() for s in student], teacher, fused, labels, present, match
+
+
+def any_scene(_):
+    return scene(1)
+
+
+def classes_that_never_occur(_):
+    *rest, labels, present, match = scene(2)
+    return *rest, labels.masked_fill((labels == 1) | (labels == 4), 3), present, match
+
+
+def a_sample_without_labels(_):
+    *rest, labels, present, match = scene(3)
+    labels[1] = 255
+    return *rest, labels, present, match
+
+
+def no_label_at_all(_):
+    *rest, labels, present, match = scene(4)
+    return *rest, torch.full_like(labels, 255), present, match
+
+
+def one_modality(_):
+    return scene(5, modalities=1)
+
+
+def one_present_sensor(_):
+    *rest, present, match = scene(6)
+    return *rest, torch.tensor([[False, True, False], [False, False, True], [True, False, False]]), match
+
+
+SCENES = pytest.mark.parametrize(
+    "make", [any_scene, classes_that_never_occur, a_sample_without_labels, no_label_at_all, one_modality, one_present_sensor]
+)  # fmt: skip
+
+
+def slow_labels(labels, h, w):
+    return F.interpolate(labels[:, None].double(), size=(h, w), mode="nearest")[:, 0].long()
+
+
+def slow_prototypes(features, labels):
+    """features (C, h, w), labels (h, w) -> {class: mean feature (C,)}, pixel by pixel."""
+    members = {}
+    for y, x in itertools.product(range(labels.shape[0]), range(labels.shape[1])):
+        if (c := int(labels[y, x])) != 255:
+            members.setdefault(c, []).append(features[:, y, x])
+    return {c: sum(pixels) / len(pixels) for c, pixels in members.items()}
+
+
+def slow_kl(p, q):
+    return sum(a * (a.log() - b.log()) for a, b in zip(p, q, strict=True))
+
+
+def slow_hpdm(student, teacher, labels, present, match):
+    total = torch.zeros((), dtype=torch.float64)
+    for s, t in zip(student, teacher, strict=True):
+        y, channels = slow_labels(labels, *s.shape[-2:]), s.shape[2]
+        distances = []
+        for b, m in present.nonzero().tolist():
+            own, other = slow_prototypes(s[b, m], y[b]), slow_prototypes(t[b, match[b, m]], y[b])
+            per_channel = [torch.zeros((), dtype=torch.float64)] * channels
+            for c in range(channels if own else 0):
+                p = torch.stack([other[k][c] for k in sorted(other)]).softmax(0)
+                q = torch.stack([own[k][c] for k in sorted(own)]).softmax(0)
+                per_channel[c] = slow_kl(p, q)
+            distances.append(sum(per_channel) / channels)
+        total = total + sum(distances) / len(distances)
+    return total
+
+
+def slow_variation(student, teacher, fused, labels, present):
+    samples, modalities = present.shape
+    cosine = torch.zeros(samples, modalities, dtype=torch.float64)
+    for b, m in itertools.product(range(samples), range(modalities)):
+        for t, f in zip(teacher, fused, strict=True):
+            pixels = list(itertools.product(range(f.shape[2]), range(f.shape[3])))
+            cosine[b, m] += sum(slow_cosine(t[b, m, :, y, x], f[b, :, y, x]) for y, x in pixels) / len(pixels)
+    pairs = []
+    for b in range(samples):
+        dominant = sorted(range(modalities), key=lambda m: -cosine[b, m])[: math.ceil(modalities / 2)]
+        pairs += [(b, m) for m in dominant if present[b, m]]
+    total = torch.zeros((), dtype=torch.float64)
+    for s, t in zip(student, teacher, strict=True):
+        y = slow_labels(labels, *s.shape[-2:])
+        for b, m in pairs:
+            places = [(r, c) for r, c in itertools.product(*map(range, y[b].shape)) if y[b, r, c] != 255]
+            p, q = (
+                torch.stack([slow_cosine(f[:, r, c], centres[int(y[b, r, c])]) for r, c in places]).softmax(0)
+                if places else torch.ones(1)
+                for f in (t[b, m], s[b, m]) for centres in [slow_prototypes(f, y[b])]
+            )  # fmt: skip
+            total = total + slow_kl(p, q) / len(pairs)
+    return total
+
+
+def slow_cosine(a, b):
+    return (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt())
+
+
+def same_value_and_gradient(loss, slow, inputs):
+    """Both values and their gradients; a loss that does not reach an input has a gradient of zero there."""
+    torch.testing.assert_close(loss.double(), slow, rtol=1e-9, atol=1e-12)
+    ours, obvious = (torch.autograd.grad(x, inputs, allow_unused=True) if x.requires_grad else [None] * len(inputs)
+                     for x in (loss, slow))  # fmt: skip
+    for i, (a, b, x) in enumerate(zip(ours, obvious, inputs, strict=True)):
+        zeros = torch.zeros_like(x)
+        torch.testing.assert_close(zeros if a is None else a, zeros if b is None else b, rtol=1e-7, atol=1e-11,
+                                   msg=lambda text, i=i: f"gradient of input {i}: {text}")  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(1042, 1042), (512, 768), (64, 64), (45, 70), (37, 33), (1080, 1920)])
+def test_labels_shrink_as_nearest_interpolation_does(size):
+    labels = torch.randint(0, 256, (2, *size), generator=torch.Generator().manual_seed(0))
+    h, w = size
+    for _ in range(5):  # down to stride 32
+        h, w = (h + 1) // 2, (w + 1) // 2
+        assert torch.equal(hpdm.labels_at(labels, (h, w)), slow_labels(labels, h, w))
+
+
+def test_a_match_is_a_uniform_permutation_of_every_row():
+    match = hpdm.draw_match(6000, 3, "random", torch.Generator().manual_seed(0))
+    rows = [tuple(row) for row in match.tolist()]
+    counts = {p: rows.count(p) for p in itertools.permutations(range(3))}
+    assert sum(counts.values()) == 6000 and match.dtype == torch.int64  # no row is anything else
+    deviation = (6000 * (1 / 6) * (5 / 6)) ** 0.5
+    assert all(abs(n - 1000) < 4 * deviation for n in counts.values()), counts
+    assert hpdm.draw_match(4, 3, "same", torch.Generator()).tolist() == [[0, 1, 2]] * 4
+
+
+@SCENES
+def test_prototypes_equal_the_mean_over_the_pixels_of_their_class(make):
+    student, *_, labels, _, _ = make(None)
+    for s in student:
+        y = slow_labels(labels, *s.shape[-2:])
+        prototypes, counts = kernels.prototype_pool(s, y, K)
+        for b, m in itertools.product(*map(range, s.shape[:2])):
+            expected = slow_prototypes(s[b, m], y[b])
+            for c in range(K):
+                assert counts[b, c] == (y[b] == c).sum()
+                vector = expected.get(c, torch.zeros(s.shape[2], dtype=torch.float64))
+                torch.testing.assert_close(prototypes[b, m, c], vector, rtol=1e-9, atol=1e-12)
+
+
+@SCENES
+def test_the_hybrid_prototype_distance_equals_its_loop(make):
+    student, teacher, _, labels, present, match = make(None)
+    loss = hpdm.hpdm_loss(student, teacher, labels, present, match, K)
+    assert loss >= 0 and (loss > 0) == bool((labels != 255).any())
+    same_value_and_gradient(loss, slow_hpdm(student, teacher, labels, present, match), student)
+
+
+def test_absent_sensors_get_no_gradient_whatever_they_hold():
+    student, teacher, _, labels, present, match = scene(7)
+    expected = hpdm.hpdm_loss(student, teacher, labels, present, match, K)
+    broken = [torch.where(present[:, :, None, None, None], s.detach(), torch.nan).requires_grad_() for s in student]
+    loss = hpdm.hpdm_loss(broken, teacher, labels, present, match, K)
+    assert torch.equal(loss, expected)
+    reached = sum(grad.flatten(2).abs().sum(2) for grad in torch.autograd.grad(loss, broken))  # (B, M)
+    assert torch.equal(reached > 0, present)
+
+
+def test_identical_models_are_at_distance_zero_only_when_sensors_answer_to_themselves():
+    student, _, fused, labels, present, _ = scene(8)
+    own, moved = torch.arange(3).expand(3, 3).contiguous(), torch.tensor([[1, 2, 0]] * 3)
+    assert hpdm.hpdm_loss(student, student, labels, present, own, K).abs() < 1e-12
+    assert hpdm.hpdm_loss(student, student, labels, present, moved, K) > 1e-2
+    assert hpdm.feature_variation_loss(student, student, fused, labels, present, K).abs() < 1e-12
+
+
+@SCENES
+def test_feature_variation_equals_its_loop(make):
+    student, teacher, fused, labels, present, _ = make(None)
+    loss = hpdm.feature_variation_loss(student, teacher, fused, labels, present, K)
+    assert loss >= 0
+    same_value_and_gradient(loss, slow_variation(student, teacher, fused, labels, present), student)
+
+
+@pytest.mark.parametrize("modalities", [1, 2, 3, 4, 5])
+def test_half_of_the_modalities_rounded_up_are_dominant(modalities):
+    _, teacher, fused, *_ = scene(9, modalities=modalities)
+    assert hpdm.dominant_modalities(teacher, fused).sum(1).tolist() == [math.ceil(modalities / 2)] * 3
+
+
+def test_logits_are_distilled_by_the_students_own_distribution():
+    g = torch.Generator().manual_seed(1)
+    student = (2 * torch.randn(2, K, 5, 7, generator=g)).double().requires_grad_()
+    teacher = (2 * torch.randn(2, K, 5, 7, generator=g)).double()
+    pixels = list(itertools.product(range(2), range(5), range(7)))
+    slow = sum(slow_kl(student[b, :, y, x].softmax(0), teacher[b, :, y, x].softmax(0)) for b, y, x in pixels)
+    loss = hpdm.distill_logits(student, teacher)  # computed in float32
+    torch.testing.assert_close(loss.double(), slow / len(pixels), rtol=1e-5, atol=1e-6)
+    ours, obvious = (torch.autograd.grad(x, student)[0] for x in (loss, slow / len(pixels)))
+    torch.testing.assert_close(ours, obvious, rtol=1e-4, atol=1e-7)
+
+
+# ---- OHEM -------------------------------------------------------------------------------------------------------
+
+
+def pixels(seed, confidence, ignored=0.3, samples=4):
+    """logits whose own class leads by about `confidence`, labels of which a share is 255."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, K, (samples, 9, 11), generator=g)
+    logits = torch.randn(samples, K, 9, 11, generator=g) + confidence * F.one_hot(labels, K).permute(0, 3, 1, 2)
+    return logits, labels.masked_fill(torch.rand(labels.shape, generator=g) < ignored, 255)
+
+
+def slow_ohem(logits, labels, threshold=0.7, min_share=1 / 16):
+    """By sorting; pixels as hard as the last one that is needed are taken, too -> loss, chosen (B, H, W)."""
+    losses = -logits.log_softmax(1).gather(1, labels.where(labels != 255, 0)[:, None])[:, 0]
+    valid = [(losses[p].item(), p) for p in map(tuple, (labels != 255).nonzero().tolist())]
+    chosen = torch.zeros_like(labels, dtype=torch.bool)
+    if not valid:
+        return losses.sum() * 0, chosen
+    ranked = sorted((loss for loss, _ in valid), reverse=True)
+    needed = ranked[math.ceil(len(valid) * min_share) - 1]
+    for loss, p in valid:
+        chosen[p] = math.exp(-loss) <= threshold or loss >= needed
+    return losses[chosen].mean(), chosen
+
+
+def tied():
+    logits, labels = pixels(5, 6.0)
+    return logits[:, :, :1, :1].repeat(1, 1, 9, 11), labels[:, :1, :1].repeat(1, 9, 11).where(labels != 255, 255)
+
+
+def one_valid_pixel():
+    logits, labels = pixels(6, 7.0)
+    only = torch.full_like(labels, 255)
+    only[2, 3, 4] = 1
+    return logits, only
+
+
+OHEM = {
+    "untrained, most pixels are hard": lambda: pixels(1, 0.0),
+    "half trained": lambda: pixels(2, 3.0),
+    "trained, the threshold leaves too few": lambda: pixels(3, 9.0),
+    "losses so tiny that float32 knows few of them": lambda: pixels(4, 16.0),
+    "losses of exactly zero": lambda: pixels(4, 60.0),
+    "ties": tied,
+    "few valid pixels": lambda: pixels(7, 8.0, ignored=0.97),
+    "one valid pixel": one_valid_pixel,
+    "none valid": lambda: pixels(8, 3.0, ignored=1.1),
+}
+
+
+@pytest.mark.parametrize("case", OHEM)
+def test_ohem_takes_the_pixels_that_sorting_takes(case):
+    logits, labels = OHEM[case]()
+    logits.requires_grad_()
+    slow, chosen = slow_ohem(logits, labels)
+    loss = hpdm.ohem_cross_entropy(logits, labels)
+    torch.testing.assert_close(loss, slow, rtol=1e-5, atol=1e-12)
+    ours, obvious = (torch.autograd.grad(x, logits)[0] for x in (loss, slow))
+    torch.testing.assert_close(ours, obvious, rtol=1e-4, atol=1e-9)
+    valid = int((labels != 255).sum())
+    assert chosen.sum() >= valid / 16
+    if case.startswith(("trained", "losses so tiny", "few valid")):  # otherwise these tests would show nothing
+        assert (logits.softmax(1).amax(1)[chosen] > 0.7).any() and chosen.sum() < valid / 2
+
+
+def test_ohem_with_all_pixels_allowed_is_plain_cross_entropy():
+    logits, labels = pixels(9, 2.0)
+    plain = F.cross_entropy(logits, labels, ignore_index=255)
+    torch.testing.assert_close(hpdm.ohem_cross_entropy(logits, labels, min_share=1.0), plain)
+    torch.testing.assert_close(hpdm.ohem_cross_entropy(logits, labels, threshold=1.0), plain)
+
+
+@pytest.mark.parametrize("case", OHEM)
+def test_two_processes_select_and_average_as_one(case):
+    logits, labels = OHEM[case]()
+    labels[0, :4] = 255  # so that the halves differ in their number of valid pixels
+    logits.requires_grad_()
+    one = hpdm.ohem_cross_entropy(logits, labels)
+    expected = torch.autograd.grad(one, logits)[0]
+
+    meeting, held = threading.Barrier(2, timeout=30), [None, None]
+
+    def process(rank):
+        def total(x):  # an all-reduce between two threads
+            held[rank] = x
+            meeting.wait()
+            both = held[0] + held[1]
+            meeting.wait()
+            return both
+
+        half = logits.detach()[2 * rank : 2 * rank + 2].requires_grad_()
+        loss = hpdm.ohem_cross_entropy(half, labels[2 * rank : 2 * rank + 2], total=total)
+        return loss.detach(), torch.autograd.grad(loss, half)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        (loss0, grad0), (loss1, grad1) = pool.map(process, (0, 1))
+    torch.testing.assert_close((loss0 + loss1) / 2, one.detach(), rtol=1e-5, atol=1e-12)  # as gradients are averaged
+    torch.testing.assert_close(torch.cat((grad0, grad1)) / 2, expected, rtol=1e-5, atol=1e-9)

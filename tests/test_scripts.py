@@ -1,0 +1,80 @@
+"""Whole runs of the scripts, as a user starts them: both stages, evaluation, on painted scenes and on every layout."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def script(name: str, *args, cwd=ROOT, status: int = 0) -> str:
+    """Runs a script -> what it printed; fails with its output if the exit status is another."""
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == status, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+TINY = ("--epochs", 1, "--distill-epochs", 1, "--batch-size", 4, "--workers", 0)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    script("train_stage1.py", "--out", folder, "--limit", 12, "--size", 64, *TINY)
+    script("train_stage2.py", "--stage1", folder, "--fsm-epochs", 1, "--student-epochs", 1)
+    return folder
+
+
+def test_both_stages_write_what_they_promise(run_folder):
+    for name in ("config.json", "log.jsonl", "teacher.pt", "robust.pt", "fsm.pt", "student.pt", "last.pt"):
+        assert (run_folder / name).stat().st_size > 0
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    assert [p for p in dict.fromkeys(line["phase"] for line in lines)] == ["teacher", "robust", "fsm", "student"]
+    robust = [line for line in lines if line["phase"] == "robust" and "lr" in line][0]
+    assert {"ce", "kl", "hpdm", "images_per_second", "data_wait", "peak_memory_mb"} <= set(robust)
+    student = torch.load(run_folder / "student.pt", weights_only=True)
+    assert student["meta"]["modalities"] == ["rgb", "depth", "event", "lidar"] and len(student["meta"]["classes"]) == 12
+    teacher = torch.load(run_folder / "teacher.pt", weights_only=True)
+    assert student["model"].keys() == teacher["model"].keys()  # one model, of the teacher's cost
+    assert any(not torch.equal(student["model"][k], teacher["model"][k]) for k in teacher["model"])
+
+
+def test_evaluation_of_a_run_prints_a_row_per_model(run_folder, tmp_path):
+    text = script("evaluate.py", run_folder, "--limit", 4, "--json", tmp_path / "out.json")
+    for row in ("teacher", "robust", "switch", "FSM ensemble", "student"):
+        assert f"\n{row} " in text
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(results["student"]["any"]) == 15
+    column = results["student"]["any"]["RDEL"]
+    assert {"miou_published", "miou_occurring", "iou", "accuracy", "f1"} <= set(column) and len(column["iou"]) == 12
+    assert results["switch"]["any"]["RDEL"] == results["teacher"]["any"]["RDEL"]
+    assert results["switch"]["any"]["RD"] == results["robust"]["any"]["RD"]
+
+
+@pytest.mark.parametrize("layout", ["deliver", "muses", "mcubes", "folder"])
+def test_both_stages_and_all_protocols_run_on_every_layout(layout, tmp_path):
+    script("data.py", "--export", tmp_path / "data", "--layout", layout, "--count", 24, "--size", 64)
+    script("data.py", "--data", layout, "--root", tmp_path / "data", "--check")
+    backbone = "cmnext_tiny" if layout == "muses" else "segformer_tiny"
+    script("train_stage1.py", "--data", layout, "--root", tmp_path / "data", "--backbone", backbone, "--size", 64,
+           "--limit", 8, "--out", tmp_path / "run", *TINY)  # fmt: skip
+    script("train_stage2.py", "--stage1", tmp_path / "run", "--fsm-epochs", 1, "--student-epochs", 1, "--workers", 0)
+    text = script("evaluate.py", tmp_path / "run", "--limit", 4, "--protocol", "all")
+    for title in ("any-modality", "EMM", "RMM", "NM", "weather", "sensor failure"):
+        assert title in text
+
+
+def test_help_answers_before_torch_is_loaded():
+    for name in ("train_stage1.py", "train_stage2.py", "evaluate.py", "predict.py"):
+        code = f"import sys, runpy; sys.argv = ['{name}', '--help']\n" \
+               f"try: runpy.run_path('{name}', run_name='__main__')\n" \
+               "except SystemExit: pass\nassert 'torch' not in sys.modules, 'torch was imported'"  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert "usage:" in done.stdout

@@ -29,8 +29,8 @@ def write(path: pathlib.Path, state: dict, keep_previous: bool = False) -> None:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        if damage(beside):
-            raise OSError(damage(beside))
+        if reason := damage(beside):
+            raise OSError(reason)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise OSError(f"cannot save {path} ({error.strerror or error}): {buffer.tell() / 2**20:.1f} MB of free space are "
@@ -49,8 +49,8 @@ def damage(path: pathlib.Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
         return f"the checksum of {bad} is wrong" if bad else None
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        return f"it is cut off or overwritten ({error})"
+    except Exception as error:  # flipped bytes of a zip's directory can raise nearly anything
+        return f"it is cut off or overwritten ({error or type(error).__name__})"
 
 
 def read(path: pathlib.Path) -> dict:
@@ -66,15 +66,22 @@ def read(path: pathlib.Path) -> dict:
 
 
 def load_last(folder: pathlib.Path) -> dict | None:
-    """The newest valid of last.pt and the one before it."""
-    files = [file for file in (folder / "last.pt", folder / "last.previous.pt") if file.exists()]
-    for file in files:
-        try:
-            return read(file)
-        except ValueError as error:
-            print(f"warning: {error} Falling back to the one before.", file=sys.stderr)
-    if files:
-        raise ValueError(f"no valid checkpoint is left in {folder}; start again in another folder.")
+    """The newest valid of a run's checkpoints, with a warning if it is not the first; None if there is none at all."""
+    problem = None
+    for file in (folder / "last.pt", folder / "last.previous.pt"):
+        if file.exists():
+            try:
+                state = read(file)
+                if not isinstance(state, dict) or "phase" not in state:
+                    raise ValueError(f"{file} is not the state of a training run.")
+            except ValueError as error:
+                problem = problem or error
+                continue
+            if problem:
+                print(f"warning: {problem} Continuing from {file}, step {state['step']}.", file=sys.stderr)
+            return state
+    if problem:
+        raise ValueError(f"{problem} No valid checkpoint is left in {folder}; start again in another folder.")
     return None
 
 
@@ -92,12 +99,23 @@ def load_model(path: str, device: torch.device, expect: dict | None = None) -> t
     if not isinstance(state, dict) or state.get("format") != "rmmss 1":
         raise ValueError(f"{path} was not written by this project; published weights go through --pretrained.")
     meta = state["meta"]
-    for name, value in (expect or {}).items():
-        if meta[name] != value:
-            raise ValueError(f"{path} was trained with {name} {meta[name]}, but here they are {value}.")
+    require(path, meta, expect or {})
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
+    there, here = ({k: list(getattr(v, "shape", ())) for k, v in m.items()} for m in (state["model"], model.state_dict()))
+    if there != here:
+        name = min(k for k in {*there, *here} if there.get(k) != here.get(k))
+        raise ValueError(f"{path} does not hold the weights of a {meta['backbone']} for {len(meta['classes'])} classes: "
+                         f"{name} is {there.get(name, 'missing')} there, and {here.get(name, 'unknown')} in the model.")
     model.load_state_dict(state["model"])
     return model.to(device).eval(), meta
+
+
+def require(path: pathlib.Path | str, found: dict, expect: dict) -> None:
+    """Refuses a checkpoint of another backbone, class list, ... with both descriptions."""
+    for name, value in expect.items():
+        if found.get(name) != value:
+            there, here = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (found.get(name), value))
+            raise ValueError(f"{path} was trained with {name} {there}, but here it is {here}.")
 
 
 def describe(o, dataset, backbone: str) -> dict:

@@ -25,7 +25,7 @@ import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 
 import metrics
-from checkpoint import load_last, save_model, write
+from checkpoint import load_last, require, save_model, write
 from data import normalise
 from model import subset_logits
 
@@ -50,8 +50,6 @@ class Run:
         if o.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        if o.batch_size % self.world:
-            raise ValueError(f"--batch-size {o.batch_size} counts all processes: make it a multiple of {self.world}.")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         self.writer = tensorboard_writer(self.folder) if o.tensorboard and self.rank == 0 else None
@@ -66,25 +64,43 @@ class Run:
         """Takes the run folder for these phases, or returns the state to continue from. Never overwrites a run."""
         for number in EXIT_STATUS:  # from here on there is something to save
             signal.signal(number, self.on_signal)
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-        state = load_last(self.folder) if self.o.resume or restarted else None
+        o, folder = self.o, self.folder
+        if o.batch_size % self.world:
+            raise ValueError(f"--batch-size {o.batch_size} counts all processes: make it a multiple of {self.world}.")
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) if file.exists() else {}
+        # torchrun --max-restarts starts the same command again. Only what the same torchrun began may go on unasked.
+        launch = [os.environ.get("TORCHELASTIC_RUN_ID"), os.getppid()]
+        own = self.rank > 0 or config.get(self.script, {}).get("torchrun") == launch
+        resume = o.resume or (int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and own)
+        state = load_last(folder) if resume else None
         if state and state["script"] != self.script:
-            raise ValueError(f"{self.folder}: its last run was {state['script']}; resume that one.")
-        if self.o.resume and not state:
-            raise ValueError(f"{self.folder} holds no last.pt to resume; start it without --resume.")
-        used = [p for p in phases if (self.folder / f"{p}.pt").exists()]
-        used += [p for p in ("log.jsonl", "last.pt") if phases[0] == "teacher" and (self.folder / p).exists()]
-        if used and not state and not restarted:
-            raise ValueError(f"{self.folder} is not empty ({used[0]}): continue it with --resume {self.folder}, "
-                             "or choose another folder with --out.")  # fmt: skip
-        if self.world > 1:
-            dist.barrier()  # nobody writes before everybody has looked
+            if phases[0] == "teacher":
+                raise ValueError(f"{folder} went on to {state['script']}; resume that one.")
+            state = None  # of stage 1, in the same folder: this stage was ended before its first checkpoint
+
+        # A run saves before its first step. So one without a checkpoint has done nothing yet, and may begin again.
+        own_stage1 = phases[0] == "fsm" and o.stage1 and folder.resolve() == pathlib.Path(o.stage1).resolve()
+        used = [f"{phase}.pt" for phase in phases]
+        if resume and phases[0] == "teacher" and o.teacher:
+            used.remove("teacher.pt")  # copied there before the first checkpoint
+        elif not resume and (not own_stage1 or self.script in config):
+            used += ["last.pt", "log.jsonl", "config.json"]
+        used = [name for name in used if (folder / name).exists()]
+        if used and not state:
+            ways = f"continue it with --resume {folder}, or " if not resume else "but no last.pt to continue from; "
+            raise ValueError(f"{folder} is not empty ({used[0]}): {ways}choose another folder with --out.")
+        if self.world > 1:  # nobody writes before everybody has looked
+            found = [None] * self.world
+            dist.all_gather_object(found, state and (state["phase"], state["step"]))
+            if len(set(found)) > 1:
+                raise ValueError(f"the processes found different checkpoints in {folder} ({found}); "
+                                 "all nodes must see the same folder.")  # fmt: skip
         if self.rank == 0 and not state:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / "config.json"
-            config = json.loads(file.read_text()) if file.exists() else {}
-            config[self.script] = {"options": vars(self.o), "versions": versions(), "git": git_revision()}
-            file.write_text(json.dumps(config, indent=1) + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            about = {"options": vars(o), "versions": versions(), "git": git_revision(), "torchrun": launch}
+            config[self.script] = about
+            replace_text(file, json.dumps(config, indent=1) + "\n")
         return state
 
     def parallel(self, model: nn.Module) -> nn.Module:
@@ -109,11 +125,31 @@ class Run:
         """One line of log.jsonl, and the numbers of it to tensorboard if asked for."""
         if self.rank == 0:
             line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            file = self.folder / "log.jsonl"
+            try:
+                with open(file, "a") as lines:
+                    lines.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise OSError(f"cannot write {file} ({error.strerror}); then --resume {self.folder}.") from error
             for name, value in line.items() if self.writer else ():
                 if isinstance(value, float):
                     self.writer.add_scalar(f"{line['phase']}/{name}", value, line["step"])
+
+    def rewind_log(self, phase: str, step: int) -> None:
+        """Drops what was logged after the checkpoint that the run continues from; it will be logged again."""
+        file = self.folder / "log.jsonl"
+        if self.rank == 0 and file.exists():
+            whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            values = [json.loads(line) for line in whole]
+            keep = [(PHASES.index(v["phase"]), v["step"]) <= (PHASES.index(phase), step) for v in values]
+            replace_text(file, "".join(line for line, kept in zip(whole, keep, strict=True) if kept))
+
+
+def replace_text(file: pathlib.Path, text: str) -> None:
+    """Writes a whole file or, when cut off, nothing."""
+    beside = file.with_suffix(".new")
+    beside.write_text(text)
+    os.replace(beside, file)
 
 
 class Progress:
@@ -123,34 +159,44 @@ class Progress:
         ...; loss.backward()
         progress.check(loss, losses, names)          # before the optimizer: stops on a value that is not finite
         ...; optimizer.step()
-        if progress.validation_due(): ...; progress.validated(score, meta)
+        if progress.validation_due(): ...; progress.validated(score)
+
+    meta describes the model (checkpoint.describe); state is what to continue from, or None.
     """
 
-    def __init__(self, run: Run, phase: str, model: nn.Module, optimizer, scaler, frames: int, epochs: float, state):
+    def __init__(
+        self, run: Run, phase: str, model: nn.Module, optimizer, scaler, frames: int, epochs: float, meta: dict, state
+    ):  # fmt: skip
         o = run.o
         self.run, self.phase, self.model, self.optimizer, self.scaler = run, phase, model, optimizer, scaler
+        self.meta = {**meta, "frames": frames}  # the stream of batches depends on the number of frames
         self.per_epoch = frames / o.batch_size  # steps, a fraction too: the stream of frames does not stop at an epoch
         self.steps = max(1, math.ceil(epochs * self.per_epoch))
         self.warmup = min(round(o.warmup_epochs * self.per_epoch), self.steps // 2)
         self.every = max(1, round(o.eval_every * self.per_epoch))
         self.step, self.best = 0, -1.0
         if state:
+            kept = ("backbone", "classes", "modalities", "frames")
+            require(run.folder / "last.pt", state["meta"], {name: self.meta[name] for name in kept})
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             self.step, self.best = state["step"], state["best"]
+            run.rewind_log(phase, self.step)
         self.sums: dict[str, Tensor] = {}
         self.since, self.waited, self.counted, self.stop = time.time(), 0.0, 0, 0
 
     def state(self) -> dict:
         return {"script": self.run.script, "phase": self.phase, "step": self.step, "best": self.best,
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "meta": self.meta, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict()}  # fmt: skip
 
     def batches(self, dataset) -> Iterator[tuple[int, tuple]]:
         run, o = self.run, self.run.o
         keys = Batches(len(dataset), o.batch_size, o.seed, self.step, self.steps, run.rank, run.world)
         source = iter(loader(dataset, keys, o.workers, run.device))
+        if self.step == 0:
+            self.save()  # a run folder without a checkpoint has done nothing, and too full a disk shows now
         while self.step < self.steps:
             began = time.time()
             batch = next(source)
@@ -161,15 +207,20 @@ class Progress:
             yield self.step, batch
             self.step += 1
             self.counted += 1
-            if self.counted >= 50 or self.step == self.steps or self.stop:
+            if self.step % 50 == 0 or self.step == self.steps or self.stop:
                 self.report()
             if self.step % o.save_every == 0 or self.step == self.steps or self.stop:
-                if run.rank == 0:
-                    write(run.folder / "last.pt", self.state(), keep_previous=True)
+                self.save()
             if self.stop:
+                if run.world > 1:
+                    dist.barrier()  # torchrun ends the others soon after the first has left
                 why = signal.Signals(self.stop).name if self.stop > 1 else f"--max-minutes {o.max_minutes:g}"
                 run.say(f"\nstopped by {why} after step {self.step}; continue with --resume {run.folder}")
                 raise SystemExit(EXIT_STATUS.get(self.stop, 0))
+
+    def save(self) -> None:
+        if self.run.rank == 0:
+            write(self.run.folder / "last.pt", self.state(), keep_previous=True)
 
     def check(self, loss: Tensor, losses: dict[str, Tensor], names: list[str]) -> None:
         """After backward: a loss or gradient that is not finite ends the run before it can reach the weights.
@@ -181,14 +232,16 @@ class Progress:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         # fp16's scaler skips steps whose gradients overflow, which is its normal way to find the scale
-        finite = torch.isfinite(loss.detach()) & (torch.isfinite(norm) | self.scaler.is_enabled())
-        flags = torch.tensor([0, run.signalled or int(bool(late))], device=loss.device)
-        flags[0] = ~finite
+        flags = torch.tensor([0, 0, run.signalled or int(bool(late))], device=loss.device)
+        flags[0] = ~torch.isfinite(loss.detach())
+        flags[1] = ~torch.isfinite(norm) & (not self.scaler.is_enabled())
         if run.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        broken, self.stop = flags.tolist()
-        if broken:
+        bad_loss, bad_gradient, self.stop = flags.tolist()
+        if bad_loss or bad_gradient:
             bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))] or ["the gradient"]
+            if bad_loss and bool(torch.isfinite(loss)):
+                raise ValueError("the loss of another process is not finite; its message names the frames.")
             file = run.folder / f"nonfinite-{run.rank}.pt"
             write(file, {**self.state(), "losses": {k: v.detach() for k, v in losses.items()}, "frames": list(names)})
             raise ValueError(f"{' and '.join(bad)} of phase {self.phase}, step {self.step} is not finite on process "
@@ -216,12 +269,12 @@ class Progress:
     def validation_due(self) -> bool:
         return (self.step + 1) % self.every == 0 or self.step + 1 == self.steps
 
-    def validated(self, score: float, meta: dict, **values: float) -> None:
+    def validated(self, score: float, **values: float) -> None:
         """Keeps the best model so far as <phase>.pt, and logs the scores."""
         if score > self.best:
             self.best = score
             if self.run.rank == 0:
-                save_model(self.run.folder / f"{self.phase}.pt", self.model, meta)
+                save_model(self.run.folder / f"{self.phase}.pt", self.model, self.meta)
         self.run.log(phase=self.phase, step=self.step + 1, epoch=(self.step + 1) / self.per_epoch, **values)
         shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
         self.run.say(f"{chr(10) if sys.stdout.isatty() else ''}{self.phase} step {self.step + 1}: {shown}")
@@ -266,9 +319,18 @@ def guarded(main: Callable, o) -> int:
     """Runs a script's main; what the user can mend is told in one sentence, exit status 2."""
     try:
         main(o)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        return EXIT_STATUS[signal.SIGINT]
+    except (ValueError, OSError, RuntimeError) as error:
+        text = str(error)
+        if text.startswith("Caught "):  # in a loader worker: its traceback, and in the last line the sentence
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        elif isinstance(error, dist.DistError) or "gloo" in text:
+            text = f"another process of this run has ended, perhaps with a message of its own ({text.splitlines()[0]})"
+        elif isinstance(error, RuntimeError):
+            raise
         rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"\nerror{rank}: {error}", file=sys.stderr)
+        print(f"\nerror{rank}: {text}", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
@@ -314,7 +376,18 @@ def quiet_worker(_: int) -> None:
 
 def loader(dataset, batches, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=quiet_worker,
-                                       pin_memory=device.type == "cuda")  # fmt: skip
+                                       pin_memory=device.type == "cuda", collate_fn=stack)  # fmt: skip
+
+
+def stack(samples: list[tuple[Tensor, Tensor, str]]) -> list:
+    """Samples of a batch -> images (B, M, 3, H, W), labels (B, H, W), B names."""
+    (_, first, name), *others = samples
+    for _, label, other in others:
+        if label.shape != first.shape:
+            sizes = [" x ".join(map(str, x.shape)) for x in (label, first)]
+            raise ValueError(f"{other} has {sizes[0]} pixels, but {name} in its batch has {sizes[1]}; "
+                             "use --batch-size 1, or frames of one shape.")  # fmt: skip
+    return torch.utils.data.default_collate(samples)
 
 
 def seed_step(seed: int, phase: str, step: int, rank: int) -> torch.Generator:

@@ -23,7 +23,6 @@ PROTOCOLS = ("any", "emm", "rmm", "nm", "condition", "case")
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     from options import RECIPES, ROOTS, Help, names, positive
 
-    parser = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser = argparse.ArgumentParser("evaluate.py", description=__doc__.split("\n")[0], formatter_class=Help,
                                      allow_abbrev=False)  # fmt: skip
     parser.add_argument("checkpoint", nargs="+", help="model files, or run folders: all that they hold")
@@ -44,6 +43,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--scales", default="1", help="image scales to average over, e.g. 0.5,0.75,1,1.25,1.5")
     group.add_argument("--tile", type=positive(int), help="tiles of this side with half overlap, for images that do "
                        "not fit into memory; at least 32")  # fmt: skip
+    group = parser.add_argument_group("ensemble", "of a run folder that holds an fsm.pt")
+    group.add_argument("--fsm-rule", choices=("hard", "candidate", "score"), help="None: the one it was trained with")
+    group.add_argument("--fsm-level", choices=("both", "features", "logits"), default="both", help="what is selected")
     group = parser.add_argument_group("output")
     group.add_argument("--json", metavar="FILE", help="every score of every column")
     group.add_argument("--markdown", metavar="FILE", help="the printed tables, for a paper or README")
@@ -88,7 +90,7 @@ EMM_ODDS = (0.2, 0.1, 0.05)
 def main(o) -> None:
     o.deterministic, o.tensorboard, o.out = False, False, "."
     run = common.Run(o, "evaluate.py")
-    rows, meta = load_rows(o.checkpoint, run.device)
+    rows, meta = load_rows(o.checkpoint, run.device, o.fsm_level, o.fsm_rule)
     dataset = open_dataset(o.data or meta["data"], root=o.root or meta["root"], split=o.split,
                            modalities=meta["modalities"], size=o.size or meta["size"], limit=o.limit, seed=0,
                            depth=meta["depth"], label_map=meta["label_map"])  # fmt: skip
@@ -102,13 +104,16 @@ def main(o) -> None:
     about = f"{dataset.name} {o.split}, {len(dataset)} frames, size {o.size or meta['size']}"
     run.say(f"{about}; mIoU in per cent, absent classes count as 0 (published rule)\n\n{text}")
     if o.markdown:
-        pathlib.Path(o.markdown).write_text(f"{about}\n\n" + "\n\n".join(tables(results, dataset, o.protocol, True)) + "\n")
+        text = "\n\n".join([about, *tables(results, dataset, o.protocol, markdown=True)])
+        pathlib.Path(o.markdown).write_text(text + "\n")
     if o.json:
         pathlib.Path(o.json).write_text(json.dumps({"about": about, "options": vars(o), "versions": common.versions(),
                                                     "classes": meta["classes"], "results": results}, indent=1) + "\n")
 
 
-def load_rows(paths: list[str], device: torch.device) -> tuple[dict[str, Callable], dict]:
+def load_rows(
+    paths: list[str], device: torch.device, level: str = "both", rule: str | None = None
+) -> tuple[dict[str, Callable], dict]:
     """Row name -> predict(images, subsets, degraded); a folder gives a row per model, the switch and the ensemble."""
     rows, first = {}, None
     for path in map(pathlib.Path, paths):
@@ -126,15 +131,18 @@ def load_rows(paths: list[str], device: torch.device) -> tuple[dict[str, Callabl
         if "fsm" in models and not {"teacher", "robust"} <= set(models):
             raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")
         prefix = f"{path.name}/" if len(paths) > 1 and path.is_dir() else ""
-        for name in ("teacher", "robust"):
-            if name in models:
-                rows[prefix + name] = common.predictor(models[name])
+        found = {name: common.predictor(models[name]) for name in ("teacher", "robust") if name in models}
         if {"teacher", "robust"} <= set(models):
-            rows[prefix + "switch"] = switch_predictor(models["teacher"], models["robust"])
+            found["switch"] = switch_predictor(models["teacher"], models["robust"])
         if "fsm" in models:
-            rows[prefix + "FSM ensemble"] = ensemble_predictor(models["fsm"], models["teacher"], models["robust"])
-        for name in models.keys() - {"teacher", "robust", "fsm"}:
-            rows[prefix + name if prefix or name not in rows else str(path)] = common.predictor(models[name])
+            sources = models["teacher"], models["robust"]
+            found["FSM ensemble"] = ensemble_predictor(models["fsm"], *sources, level, rule)
+        found |= {name: common.predictor(models[name]) for name in models if name not in ("teacher", "robust", "fsm")}
+        for name, predict in found.items():
+            row = prefix + name
+            if row in rows:  # another file or folder of this name was given, too
+                row = f"{path}/{name}" if path.is_dir() else str(path)
+            rows[row] = predict
     return rows, first
 
 
@@ -195,7 +203,8 @@ def evaluate(predict: Callable, dataset, protocols: list[str], run) -> dict[str,
     m, k, o = len(dataset.modalities), len(dataset.classes), run.o
     subsets, full = common.all_subsets(m), tuple(range(m))
     label = {s: subset_name(s, dataset.modalities) for s in subsets}
-    groups = {p: sorted({getattr(frame, p) for frame in dataset.frames}) for p in ("condition", "case") if p in protocols}
+    grouped = [p for p in ("condition", "case") if p in protocols]
+    groups = {p: sorted({getattr(frame, p) for frame in dataset.frames}) for p in grouped}
     columns = [("any", label[s]) for s in subsets] if "any" in protocols else []
     columns += [("emm", label[s]) for s in subsets] if "emm" in protocols else []
     columns += [("rmm", f"{label[s]} {r}") for r in RMM_RATES for s in subsets] if "rmm" in protocols else []
@@ -233,7 +242,7 @@ def evaluate(predict: Callable, dataset, protocols: list[str], run) -> dict[str,
                 logits = next(iter(predict(images, [full])))
                 for protocol, members in groups.items():
                     for group in members:
-                        rows = [i for i, frame in enumerate(indices) if getattr(dataset.frames[frame], protocol) == group]
+                        rows = [i for i, n in enumerate(indices) if getattr(dataset.frames[n], protocol) == group]
                         if rows:
                             count(protocol, group, logits, rows)
     results: dict[str, dict] = {protocol: {} for protocol in protocols}
@@ -291,14 +300,14 @@ def tables(results: dict, dataset, protocols: list[str], markdown: bool = False)
         rows = {name: summary(protocol, r[protocol], dataset.modalities) for name, r in results.items()}
         columns, base = list(next(iter(rows.values()))), next(iter(rows.values()))
         summaries = [c for c in columns if c in ("full", "missing", "mean") or c.startswith(("E(", "r="))]
-        cells = [["", *columns, *(f"mean, {rule}" for rule in ("occurring",))]]
+        cells = [["", *columns, "mean, occurring"]]  # the last column under the other rule for absent classes
         for name, row in rows.items():
             occurring = summary(protocol, results[name][protocol], dataset.modalities, "miou_occurring")["mean"]
             texts = [f"{row[c]:.2f}" + (f" ({row[c] - base[c]:+.2f})" if row is not base and c in summaries else "")
                      for c in columns]  # fmt: skip
             cells.append([name, *texts, f"{occurring:.2f}"])
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
                  for row in cells]  # fmt: skip
         if markdown:
             rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]

@@ -22,7 +22,7 @@ Axes: B samples, S sources (T, R), C channels, K classes, h w stage.
 """
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from checkpoint import read
 from model import Output, ScorePredictor, composite, present_of, subset_logits
 
 RULES = ("hard", "candidate", "score")
+LEVELS = ("both", "features", "logits")
 
 
 class Selected(NamedTuple):
@@ -89,21 +90,26 @@ class FSM(nn.Module):
         return Selected(logits, tuple(fused), torch.stack([*shares, share]))
 
 
-def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) -> Tensor:
+def feature_distance(
+    student: tuple[Tensor, ...], selected: tuple[Tensor, ...], total: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
     """What pulls the final student to the selected features: mean squared difference, summed over stages -> scalar.
 
     Not in the paper, which does not say how the selection reaches the student. Each channel is scaled by the
-    selected features' deviation, so that stages and channels of different size weigh the same.
+    selected features' deviation, so that stages and channels of different size weigh the same. `total` sums a tensor
+    over the processes of a run, so that N of them take the deviation over the same batch as one would.
     """
-    total = torch.zeros((), device=student[0].device)
+    distance = torch.zeros((), device=student[0].device)
     for s, t in zip(student, selected, strict=True):
         t = t.detach().float()
-        scale = t.std((0, 2, 3), keepdim=True) + 1e-5
-        total = total + ((s.float() - t) / scale).square().mean()
-    return total
+        n = total(t.new_tensor(t[:, 0].numel()))
+        mean = total(t.sum((0, 2, 3), keepdim=True)) / n  # (1, C, 1, 1)
+        scale = (total((t - mean).square().sum((0, 2, 3), keepdim=True)) / (n - 1)).sqrt() + 1e-5
+        distance = distance + ((s.float() - t) / scale).square().mean()
+    return distance
 
 
-# ---- the ensemble: T + R + FSM, at the cost of both models --------------------------------------------------------------
+# ---- the ensemble: T + R + FSM, at the cost of both models ------------------------------------------------------
 
 
 def ensemble_logits(selected: Selected, robust: nn.Module, level: str = "both") -> Tensor:
@@ -120,7 +126,9 @@ def ensemble_logits(selected: Selected, robust: nn.Module, level: str = "both") 
     return (selected.logits.float().softmax(1) + decoded.float().softmax(1)).clamp(min=1e-12).log()
 
 
-def ensemble_predictor(fsm: FSM, teacher: nn.Module, robust: nn.Module, level: str = "both", rule: str | None = None):
+def ensemble_predictor(
+    fsm: FSM, teacher: nn.Module, robust: nn.Module, level: str = "both", rule: str | None = None
+) -> Callable:
     """predict(images, subsets, degraded) -> iterator of logits, as `model.subset_logits` gives for one model.
 
     Both models see what the protocol leaves of the input; the selection is told which sensors work.
@@ -136,7 +144,7 @@ def ensemble_predictor(fsm: FSM, teacher: nn.Module, robust: nn.Module, level: s
     return predict
 
 
-def switch_predictor(teacher: nn.Module, robust: nn.Module):
+def switch_predictor(teacher: nn.Module, robust: nn.Module) -> Callable:
     """The honest baseline: the teacher when all sensors are there, else the robust model."""
 
     def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:

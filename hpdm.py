@@ -117,16 +117,17 @@ def dominant_modalities(per_modality: Sequence[Tensor], fused: Sequence[Tensor])
 
 def feature_variation_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], teacher_fused: Sequence[Tensor], labels: Tensor,
-    present: Tensor, num_classes: int,
+    present: Tensor, num_classes: int, total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:  # fmt: skip
     """How features vary within a class, student like teacher, on the dominant modalities -> scalar >= 0.
 
     Per pixel the cosine between its feature and its class's prototype; softmax over the labelled positions;
     KL(teacher || student) over positions, averaged over the present dominant (sample, modality) pairs, summed over
-    stages. Shapes as in `hpdm_loss`; teacher_fused 4 x (B, C_i, h_i, w_i).
+    stages. Shapes as in `hpdm_loss`; teacher_fused 4 x (B, C_i, h_i, w_i); `total` as in `ohem_cross_entropy`.
     """
     counted = dominant_modalities(teacher, teacher_fused) & present  # (B, M)
-    total = labels.new_zeros((), dtype=torch.float32)
+    pairs = total(counted.sum()) / total(torch.ones((), device=labels.device))  # per process
+    loss = labels.new_zeros((), dtype=torch.float32)
     for s, t in zip(student, teacher, strict=True):
         y = labels_at(labels, s.shape[-2:])
         cosines = []
@@ -137,5 +138,5 @@ def feature_variation_loss(
         # a large negative number and not -inf, so that a sample without any label gives 0 instead of NaN
         log_s, log_t = (x.masked_fill(ignored, -1e30).log_softmax(2) for x in cosines)
         divergence = torch.where(ignored, 0.0, log_t.exp() * (log_t - log_s)).sum(2)  # (B, M)
-        total = total + (divergence * counted).sum() / counted.sum().clamp(min=1)
-    return total
+        loss = loss + (divergence * counted).sum() / pairs.clamp(min=1e-6)
+    return loss

@@ -559,7 +559,8 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-BACKBONES = [f"{family}_{size}" for family in ("segformer", "cmnext") for size in ("tiny", *(f"b{i}" for i in range(6)))]
+SIZES = ("tiny", "b0", "b1", "b2", "b3", "b4", "b5")
+BACKBONES = [f"{family}_{size}" for family in ("segformer", "cmnext") for size in SIZES]
 
 
 def build_model(

@@ -6,7 +6,9 @@ Nothing heavy is imported here: `--help` and a mistyped option answer before tor
 
 import argparse
 import json
+import math
 import pathlib
+import re
 import sys
 
 # Published (paper, section 5): AdamW 6e-5, weight decay 0.01, 10 epochs of warm-up from 0.1, poly 0.9, 200 epochs for
@@ -24,7 +26,7 @@ RECIPES = {
 }  # fmt: skip
 ROOTS = {"deliver": "data/DELIVER", "muses": "data/MUSES", "mcubes": "data/MCubeS"}
 # Options that may change when a run is continued: they do not change what it computes.
-FREE = {"resume", "config", "workers", "device", "max_minutes", "eval_every", "tensorboard", "out", "save_every", "root"}
+FREE = {"resume", "config", "out", "root", "workers", "device", "max_minutes", "save_every", "tensorboard"}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -37,7 +39,7 @@ def positive(kind: type, zero: bool = False):
 
     def parse(text: str):
         value = kind(text)
-        if value < 0 or (value == 0 and not zero) or value != value:
+        if not 0 <= value < math.inf or (value == 0 and not zero):
             raise ValueError
         return value
 
@@ -61,21 +63,28 @@ def share(text: str) -> float:
     return value
 
 
+def device(text: str) -> str:
+    """An argparse type: auto, cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' must be auto, cpu, cuda or cuda:N")
+    return text
+
+
 def add_data_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
     group.add_argument("--root", help="folder of the data set, in its published layout (README); None: data/NAME")
     group.add_argument("--modalities", type=names,
                        help="sensors and their order, by comma; fewer train faster. None: all of the data set")
-    group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="DELIVER's depth: published models use hha")
-    group.add_argument("--label-map", help='folder data: own label ids to classes, e.g. "0=255,1=0,2=1"; 255 = ignore')
+    group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="DELIVER's depth; published models: hha")
+    group.add_argument("--label-map", help='folder data: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
     group.add_argument("--size", type=positive(int), default=recipe["size"],
-                       help="side of the training crop, pixels; at least 32, larger sees more context, costs its square")
+                       help="side of the training crop, pixels, from 32 on; larger sees more context and costs its square")
     group.add_argument("--limit", type=positive(int), help="use only the first N frames of each split; for trials")
     group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
                        help="go on past at most N broken frames (each is listed) instead of stopping at the first")
     group.add_argument("--workers", type=positive(int, zero=True), default=0 if recipe["size"] < 128 else 4,
-                       help="loader processes per training process; raise it while the log shows a data-wait above 5 %%")
+                       help="loader processes per training process; more while the log shows a data_wait above 0.05")
 
 
 def add_training_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
@@ -91,7 +100,7 @@ def add_training_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
     group.add_argument("--dropout", type=share, default=0.1, help="of the decoder's channels")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off",
                        help="mixed precision: bf16 on CPUs with AMX and on GPUs from 8.0, fp16 on older GPUs")
-    group.add_argument("--compile", action="store_true", help="torch.compile the models; worth it for runs over an hour")
+    group.add_argument("--compile", action="store_true", help="torch.compile the models; pays off in runs over an hour")
     group.add_argument("--eval-every", type=positive(float), default=recipe["eval_every"],
                        help="epochs between validations (fractions allowed); the best model so far is kept")
     group.add_argument("--seed", type=positive(int, zero=True), default=0, help="same seed, same machine: same numbers")
@@ -101,8 +110,8 @@ def add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--out", default=out, help="run folder; must be empty or new, unless --resume continues it")
     group.add_argument("--resume", metavar="RUN", help="continue this run folder (or its last.pt) exactly")
-    group.add_argument("--config", metavar="FILE", help="take every option from a run's config.json; others overrule it")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--config", metavar="FILE", help="take the options of a run's config.json; others overrule them")
+    group.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--deterministic", action="store_true", help="bit-for-bit repeatable on a GPU as well; slower")
     group.add_argument("--save-every", type=positive(int), default=200, metavar="STEPS", help="steps between last.pt")
     group.add_argument("--max-minutes", type=positive(float), help="save and stop by the clock, exit status 0")
@@ -139,10 +148,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
         o = parser.parse_args(argv)
         if o.resume:
             o.out = str(file.parent)
+            if pathlib.Path(o.resume).suffix == ".pt" and pathlib.Path(o.resume).name != "last.pt":
+                parser.error(f"--resume {o.resume}: give the run folder or its last.pt, where all is that a run needs.")
+            if o.config or pathlib.Path(early(argv, "--out").out or file.parent) != file.parent:
+                parser.error(f"--resume {o.resume} has its own folder and options: give neither --out nor --config.")
             for name, value in saved.items():
                 if name not in FREE and getattr(o, name) != value:
-                    parser.error(f"--{name.replace('_', '-')} {getattr(o, name)} contradicts {file}, which was started "
-                                 f"with {value}: leave it out, or start a new run with --config {file} --out DIR.")  # fmt: skip
+                    parser.error(f"--{name.replace('_', '-')} {getattr(o, name)} contradicts {file}, which says {value}: "
+                                 f"leave it out, or start a new run with --config {file} --out DIR.")  # fmt: skip
     if o.data == "folder" and not o.root:
         parser.error("--data folder needs --root, the folder that holds classes.txt.")
     if o.size < 32:
@@ -159,23 +172,24 @@ def make_parser(script: str, doc: str) -> argparse.ArgumentParser:
 
 def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    data = early(argv, "--data").data
-    recipe = RECIPES.get(data, RECIPES["synthetic"])
+    first = early(argv, "--data", "--teacher")
+    data, recipe = first.data, RECIPES.get(first.data, RECIPES["synthetic"])
     parser = make_parser("train_stage1.py", doc)
     add_data_options(parser, recipe)
     group = parser.add_argument_group("model")
-    group.add_argument("--backbone", default=recipe["backbone"],
-                       help="segformer_b0..b5 or cmnext_b0..b5, or segformer_tiny, cmnext_tiny for trials")
-    group.add_argument("--pretrained", help="MiT ImageNet weights, or published model weights, to start the teacher from")
+    group.add_argument("--backbone", default=None if first.teacher else recipe["backbone"],
+                       help="segformer_b0..b5 or cmnext_b0..b5, or segformer_tiny, cmnext_tiny for trials; "
+                       "with --teacher its own")  # fmt: skip
+    group.add_argument("--pretrained", help="MiT ImageNet weights or a published model's, to start the teacher from")
     group.add_argument("--teacher", help="a trained teacher: skip its training")
     add_training_options(parser, recipe)
     group = parser.add_argument_group("stage 1")
     group.add_argument("--epochs", type=positive(float), default=recipe["epochs"],
                        help="of the teacher, on all sensors; an under-trained teacher makes distillation hurt")
-    group.add_argument("--distill-epochs", type=positive(float), default=recipe["distill_epochs"],
-                       help="of the robust model, sensors dropped at random")
+    group.add_argument("--distill-epochs", type=positive(float, zero=True), default=recipe["distill_epochs"],
+                       help="of the robust model, sensors dropped at random; 0: the teacher only")
     group.add_argument("--lambda-kl", type=positive(float, zero=True), default=1.0,
-                       help="weight of KL(student || teacher) per pixel, 0..10; the published 50 / K is 2 for 25 classes")
+                       help="weight of KL(student || teacher) per pixel, 0..10; published: 50 / K, so 2 for 25 classes")
     group.add_argument("--alpha", type=positive(float, zero=True), default=0.3,
                        help="weight of the prototype distance, 0..10; 0 leaves plain distillation")
     group.add_argument("--match", choices=("random", "same"), default="random",
@@ -204,12 +218,12 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     group = parser.add_argument_group("stage 2")
     group.add_argument("--fsm-epochs", type=positive(float), default=recipe["fsm_epochs"],
                        help="of the feature selection; it has few parameters and needs few")
-    group.add_argument("--student-epochs", type=positive(float), default=recipe["student_epochs"],
-                       help="of the final student, started from the robust model")
+    group.add_argument("--student-epochs", type=positive(float, zero=True), default=recipe["student_epochs"],
+                       help="of the final student, started from the robust model; 0: the selection only")
     group.add_argument("--rule", choices=("score", "candidate"), default="score",
                        help="relaxation the FSM is trained through (fsm.py)")
     group.add_argument("--temperature", type=positive(float), default=0.2,
-                       help="of that softmax, 0.05..1; smaller is closer to the published hard rule, and harder to train")
+                       help="of that softmax, 0.05..1; smaller is closer to the hard rule, and harder to train")
     group.add_argument("--untold", action="store_true", help="do not tell the scores which sensors are present")
     group.add_argument("--complete", type=share, default=0.4,
                        help="share of complete inputs for the student, on top of the random subsets")

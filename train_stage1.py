@@ -36,7 +36,8 @@ def main(o) -> None:
     meta = describe(o, train, o.backbone)
 
     if o.teacher:
-        teacher, teacher_meta = load_model(o.teacher, run.device, {k: meta[k] for k in ("classes", "modalities")})
+        expect = {k: meta[k] for k in ("classes", "modalities", "backbone") if meta[k]}
+        teacher, teacher_meta = load_model(o.teacher, run.device, expect)
         meta["backbone"] = teacher_meta["backbone"]
     elif state and state["phase"] == "robust":
         teacher, _ = load_model(run.folder / "teacher.pt", run.device)
@@ -52,15 +53,17 @@ def main(o) -> None:
     if o.teacher and run.rank == 0:
         save_model(run.folder / "teacher.pt", teacher, meta)
 
-    train_robust(run, teacher, train, val, meta, state if state and state["phase"] == "robust" else None)
-    run.say(f"stage 1 is complete: {run.folder}/teacher.pt and robust.pt. Next: python train_stage2.py --stage1 {run.folder}")
+    if o.distill_epochs:
+        train_robust(run, teacher, train, val, meta, state if state and state["phase"] == "robust" else None)
+    run.say(f"stage 1 is complete, its models are in {run.folder}.\n"
+            f"Next: python train_stage2.py --stage1 {run.folder}")  # fmt: skip
 
 
 def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
     """All sensors, cross entropy only (paper, section 4.1)."""
     o, model = run.o, run.parallel(teacher)
     optimizer, scaler = common.adamw(teacher, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = common.Progress(run, "teacher", teacher, optimizer, scaler, len(train), o.epochs, state)
+    progress = common.Progress(run, "teacher", teacher, optimizer, scaler, len(train), o.epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         common.seed_step(o.seed, "teacher", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
@@ -77,7 +80,7 @@ def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict |
         optimizer.zero_grad()
         if progress.validation_due():
             full = common.validate(common.predictor(teacher), val, [tuple(range(len(val.modalities)))], run)[0]
-            progress.validated(full["miou_published"], meta, miou=full["miou_published"])
+            progress.validated(full["miou_published"], miou=full["miou_published"])
 
 
 def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
@@ -88,7 +91,7 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
     model = run.parallel(robust)
     subsets = common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(robust, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = common.Progress(run, "robust", robust, optimizer, scaler, len(train), o.distill_epochs, state)
+    progress = common.Progress(run, "robust", robust, optimizer, scaler, len(train), o.distill_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "robust", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
@@ -113,7 +116,7 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
             losses["hpdm"] = o.alpha * pair_weight * distance
         if o.beta:
             losses["ifv"] = o.beta * hpdm.feature_variation_loss(
-                out.per_modality, target.per_modality, target.fused, labels, on_device[0], classes
+                out.per_modality, target.per_modality, target.fused, labels, on_device[0], classes, run.total
             )
 
         loss = sum(losses.values())
@@ -126,7 +129,7 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
             results = common.validate(common.predictor(robust), val, subsets, run)
             *missing, full = (r["miou_published"] for r in results)
             mean = (full + sum(missing)) / len(subsets)
-            progress.validated(mean, meta, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
+            progress.validated(mean, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
 
 
 if __name__ == "__main__":

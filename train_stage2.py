@@ -39,17 +39,22 @@ def main(o) -> None:
     teacher, teacher_meta = load_model(o.teacher or f"{o.stage1}/teacher.pt", run.device, expect)
     robust, robust_meta = load_model(o.robust or f"{o.stage1}/robust.pt", run.device, expect)
     if teacher_meta["backbone"] != robust_meta["backbone"]:
-        raise ValueError(f"the teacher is a {teacher_meta['backbone']} and the robust model a {robust_meta['backbone']}: "
-                         "their features cannot be selected from; use two models of one backbone.")  # fmt: skip
+        kinds = f"{teacher_meta['backbone']} and {robust_meta['backbone']}"
+        raise ValueError(f"teacher and robust model are {kinds}; "
+                         "features can be selected only between models of one backbone.")  # fmt: skip
     teacher.requires_grad_(False)
     robust.requires_grad_(False)
     meta = describe(o, train, robust_meta["backbone"])
 
-    if not (state and state["phase"] == "student"):
-        train_fsm(run, teacher, robust, train, val, meta, state)
-    fsm = load_fsm(run.folder / "fsm.pt", run.device).requires_grad_(False)
-    train_student(run, teacher, robust, fsm, train, val, meta, state if state and state["phase"] == "student" else None)
-    run.say(f"stage 2 is complete: {run.folder}/fsm.pt and student.pt. Next: python evaluate.py {run.folder}/student.pt")
+    fsm = None
+    if o.gamma_logits or o.gamma_features or not o.student_epochs:
+        if not (state and state["phase"] == "student"):
+            train_fsm(run, teacher, robust, train, val, meta, state)
+        fsm = load_fsm(run.folder / "fsm.pt", run.device).requires_grad_(False)
+    if o.student_epochs:
+        state = state if state and state["phase"] == "student" else None
+        train_student(run, teacher, robust, fsm, train, val, meta, state)
+    run.say(f"stage 2 is complete, its models are in {run.folder}.\nNext: python evaluate.py {run.folder}")
 
 
 def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict, state: dict | None) -> None:
@@ -61,7 +66,7 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
     meta = {**meta, "rule": o.rule, "temperature": o.temperature, "told": not o.untold, "widths": list(robust.widths)}
     model, subsets = run.parallel(fsm), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(fsm, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = common.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, state)
+    progress = common.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "fsm", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
@@ -86,18 +91,21 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
             predict = ensemble_predictor(fsm, teacher, robust)
             *missing, full = (r["miou_published"] for r in common.validate(predict, val, subsets, run))
             mean = (full + sum(missing)) / len(subsets)
-            progress.validated(mean, meta, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
+            progress.validated(mean, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
 
 
 def train_student(
-    run, teacher: nn.Module, robust: nn.Module, fsm: FSM, train, val, meta: dict, state: dict | None
+    run, teacher: nn.Module, robust: nn.Module, fsm: FSM | None, train, val, meta: dict, state: dict | None
 ) -> None:
-    """One model, started from the robust one: ground truth, and the selection's logits and features as targets."""
+    """One model, started from the robust one: ground truth, and the selection's logits and features as targets.
+
+    fsm None is the ablation without targets.
+    """
     o = run.o
     student = copy.deepcopy(robust).requires_grad_(True)
     model, subsets = run.parallel(student), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(student, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = common.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, state)
+    progress = common.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "student", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
@@ -105,16 +113,17 @@ def train_student(
         present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
 
         with common.autocast(run.device, o.amp):
-            with torch.no_grad():
-                sources = [teacher(images, present), robust(images, present)]
-                selected = fsm(sources, present.to(run.device, non_blocking=True))
-                target = ensemble_logits(selected, robust)
+            if fsm:
+                with torch.no_grad():
+                    sources = [teacher(images, present), robust(images, present)]
+                    selected = fsm(sources, present.to(run.device, non_blocking=True))
+                    target = ensemble_logits(selected, robust)
             out = model(images, present)
         losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels, total=run.total)}
         if o.gamma_logits:
             losses["kl"] = o.gamma_logits * hpdm.distill_logits(out.logits, target)
         if o.gamma_features:
-            losses["features"] = o.gamma_features * feature_distance(out.fused, selected.fused)
+            losses["features"] = o.gamma_features * feature_distance(out.fused, selected.fused, run.total)
 
         loss = sum(losses.values())
         scaler.scale(loss).backward()
@@ -126,7 +135,7 @@ def train_student(
             results = common.validate(common.predictor(student), val, subsets, run)
             *missing, full = (r["miou_published"] for r in results)
             mean = (full + sum(missing)) / len(subsets)
-            progress.validated(mean, meta, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
+            progress.validated(mean, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
 
 
 if __name__ == "__main__":

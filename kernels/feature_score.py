@@ -181,6 +181,7 @@ def weight_backward_kernel(
 ):  # fmt: skip
     """dz of a tile and its halo, and from that the tile's part of the gradients of weight and bias."""
     PIXELS: tl.constexpr = TILE_H * TILE_W
+    HALF_C: tl.constexpr = BLOCK_C // 2  # the products below need 16 channels, here all sources take registers
     b = tl.program_id(2).to(tl.int64)
     y, x, inside, own = tile_pixels(H, W, TILE_H, TILE_W)
     offs_p = y * x_stride_y + x * x_stride_x
@@ -198,8 +199,8 @@ def weight_backward_kernel(
         else:
             grad_scores = grad_scores + (tl.zeros((PIXELS,), tl.float32),)
     if grad_ptr is not None:
-        for c in range(0, C, BLOCK_C):
-            offs_c = c + tl.arange(0, BLOCK_C)
+        for c in range(0, C, HALF_C):
+            offs_c = c + tl.arange(0, HALF_C)
             g_tile = load_features(grad_ptr + b * grad_stride_b, offs_c, offs_g, inside, C, grad_stride_c)
             x_tiles = ()
             for j in tl.static_range(S):
@@ -291,14 +292,16 @@ def features_backward_kernel(
 
 
 def select_blocks(sources: int) -> dict:
-    """Tile of select_kernel, halo included. The tiles of all sources are held at once: the more, the smaller."""
-    if sources <= 2:
-        return {"BLOCK_C": 8, "TILE_H": 16, "TILE_W": 32, "num_warps": 4}
-    return {"BLOCK_C": 8, "TILE_H": 8, "TILE_W": 32, "num_warps": 8}
+    """Tile of select_kernel, halo included. The tiles of all sources are held at once: the more, the more warps."""
+    return {"BLOCK_C": 8, "TILE_H": 8, "TILE_W": 32, "num_warps": 4 if sources <= 2 else 8}
 
 
-WEIGHT_BLOCKS = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "GROUPS": 8, "num_warps": 8, "num_stages": 2}
-FEATURES_BLOCKS = {"BLOCK_C": 8, "TILE_H": 4, "TILE_W": 64, "num_warps": 8}  # no halo
+WEIGHT_BLOCKS = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "GROUPS": 8, "num_warps": 8, "num_stages": 1}
+
+
+def features_blocks(sources: int) -> dict:
+    """Tile of features_backward_kernel, which needs no halo."""
+    return {"BLOCK_C": 8 if sources <= 2 else 2, "TILE_H": 4, "TILE_W": 64, "num_warps": 8}
 
 
 def launch_select(
@@ -355,7 +358,7 @@ def launch_features_backward(
     first = features[0]
     B, C, H, W = first.shape
     grad_x = [torch.empty_like(first) for _ in features]
-    blocks = FEATURES_BLOCKS
+    blocks = features_blocks(len(features))
     grid = triton.cdiv(W, blocks["TILE_W"]), triton.cdiv(H, blocks["TILE_H"]), B * triton.cdiv(C, blocks["BLOCK_C"])
     features_backward_kernel[grid](
         tuple(features), weight, scores, dz, grad, tuple(grad_x), B, C, H, W,

@@ -5,6 +5,7 @@ on a GPU, on CPU tensors, with the launch itself replaced by a compilation of ex
 of its own does that (this file as a script), because Triton is either interpreter or compiler from its import on.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -127,37 +128,62 @@ def compile_launches(capability):
         dtype = next(s for s in signature.values() if s != "constexpr")
         record = {"kernel": self.__name__, "dtype": str(dtype), **tile, **options, "shared": binary.metadata.shared}
         print(json.dumps({**record, **resource_usage(binary.asm["cubin"])}), flush=True)
-        if os.environ.get("DUMP"):
-            n = len(seen)
-            open(f"{os.environ['DUMP']}/{capability}_{n}_{self.__name__}.ptx", "w").write(binary.asm["ptx"])
-            open(f"{os.environ['DUMP']}/{capability}_{n}_{self.__name__}.ttgir", "w").write(binary.asm["ttgir"])
 
     JITFunction.run = run
 
 
 def launch_prototype():
+    """Every tile of pool_kernel, plain, with a teacher and with a factor; the others aligned and not."""
     import torch
 
     from kernels import prototype
 
-    def call(C, h, w, K, dtype=torch.float32, M=4):
-        B = 2
-        student = torch.zeros(B, M, C, h, w, dtype=dtype, requires_grad=True)
-        labels = torch.zeros(B, h, w, dtype=torch.int64)
-        present = torch.ones(B, M, dtype=torch.bool)
-        match = torch.zeros(B, M, dtype=torch.int64)
-        prototype.prototype_distance(student, student.detach(), labels, present, match, K).backward()
-        prototypes, _ = prototype.prototype_pool(student, labels, K)
-        prototype.pixel_prototype_cosine(student, labels, prototypes).sum().backward()
+    def maps(M, C, P, dtype):
+        x = torch.zeros(2, M, C, P, dtype=dtype, requires_grad=True)
+        return x, torch.zeros(2, P, dtype=torch.int64), torch.ones(2, M, dtype=torch.bool)
 
-    call(32, 16, 16, 25)  # aligned float32, 64 rows
-    call(32, 16, 16, 25, torch.bfloat16)
-    call(5, 3, 7, 12, torch.float16, M=1)  # nothing aligned, 32 rows
-    call(5, 3, 7, 40)  # 64 classes in a tile
-    call(5, 3, 7, 100, M=1)
-    call(5, 3, 7, 200, M=1)  # several class blocks
+    for M, C in ((1, 5), (4, 32)):  # 32 and 64 rows
+        for K in (7, 25, 40):  # 16, 32 and 64 classes
+            for dtype in (torch.float32, torch.bfloat16):
+                x, labels, present = maps(M, C, 256, dtype)
+                prototype.launch_pool(x, labels, K, x, present, torch.zeros(2, M, dtype=torch.int64))
+                prototype.launch_pool(x, labels, K, factor=torch.zeros(2, M, 256))
+    for M, C, P, K, dtype in (
+        (4, 32, 256, 25, torch.float32),
+        (4, 32, 256, 25, torch.bfloat16),
+        (3, 5, 77, 7, torch.float16),
+        (3, 5, 77, 40, torch.float32),
+        (3, 5, 77, 200, torch.float32),
+    ):
+        x, labels, present = maps(M, C, P, dtype)
+        prototypes, _ = prototype.PrototypePool.apply(x, labels, K)
+        prototype.PixelPrototypeCosine.apply(x, labels, prototypes).sum().backward()
+        match = torch.zeros(2, M, dtype=torch.int64)
+        prototype.PrototypeDistance.apply(x, x.detach(), labels, present, match, K).backward()
+
+
+def launch_feature_score():
+    import torch
+
+    feature_score = importlib.import_module("kernels.feature_score")
+
+    def call(sources, C, h, w, dtype, rules=("scores", None, 0.2)):
+        features = [torch.zeros(2, C, h, w, dtype=dtype, requires_grad=True) for _ in range(sources)]
+        weight = torch.zeros(sources, C, 3, 3, requires_grad=True)
+        bias = torch.zeros(sources, requires_grad=True)
+        for rule in rules:
+            if rule == "scores":
+                feature_score.feature_score(features, weight, bias).sum().backward()
+            else:
+                feature_score.feature_score_select(features, weight, bias, rule)[0].sum().backward()
+
+    call(2, 32, 16, 16, torch.float32)
+    call(2, 32, 16, 16, torch.bfloat16, rules=(0.2,))
+    call(2, 5, 7, 9, torch.float16, rules=(0.2,))
+    call(8, 32, 16, 16, torch.float32, rules=(0.2,))
 
 
 if __name__ == "__main__":
     compile_launches(int(sys.argv[1]))
     launch_prototype()
+    launch_feature_score()

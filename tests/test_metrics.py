@@ -49,7 +49,8 @@ def test_scores_equal_a_slow_count_under_both_rules(seed):
     counted = pairs(prediction, labels)
     iou, recall, f1 = {}, {}, {}
     for c in range(K):
-        truth, found = {i for i, (t, _) in enumerate(counted) if t == c}, {i for i, (_, p) in enumerate(counted) if p == c}
+        truth = {i for i, (t, _) in enumerate(counted) if t == c}
+        found = {i for i, (_, p) in enumerate(counted) if p == c}
         if truth | found:
             iou[c] = len(truth & found) / len(truth | found)
             f1[c] = 2 * len(truth & found) / (len(truth) + len(found))

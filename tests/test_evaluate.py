@@ -1,0 +1,405 @@
+"""evaluate.py: every protocol and every shortcut against plain forwards of composed images, frame by frame."""
+
+import itertools
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fsm import with_random_weights
+from test_model import SENSORS
+
+import checkpoint
+import common
+import evaluate
+import metrics
+from data import normalise, open_dataset, random_missing, sensor_noise
+from fsm import FSM
+from model import build_model, subset_logits
+
+BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+SUBSETS = common.all_subsets(4)
+K = 12  # as many as the scenes have
+
+
+def random_model(backbone, modalities=4):
+    return with_random_weights(build_model(backbone, K, SENSORS[:modalities]))
+
+
+def random_images(size=(64, 64), samples=3, seed=0):
+    return torch.randn(samples, 4, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same_prediction(logits, expected):
+    """Equal but for rounding: close logits, and at most 1 pixel in 10,000 with another class."""
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits.argmax(1) != expected.argmax(1)).double().mean() <= 1e-4
+    assert expected.argmax(1).unique().numel() > 3  # a constant prediction would show nothing
+
+
+def by_hand(model, images, degraded, subset):
+    """One complete forward on images whose missing sensors were replaced one by one."""
+    composed = images.clone()
+    for m in range(images.shape[1]):
+        if m not in subset:
+            composed[:, m] = degraded[:, m]
+    return model(composed).logits
+
+
+def test_all_subsets_are_there_once_and_the_complete_one_is_last():
+    assert len(set(SUBSETS)) == 15 and SUBSETS[-1] == (0, 1, 2, 3)
+    assert {frozenset(s) for s in SUBSETS} == {
+        frozenset(s) for n in (1, 2, 3, 4) for s in itertools.combinations(range(4), n)
+    }
+    names = [evaluate.subset_name(s, SENSORS) for s in SUBSETS]
+    assert names[0] == "R" and names[-1] == "RDEL" and "EL" in names and len(set(names)) == 15
+    assert evaluate.subset_name((0, 2), ["rgb", "depth", "radar"]) == "rgb+radar"
+
+
+@torch.no_grad()
+@BACKBONES
+def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone):
+    model, images = random_model(backbone), random_images()
+    together = torch.stack(list(subset_logits(model, images, SUBSETS)))  # (15, B, K, H, W)
+    present = torch.zeros(15, 4, dtype=torch.bool)
+    for row, subset in zip(present, SUBSETS, strict=True):
+        row[list(subset)] = True
+    complete = torch.stack([model(images, row.expand(3, 4)).logits for row in present])
+    assert_same_prediction(together.flatten(0, 1), complete.flatten(0, 1))
+
+
+@torch.no_grad()
+@BACKBONES
+def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone):
+    model, images = random_model(backbone), random_images((45, 64), samples=2)
+    damaged = images * (torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
+    subsets = SUBSETS if backbone == "segformer_tiny" else SUBSETS[::3] + SUBSETS[-1:]
+    for degraded in (torch.zeros_like(images[:1]), damaged):
+        ours = torch.cat(list(subset_logits(model, images, subsets, degraded)))
+        assert_same_prediction(ours, torch.cat([by_hand(model, images, degraded, s) for s in subsets]))
+    missing = [s for s in subsets if len(s) < 4]
+    left_out, filled = (torch.cat(list(subset_logits(model, images, missing, d))) for d in (None, damaged))
+    assert (left_out - filled).abs().max() > 0.1  # the two are different protocols
+
+
+def run_of(batch_size, workers=0):
+    """What `evaluate` needs of common.Run, in one process."""
+    o = SimpleNamespace(batch_size=batch_size, workers=workers, seed=3, amp="off")
+    return SimpleNamespace(o=o, rank=0, world=1, device=torch.device("cpu"), total=lambda x: x)
+
+
+def scenes(modalities, frames):
+    """Validation scenes of every weather, some with a failing sensor."""
+    dataset = open_dataset("synthetic", split="val", modalities=SENSORS[:modalities], size=32, limit=30)
+    dataset.frames = dataset.frames[30 - frames :]
+    return dataset
+
+
+def in_float64(model):
+    """A predictor without rounding to speak of: a pixel on the border of two classes falls on one side in any batch."""
+    model = model.double()
+    return lambda images, subsets, degraded=None: subset_logits(
+        model, images.double(), subsets, None if degraded is None else degraded.double()
+    )
+
+
+@BACKBONES
+def test_no_batch_size_or_worker_changes_a_number(backbone):
+    modalities = 4 if backbone == "segformer_tiny" else 2
+    dataset, predict = scenes(modalities, frames=8), in_float64(random_model(backbone, modalities))
+    one = evaluate.evaluate(predict, dataset, list(evaluate.PROTOCOLS), run_of(1))
+    seven = evaluate.evaluate(predict, dataset, list(evaluate.PROTOCOLS), run_of(7, workers=1))
+    assert one == seven
+    counts = {protocol: len(columns) for protocol, columns in one.items()}
+    n = 2**modalities - 1
+    assert counts == {"any": n, "emm": n, "rmm": 3 * n, "nm": 3, "condition": 5, "case": 2}
+
+
+@torch.no_grad()
+def test_every_protocol_equals_its_definition_frame_by_frame():
+    dataset, model = scenes(4, frames=7), random_model("segformer_tiny")
+    results = evaluate.evaluate(in_float64(model), dataset, list(evaluate.PROTOCOLS), run_of(4))
+    model.double()
+    matrices = {}
+    for index, frame in enumerate(dataset.frames):
+        images, label, name = dataset[index]
+        images = normalise(images[None])
+
+        def count(protocol, column, given, present=None, label=label):
+            matrix = metrics.confusion(model(given.double(), present).logits.argmax(1), label[None], K)
+            matrices[protocol, column] = matrices.get((protocol, column), 0) + matrix
+
+        for subset in ((0,), (1, 3)):
+            column = evaluate.subset_name(subset, SENSORS)
+            present = torch.tensor([[m in subset for m in range(4)]])
+            count("any", column, images, present)
+            count("emm", column, images * present[:, :, None, None, None])
+            for r in (0.25, 0.5, 0.75):
+                count("rmm", f"{column} {r}", random_missing(images, present, r, [name], seed=3))
+        for level in ("low", "mid", "high"):
+            count("nm", level, sensor_noise(images, level, [name], SENSORS, seed=3))
+        count("condition", frame.condition, images)
+        count("case", frame.case, images)
+    assert {column for protocol, column in matrices if protocol == "case"} == {"motionblur", "none"}
+    for (protocol, column), matrix in matrices.items():
+        assert results[protocol][column] == metrics.scores(matrix), (protocol, column)
+    assert results["any"]["R"]["iou"] != results["emm"]["R"]["iou"] != results["rmm"]["R 0.5"]["iou"]
+
+
+def test_a_damaged_sensor_loses_the_share_of_values_that_the_protocol_says():
+    images = random_images(samples=2) + 10
+    for r in evaluate.RMM_RATES:
+        lost = random_missing(images, torch.tensor([[True, False, False, True]] * 2), r, ["a", "b"]) == 0
+        assert not lost[:, [0, 3]].any()
+        assert lost[:, 1:3].double().mean() == pytest.approx(r, abs=0.01)  # 49,152 values: a deviation of 0.002
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def random_results(seed, protocols=evaluate.PROTOCOLS):
+    """Invented scores with the columns that `evaluate` gives."""
+    g = torch.Generator().manual_seed(seed)
+    names = [evaluate.subset_name(s, SENSORS) for s in SUBSETS]
+    columns = {"any": names, "emm": names, "rmm": [f"{n} {r}" for r in evaluate.RMM_RATES for n in names],
+               "nm": ["low", "mid", "high"], "condition": ["fog", "sun"], "case": ["lidarjitter", "none"]}  # fmt: skip
+    return {p: {c: {rule: 100 * float(torch.rand((), generator=g)) for rule in ("miou_published", "miou_occurring")}
+                for c in columns[p]} for p in protocols}  # fmt: skip
+
+
+@pytest.mark.parametrize("p", evaluate.EMM_ODDS)
+def test_the_expectation_is_over_sensors_that_fail_on_their_own(p):
+    scores = random_results(1)["emm"]
+    expectation = 0.0
+    for works in itertools.product((True, False), repeat=4):
+        if any(works):
+            chance = math.prod(1 - p if w else p for w in works)
+            name = "".join(sensor[0].upper() for sensor, w in zip(SENSORS, works, strict=True) if w)
+            expectation += chance * scores[name]["miou_published"]
+    table = evaluate.summary("emm", scores, SENSORS)
+    assert table[f"E({p})"] == pytest.approx(expectation / (1 - p**4))  # given that at least one works
+    assert table["mean"] == pytest.approx(sum(s["miou_published"] for s in scores.values()) / 15)
+
+
+def test_the_summaries_average_what_their_names_say():
+    results = random_results(2)
+    value = {p: {c: s["miou_occurring"] for c, s in scores.items()} for p, scores in results.items()}
+    table = {p: evaluate.summary(p, scores, SENSORS, "miou_occurring") for p, scores in results.items()}
+    missing = [v for c, v in value["any"].items() if c != "RDEL"]
+    assert table["any"]["full"] == value["any"]["RDEL"] and len(missing) == 14
+    assert table["any"]["missing"] == pytest.approx(sum(missing) / 14)
+    assert table["any"]["mean"] == pytest.approx((sum(missing) + value["any"]["RDEL"]) / 15)
+    for r in (0.25, 0.5, 0.75):
+        expected = [v for c, v in value["rmm"].items() if c.endswith(f" {r}")]
+        assert len(expected) == 15 and table["rmm"][f"r={r}"] == pytest.approx(sum(expected) / 15)
+    for p in ("nm", "condition", "case"):
+        assert table[p] == {**value[p], "mean": pytest.approx(sum(value[p].values()) / len(value[p]))}
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_tables_hold_every_number_and_the_differences_to_the_first_row(markdown):
+    results = {"teacher": random_results(3), "student": random_results(4)}
+    texts = evaluate.tables(results, SimpleNamespace(modalities=SENSORS), list(evaluate.PROTOCOLS), markdown)
+    assert len(texts) == 6
+    for protocol, text in zip(evaluate.PROTOCOLS, texts, strict=True):
+        title, *lines = text.split("\n")
+        assert evaluate.TITLES[protocol] in title
+        lines = [line.strip("| ") for line in lines if line and "---" not in line]
+        split = "|" if markdown else "  "
+        head, *rows = [[cell.strip() for cell in line.split(split) if cell.strip()] for line in lines]
+        tables = [evaluate.summary(protocol, results[name][protocol], SENSORS) for name in results]
+        assert head == [*tables[0], "mean, occurring"]
+        for i, (name, row) in enumerate(zip(results, rows, strict=True)):
+            occurring = evaluate.summary(protocol, results[name][protocol], SENSORS, "miou_occurring")["mean"]
+            assert row[0] == name and float(row[-1]) == pytest.approx(occurring, abs=0.006)
+            for column, cell in zip(head[:-1], row[1:-1], strict=True):
+                number, _, difference = cell.partition(" ")
+                assert float(number) == pytest.approx(tables[i][column], abs=0.006)
+                if i and column in ("full", "missing", "mean", "E(0.1)", "r=0.5"):
+                    gap = tables[1][column] - tables[0][column]
+                    assert float(difference.strip("()")) == pytest.approx(gap, abs=0.006)
+        assert len({len(line) for line in text.split("\n")[1:] if line}) == 1  # aligned
+
+
+# ---- test-time augmentation ---------------------------------------------------------------------------------------
+
+
+def view(scales=(1.0,), flip=False, tile=None):
+    return SimpleNamespace(scales=list(scales), flip=flip, tile=tile)
+
+
+@pytest.fixture(scope="module")
+def predict():
+    return common.predictor(random_model("segformer_tiny"))
+
+
+def distribution(predict, images, degraded=None):
+    return next(predict(images, [(1, 3)], degraded)).softmax(1)
+
+
+DEGRADED = pytest.mark.parametrize("filled", [False, True])
+
+
+def inputs(filled, size=(48, 80)):
+    images = random_images(size, samples=2, seed=5)
+    return images, random_images(size, samples=1, seed=6) if filled else None
+
+
+def test_without_augmentation_the_predictor_is_left_alone(predict):
+    assert evaluate.augmented(predict, view()) is predict
+
+
+@torch.no_grad()
+@DEGRADED
+def test_a_tile_as_large_as_the_image_changes_nothing(predict, filled):
+    images, degraded = inputs(filled)
+    for tile in (80, 200):
+        subsets = [(1, 3), (0, 1, 2, 3)]
+        answers = list(evaluate.augmented(predict, view(tile=tile))(images, subsets, degraded))
+        for answer, plain in zip(answers, predict(images, subsets, degraded), strict=True):
+            torch.testing.assert_close(answer, plain.softmax(1))
+
+
+@torch.no_grad()
+@DEGRADED
+def test_flip_averages_the_image_and_its_mirror(predict, filled):
+    images, degraded = inputs(filled)
+    mirror = distribution(predict, images.flip(4), degraded.flip(4) if filled else None).flip(3)
+    plain = distribution(predict, images, degraded)
+    answer = next(evaluate.augmented(predict, view(flip=True))(images, [(1, 3)], degraded))
+    torch.testing.assert_close(answer / answer.sum(1, keepdim=True), (plain + mirror) / 2)
+    assert (plain - mirror).abs().max() > 0.01
+
+
+@torch.no_grad()
+@DEGRADED
+def test_scales_average_the_distributions_at_the_images_size(predict, filled):
+    images, degraded = inputs(filled)
+
+    def scaled(x, size):
+        return torch.stack([F.interpolate(sensor, size, mode="bilinear") for sensor in x.unbind(1)], 1)
+
+    total = distribution(predict, images, degraded)
+    for size in ((36, 60), (72, 120)):
+        p = distribution(predict, scaled(images, size), scaled(degraded, size) if filled else None)
+        total = total + F.interpolate(p, (48, 80), mode="bilinear")
+    answer = next(evaluate.augmented(predict, view((0.75, 1.0, 1.5)))(images, [(1, 3)], degraded))
+    torch.testing.assert_close(answer / answer.sum(1, keepdim=True), total / 3, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@DEGRADED
+def test_tiles_average_where_they_overlap(predict, filled):
+    images, degraded = inputs(filled)
+    total, times = torch.zeros(2, K, 48, 80), torch.zeros(48, 80)
+    for top, left in itertools.product((0, 8), (0, 20, 40)):
+        window = (slice(None), slice(None), slice(None), slice(top, top + 40), slice(left, left + 40))
+        total[:, :, top : top + 40, left : left + 40] += distribution(
+            predict, images[window], degraded[window] if filled else None
+        )
+        times[top : top + 40, left : left + 40] += 1
+    answer = next(evaluate.augmented(predict, view(tile=40))(images, [(1, 3)], degraded))
+    torch.testing.assert_close(answer, total / times, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [32, 33, 47])
+def test_tiles_cover_every_side_and_overlap_by_half(tile):
+    for side in range(20, 150):
+        starts = evaluate.tile_starts(side, tile)
+        assert starts[0] == 0 and starts[-1] == max(0, side - tile)
+        assert all(0 < b - a <= tile // 2 for a, b in itertools.pairwise(starts))
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run folder with all four files."""
+    dataset = open_dataset("synthetic", split="val", size=32, limit=1)
+    meta = {"backbone": "segformer_tiny", "modalities": SENSORS, "classes": list(dataset.classes), "palette": [],
+            "size": 32, "data": "synthetic", "root": None, "depth": "hha", "label_map": None, "drop_path": 0.1,
+            "dropout": 0.1}  # fmt: skip
+    folder = tmp_path / "demo"
+    folder.mkdir()
+    model = random_model("segformer_tiny")
+    for name in ("teacher", "robust", "student"):
+        checkpoint.save_model(folder / f"{name}.pt", model, meta)
+        for p in model.parameters():
+            p.data *= 1.1
+    selection = {**meta, "rule": "score", "temperature": 0.2, "told": True, "widths": list(model.widths)}
+    checkpoint.save_model(folder / "fsm.pt", FSM(model.widths, K, 4), selection)
+    return folder
+
+
+@pytest.fixture
+def signals():
+    """common.Run takes over the signals; give them back."""
+    before = {number: signal.getsignal(number) for number in common.EXIT_STATUS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_run_folder_gives_a_row_per_model_the_switch_and_the_ensemble(run_folder, tmp_path, capsys, signals):
+    o = evaluate.options([str(run_folder), "--limit", "3", "--protocol", "any,nm", "--device", "cpu",
+                          "--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")])  # fmt: skip
+    evaluate.main(o)
+    printed, stored = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert list(stored["results"]) == ["teacher", "robust", "switch", "FSM ensemble", "student"]
+    for row in stored["results"]:
+        assert f"\n{row} " in printed and f"| {row} " in (tmp_path / "out.md").read_text()
+        scores = stored["results"][row]["any"]["EL"]
+        assert set(scores) == {"miou_published", "miou_occurring", "accuracy", "mean_accuracy", "f1", "iou"}
+        assert len(scores["iou"]) == K == len(stored["classes"])
+    assert "published" in printed and "occurring" in printed
+    rows = stored["results"]
+    assert rows["switch"]["any"]["RDEL"] == rows["teacher"]["any"]["RDEL"] != rows["robust"]["any"]["RDEL"]
+    assert rows["switch"]["any"]["EL"] == rows["robust"]["any"]["EL"] != rows["teacher"]["any"]["EL"]
+
+
+def test_files_and_folders_of_one_name_keep_a_row_each(run_folder, tmp_path):
+    other = tmp_path / "other" / "demo"
+    other.mkdir(parents=True)
+    for name in ("teacher", "student"):
+        (other / f"{name}.pt").write_bytes((run_folder / f"{name}.pt").read_bytes())
+    cpu = torch.device("cpu")
+    for name in ("teacher", "student"):
+        rows, _ = evaluate.load_rows([f"{run_folder}/{name}.pt", f"{other}/{name}.pt"], cpu)
+        assert list(rows) == [name, f"{other}/{name}.pt"]
+    rows, _ = evaluate.load_rows([str(run_folder), str(other)], cpu)
+    assert len(rows) == 7 and {"demo/teacher", f"{other}/teacher"} <= set(rows)
+
+
+def test_what_cannot_be_evaluated_is_named(run_folder, tmp_path):
+    cpu = torch.device("cpu")
+    with pytest.raises(FileNotFoundError, match="holds no teacher.pt, robust.pt, fsm.pt or student.pt"):
+        evaluate.load_rows([str(tmp_path)], cpu)
+    with pytest.raises(ValueError, match="an FSM selects between a teacher and a robust model"):
+        evaluate.load_rows([str(run_folder / "fsm.pt")], cpu)
+    (tmp_path / "torn.pt").write_bytes((run_folder / "student.pt").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="torn.pt is corrupt"):
+        evaluate.load_rows([str(tmp_path / "torn.pt")], cpu)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ("--protocol any,enm", "--protocol enm is unknown; choose of any, emm"),
+        ("--scales 0.5,0", "must be numbers above 0"),
+        ("--tile 16", "at least 32"),
+        ("--batch 4", "unrecognized arguments: --batch 4"),
+        ("--limit 0", "--limit"),
+    ],
+)
+def test_a_wrong_option_stops_with_a_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.options(["student.pt", *arguments.split()])
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_all_stands_for_every_protocol():
+    assert evaluate.options(["student.pt", "--protocol", "all"]).protocol == list(evaluate.PROTOCOLS)

@@ -90,16 +90,19 @@ def save_model(path: pathlib.Path, model: nn.Module, meta: dict) -> None:
     write(path, {"format": "rmmss 1", "meta": meta, "model": model.state_dict()})
 
 
-def load_model(path: str, device: torch.device, expect: dict | None = None) -> tuple[nn.Module, dict]:
+def load_model(
+    path: pathlib.Path | str, device: torch.device, expect: dict | None = None, **overrides
+) -> tuple[nn.Module, dict]:
     """Rebuilds a model from its checkpoint -> (model in eval mode, meta).
 
     expect: entries of meta that must agree (classes, modalities ...), else ValueError with both descriptions.
+    overrides: entries of meta to replace, for training on with another drop_path or dropout.
     """
     state = read(pathlib.Path(path))
     if not isinstance(state, dict) or state.get("format") != "rmmss 1":
         raise ValueError(f"{path} was not written by this project; published weights go through --pretrained.")
-    meta = state["meta"]
-    require(path, meta, expect or {})
+    require(path, state["meta"], expect or {})
+    meta = {**state["meta"], **overrides}
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
     there, here = ({k: list(getattr(v, "shape", ())) for k, v in m.items()} for m in (state["model"], model.state_dict()))
     if there != here:

@@ -433,7 +433,7 @@ def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run: Ru
     k = len(dataset.classes)
     matrices = torch.zeros(len(subsets), k, k, dtype=torch.int64, device=run.device)
     for images, labels, _ in loader(dataset, shard[run.rank :: run.world], run.o.workers, run.device):
-        labels = labels.to(run.device, non_blocking=True)
+        labels = labels.to(run.device, non_blocking=True).long()
         with autocast(run.device, run.o.amp):
             for i, logits in enumerate(predict(normalise(images.to(run.device, non_blocking=True)), subsets)):
                 matrices[i] += metrics.confusion(logits.argmax(1), labels, k)

@@ -96,7 +96,7 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
 class FrameDataset(torch.utils.data.Dataset):
     """The frames of a split; made by `open_dataset`.
 
-    dataset[index] or dataset[epoch, index] is (images (M, 3, H, W), label (H, W) int64, name). The images are uint8
+    dataset[index] or dataset[epoch, index] is (images (M, 3, H, W), label (H, W) uint8, name). The images are uint8
     when all sensors are 8 bit, else float32: 0..1 for 8 and 16 bit, a .npy file's own scale, 100 metres for MUSES
     ranges. What is random depends on (seed, epoch, index) alone, so neither on workers nor on where a run was resumed.
     """
@@ -192,7 +192,7 @@ class FrameDataset(torch.utils.data.Dataset):
                 raise ValueError(f"{self.frames[index].images[m]} has 16 bits or floats, but all of the first frame's "
                                  f"files have 8 bits; a modality must be of one kind")
             pixels[m, :, rows, columns] = image[:, ::step].transpose(2, 0, 1)   # (3 or 1 -> 3, h, w)
-        classes = np.full(crop, IGNORED, np.int64)
+        classes = np.full(crop, IGNORED, np.uint8)  # int64 on the device only: an eighth of the bytes to move
         label = Image.fromarray(label)
         classes[rows, columns] = resize(label, (y1 - y0, x1 - x0), NEAREST, box)[:, ::step, 0]
         return torch.from_numpy(pixels), torch.from_numpy(classes), self.frames[index].name

@@ -21,7 +21,7 @@ PROTOCOLS = ("any", "emm", "rmm", "nm", "condition", "case")
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    from options import RECIPES, ROOTS, Help, names, positive
+    from options import RECIPES, Help, names, positive
 
     parser = argparse.ArgumentParser("evaluate.py", description=__doc__.split("\n")[0], formatter_class=Help,
                                      allow_abbrev=False)  # fmt: skip
@@ -59,8 +59,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--scales {o.scales} must be numbers above 0, by comma, e.g. 0.5,1,1.5.")
     if o.tile and o.tile < 32:
         parser.error(f"--tile {o.tile} is too small: at least 32.")
-    if o.data and not o.root:
-        o.root = ROOTS.get(o.data)
     return o
 
 
@@ -81,6 +79,7 @@ from checkpoint import load_model, read  # noqa: E402
 from data import normalise, open_dataset, random_missing, sensor_noise  # noqa: E402
 from fsm import ensemble_predictor, load_fsm, switch_predictor  # noqa: E402
 from model import present_of  # noqa: E402
+from options import ROOTS  # noqa: E402
 
 RMM_RATES = (0.25, 0.5, 0.75)
 NM_LEVELS = ("low", "mid", "high")
@@ -91,7 +90,8 @@ def main(o) -> None:
     o.deterministic, o.tensorboard, o.out = False, False, "."
     run = common.Run(o, "evaluate.py")
     rows, meta = load_rows(o.checkpoint, run.device, o.fsm_level, o.fsm_rule)
-    dataset = open_dataset(o.data or meta["data"], root=o.root or meta["root"], split=o.split,
+    root = o.root or (meta["root"] if o.data in (None, meta["data"]) else ROOTS.get(o.data))
+    dataset = open_dataset(o.data or meta["data"], root=root, split=o.split,
                            modalities=meta["modalities"], size=o.size or meta["size"], limit=o.limit, seed=0,
                            depth=meta["depth"], label_map=meta["label_map"])  # fmt: skip
     if list(dataset.classes) != meta["classes"]:
@@ -101,8 +101,9 @@ def main(o) -> None:
     if run.rank:
         return
     text = "\n\n".join(tables(results, dataset, o.protocol))
-    about = f"{dataset.name} {o.split}, {len(dataset)} frames, size {o.size or meta['size']}"
-    run.say(f"{about}; mIoU in per cent, absent classes count as 0 (published rule)\n\n{text}")
+    about = (f"{dataset.name} {o.split}, {len(dataset)} frames, size {o.size or meta['size']}; mIoU in per cent, "
+             "absent classes count as 0 (published rule); last column: mean over the classes that occur")  # fmt: skip
+    run.say(f"{about}\n\n{text}")
     if o.markdown:
         text = "\n\n".join([about, *tables(results, dataset, o.protocol, markdown=True)])
         pathlib.Path(o.markdown).write_text(text + "\n")
@@ -129,7 +130,10 @@ def load_rows(
             models[file.stem], meta = load_model(file, device, expect)
             first = first or meta
         if "fsm" in models and not {"teacher", "robust"} <= set(models):
-            raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")
+            if len(models) == 1:
+                raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")
+            del models["fsm"]
+            print(f"{path}: no row for the FSM ensemble, as its teacher.pt and robust.pt lie elsewhere", file=sys.stderr)
         prefix = f"{path.name}/" if len(paths) > 1 and path.is_dir() else ""
         found = {name: common.predictor(models[name]) for name in ("teacher", "robust") if name in models}
         if {"teacher", "robust"} <= set(models):
@@ -218,7 +222,7 @@ def evaluate(predict: Callable, dataset, protocols: list[str], run) -> dict[str,
         batches, common.loader(dataset, batches, o.workers, run.device), strict=True
     ):
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True)  # (B, H, W)
+        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
 
         def count(protocol: str, column: str, logits: Tensor, rows=slice(None), labels=labels) -> None:
             matrices[protocol, column] += metrics.confusion(logits[rows].argmax(1), labels[rows], k)

@@ -14,9 +14,10 @@ from torch import Tensor
 def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Counts of (label, prediction) pairs -> (K, K) int64. Labels outside 0..K-1 (255 = ignore) are left out.
 
-    prediction, labels: int64 of one shape, on one device. int64 because float32 stops counting at 16.7 million
-    pixels, which is sixteen DELIVER frames.
+    prediction, labels: integers of one shape, on one device. Counted in int64, because float32 stops counting at 16.7
+    million pixels, which is sixteen DELIVER frames.
     """
+    prediction, labels = prediction.long(), labels.long()  # uint8 would wrap around in the product below
     valid = (labels >= 0) & (labels < num_classes)
     pairs = torch.where(valid, labels * num_classes + prediction, num_classes * num_classes).flatten()
     counts = torch.bincount(pairs, minlength=num_classes * num_classes + 1)[:-1]

@@ -37,7 +37,7 @@ def main(o) -> None:
 
     if o.teacher:
         expect = {k: meta[k] for k in ("classes", "modalities", "backbone") if meta[k]}
-        teacher, teacher_meta = load_model(o.teacher, run.device, expect)
+        teacher, teacher_meta = load_model(o.teacher, run.device, expect, drop_path=o.drop_path, dropout=o.dropout)
         meta["backbone"] = teacher_meta["backbone"]
     elif state and state["phase"] == "robust":
         teacher, _ = load_model(run.folder / "teacher.pt", run.device)
@@ -67,7 +67,7 @@ def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict |
     for step, (images, labels, names) in progress.batches(train):
         common.seed_step(o.seed, "teacher", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True)  # (B, H, W)
+        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
 
         with common.autocast(run.device, o.amp):
             logits = model(images).logits
@@ -95,7 +95,7 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "robust", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True)  # (B, H, W)
+        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         # Drawn for the whole batch on every process, so that the draw does not depend on their number.
         present = draw_present(o.batch_size, len(train.modalities), generator)  # (B, M)
         match = hpdm.draw_match(o.batch_size, len(train.modalities), o.match, generator)  # (B, M)

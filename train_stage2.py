@@ -37,7 +37,8 @@ def main(o) -> None:
 
     expect = {"classes": list(train.classes), "modalities": list(train.modalities)}
     teacher, teacher_meta = load_model(o.teacher or f"{o.stage1}/teacher.pt", run.device, expect)
-    robust, robust_meta = load_model(o.robust or f"{o.stage1}/robust.pt", run.device, expect)
+    drops = {"drop_path": o.drop_path, "dropout": o.dropout}  # of the student, which is a copy of the robust model
+    robust, robust_meta = load_model(o.robust or f"{o.stage1}/robust.pt", run.device, expect, **drops)
     if teacher_meta["backbone"] != robust_meta["backbone"]:
         kinds = f"{teacher_meta['backbone']} and {robust_meta['backbone']}"
         raise ValueError(f"teacher and robust model are {kinds}; "
@@ -70,7 +71,7 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "fsm", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True)  # (B, H, W)
+        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
 
         with common.autocast(run.device, o.amp):
@@ -109,7 +110,7 @@ def train_student(
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "student", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True)  # (B, H, W)
+        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
 
         with common.autocast(run.device, o.amp):

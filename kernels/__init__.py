@@ -152,7 +152,7 @@ def _wants_triton(tensor: Tensor) -> bool:
     if _prototype is None:
         raise ValueError("RMMSS_KERNELS=triton, but triton is not installed: install it or unset RMMSS_KERNELS.")
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("RMMSS_KERNELS=triton runs on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 too.")
+        raise ValueError("RMMSS_KERNELS=triton runs CPU tensors in Triton's interpreter only: set TRITON_INTERPRET=1.")
     if tensor.dtype not in TRITON_DTYPES:
         raise ValueError(f"the Triton kernels take float32, bfloat16 and float16, not {tensor.dtype}.")
     return True

@@ -217,7 +217,7 @@ def weight_backward_kernel(
         dz = grad_scores[j] * scores[j] * (1 - scores[j])  # 0 outside the image
         tl.store(dz_ptr + (j * B + b) * H * W + y * W + x, dz, mask=own)
         tl.store(grad_bias_ptr + tile * S + j, tl.sum(tl.where(own, dz, 0.0), axis=0))
-        # (C x pixels) times (pixels x 16), in GROUPS of pixels so that every warp has a product of its own.
+        # (C x pixels) times (pixels x 16), in GROUPS of pixels, so that every warp has products of its own.
         dz_taps = shifted(tl.broadcast_to(dz[None, :], (16, PIXELS)), tap, -1, TILE_W)  # dz_j[p - o_t]
         dz_groups = tl.permute(tl.reshape(dz_taps, (16, GROUPS, PIXELS // GROUPS)), (1, 2, 0))
         for c in range(0, C, BLOCK_C):
@@ -254,6 +254,7 @@ def features_backward_kernel(
     x = tl.program_id(0) * TILE_W + offs_t % TILE_W
     inside = (y < H) & (x < W)
     mask = (offs_c < C)[:, None] & inside[None, :]
+    offs_out = y * out_stride_y + x * out_stride_x
 
     scores = ()
     x_tiles = ()
@@ -284,8 +285,8 @@ def features_backward_kernel(
             if grad_ptr is not None:
                 grad_candidate = weights[j] * (x_tiles[j] - selected) * g_tile / temperature
                 grad_x += weights[j] * g_tile + (1 + scores[j])[None, :] * grad_candidate
-        out_ptrs = grad_x_ptrs[j] + b * out_stride_b + offs_c.to(tl.int64)[:, None] * out_stride_c
-        tl.store(out_ptrs + (y * out_stride_y + x * out_stride_x)[None, :], grad_x, mask=mask)
+        out_ptrs = grad_x_ptrs[j] + b * out_stride_b + offs_c.to(tl.int64)[:, None] * out_stride_c + offs_out[None, :]
+        tl.store(out_ptrs, grad_x, mask=mask)
 
 
 # -------------------------------------------------------------------------------------------------- launchers
@@ -296,7 +297,7 @@ def select_blocks(sources: int) -> dict:
     return {"BLOCK_C": 8, "TILE_H": 8, "TILE_W": 32, "num_warps": 4 if sources <= 2 else 8}
 
 
-WEIGHT_BLOCKS = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "GROUPS": 8, "num_warps": 8, "num_stages": 1}
+WEIGHT_BLOCKS = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "GROUPS": 16, "num_warps": 8, "num_stages": 1}
 
 
 def features_blocks(sources: int) -> dict:

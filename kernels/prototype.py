@@ -432,7 +432,7 @@ def launch_distance(
 
 
 def launch_spread(table: Tensor, scale: Tensor | None, labels: Tensor, like: Tensor) -> Tensor:
-    """Table (B, M, C, K), any strides -> its entry at each pixel's class, times scale, shaped as `like` (B, M, C, P)."""
+    """Table (B, M, C, K), any strides -> its entry at each pixel's class, times scale; (B, M, C, P) as `like`."""
     grad = torch.empty_like(like)
     B, M, C, P = like.shape
     blocks = SPREAD_BLOCKS

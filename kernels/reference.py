@@ -16,26 +16,26 @@ MASKED = -1e30  # a logit that softmax turns into an exact 0, and that stays fin
 
 def _wide(x: Tensor) -> Tensor:
     """float32 at least: bfloat16 and float16 are widened, float64 is kept for gradcheck."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sum over the pixels of each class, as one matrix product with the one-hot labels.
-
-    features (B, M, C, h, w), labels (B, h, w) -> sums (B, M, C, K), counts (B, 1, 1, K), both float.
-    """
-    B, M, C, h, w = features.shape
-    features = _wide(features).reshape(B, M * C, h * w)  # (B, M*C, P)
+def _members(labels: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Labels (B, h, w) -> one-hot (B, P, K), which 255 leaves empty, and the pixels of each class (B, 1, 1, K)."""
     classes = torch.arange(num_classes, device=labels.device)
-    member = (labels.reshape(B, h * w, 1) == classes).to(features.dtype)  # (B, P, K), 255 matches no class
-    sums = torch.bmm(features, member).reshape(B, M, C, num_classes)
-    return sums, member.sum(1).reshape(B, 1, 1, num_classes)
+    member = (labels.flatten(1)[:, :, None] == classes).to(dtype)  # (B, P, K)
+    return member, member.sum(1)[:, None, None]
+
+
+def _class_sums(features: Tensor, member: Tensor) -> Tensor:
+    """Sum over the pixels of each class, as one product of matrices: (B, M, C, h, w) -> (B, M, C, K)."""
+    rows = _wide(features).flatten(3).flatten(1, 2)  # (B, M*C, P)
+    return torch.bmm(rows, member).unflatten(1, features.shape[1:3])
 
 
 def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Paper eq. 4: the mean of the features over the pixels of each class; see `kernels.prototype_pool`."""
-    sums, counts = _class_sums(features, labels, num_classes)
-    prototypes = (sums / counts.clamp(min=1)).transpose(2, 3)  # (B, M, K, C)
+    member, counts = _members(labels, num_classes, torch.promote_types(features.dtype, torch.float32))
+    prototypes = (_class_sums(features, member) / counts.clamp(min=1)).transpose(2, 3)  # (B, M, K, C)
     return prototypes, counts[:, 0, 0].to(torch.int32)  # (B, K)
 
 
@@ -43,18 +43,17 @@ def prototype_distance(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> Tensor:
     """Paper eq. 5 with the masked softmax over the classes that occur; see `kernels.prototype_distance`."""
-    B, M, C = student.shape[:3]
-    sums, counts = _class_sums(student, labels, num_classes)
-    with torch.no_grad():
-        teacher_sums, _ = _class_sums(teacher, labels, num_classes)
-        pick = match[:, :, None, None].expand(B, M, C, num_classes)
-        teacher_sums = teacher_sums.gather(1, pick)  # (B, M, C, K), row m is the teacher's modality match[b, m]
-    seen = counts > 0  # (B, 1, 1, K)
-    counted = present[:, :, None, None] & seen  # (B, M, 1, K)
+    C = student.shape[2]
+    member, counts = _members(labels, num_classes, torch.promote_types(student.dtype, torch.float32))
+    seen = present[:, :, None, None] & (counts > 0)  # (B, M, 1, K)
+    student_prototypes = _class_sums(student, member) / counts.clamp(min=1)  # (B, M, C, K)
+    teacher_prototypes = _class_sums(teacher.detach(), member) / counts.clamp(min=1)
+    matched = match[:, :, None, None].expand_as(teacher_prototypes)
+    teacher_prototypes = teacher_prototypes.gather(1, matched)  # (B, M, C, K), row m the teacher's match[b, m]
     # An absent pair is masked before the softmax as well, so that whatever its features hold stays out.
-    log_s = (sums / counts.clamp(min=1)).masked_fill(~counted, MASKED).log_softmax(3)
-    log_t = (teacher_sums / counts.clamp(min=1)).masked_fill(~counted, MASKED).log_softmax(3)
-    divergence = torch.where(counted, log_t.exp() * (log_t - log_s), 0)  # (B, M, C, K)
+    log_s = student_prototypes.masked_fill(~seen, MASKED).log_softmax(3)
+    log_t = teacher_prototypes.masked_fill(~seen, MASKED).log_softmax(3)
+    divergence = torch.where(seen, log_t.exp() * (log_t - log_s), 0)  # (B, M, C, K)
     return divergence.sum() / (C * present.sum().clamp(min=1))
 
 
@@ -81,7 +80,8 @@ def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor)
 def _scores(features: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     """The folded 3x3 convolution and its sigmoid -> (S, B, 1, h, w) in float32 (or float64)."""
     S, B = len(features), features[0].shape[0]
-    maps = torch.stack([F.conv2d(_wide(f), _wide(k)[None], padding=1) for f, k in zip(features, weight, strict=True)])
+    pairs = zip(features, weight, strict=True)
+    maps = torch.stack([F.conv2d(_wide(f), _wide(w)[None], padding=1) for f, w in pairs])
     bias = _wide(bias).reshape(-1, S).t().reshape(S, -1, 1, 1, 1)  # (S, 1 or B, 1, 1, 1)
     return torch.sigmoid(maps + bias.expand(S, B, 1, 1, 1))
 

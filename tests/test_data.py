@@ -93,7 +93,7 @@ def test_deliver_files_come_back_pixel_by_pixel(exported, split):
             assert torch.equal(images[m], chw(scene[modality])), (name, modality)
         expected = [export.EXPORT_CLASSES["deliver"].split(",")[k] for k in scene["label"].ravel()]
         assert [dataset.classes[k] for k in label.ravel().tolist()] == expected
-        assert images.dtype == torch.uint8 and label.dtype == torch.int64
+        assert images.dtype == torch.uint8 and label.dtype == torch.uint8
 
 
 def test_deliver_conditions_cases_and_raw_depth_are_found(exported):

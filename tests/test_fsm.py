@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_hpdm import in_two_processes
 from test_model import GOLDEN, SENSORS, golden_images, golden_weights
 
 import checkpoint
@@ -66,8 +67,8 @@ def test_the_hard_rule_reproduces_the_published_selection():
         getattr((net.depthwise, net.pointwise)[int(layer)][int(source)], kind).data.copy_(value)
     g = torch.Generator().manual_seed(7)
     golden_images(g)
-    fused = [tuple(torch.randn(2, c, 64 // s, 96 // s, generator=g) for c, s in zip(widths, (4, 8, 16, 32), strict=True))
-             for _ in range(2)]  # fmt: skip
+    sizes = [(2, c, 64 // stride, 96 // stride) for c, stride in zip(widths, (4, 8, 16, 32), strict=True)]
+    fused = [tuple(torch.randn(size, generator=g) for size in sizes) for _ in range(2)]
     present = torch.tensor([[True] * 4, [False, True, True, False]])
     selected = fsm([Output(torch.randn(2, 25, 64, 96, generator=g), f, ()) for f in fused], present)
     for i in range(4):
@@ -172,6 +173,16 @@ def test_feature_distance_is_the_mean_squared_difference_in_units_of_the_channel
         per_channel = [((s[:, c] - t[:, c]) ** 2).mean() / t[:, c].var() for c in range(s.shape[1])]
         expected += sum(per_channel) / len(per_channel)
     torch.testing.assert_close(feature_distance(student, target), expected, rtol=1e-3, atol=0)
+
+
+def test_feature_distance_in_two_processes_equals_one():
+    student, target = (random_outputs(seed, samples=4)[0].fused[1] for seed in (9, 10))
+    target = target * torch.tensor([0.2, 0.5, 1.0, 3.0])[:, None, None, None]  # the halves deviate differently
+    student.requires_grad_()
+    one = feature_distance((student,), (target,))
+    loss, grad = in_two_processes(lambda own, half, total: feature_distance((own,), (target[half],), total), student)
+    torch.testing.assert_close(loss, one.detach())
+    torch.testing.assert_close(grad, torch.autograd.grad(one, student)[0])
 
 
 # ---- the ensemble and the switch ----------------------------------------------------------------------------------

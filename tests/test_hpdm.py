@@ -258,10 +258,10 @@ def tied():
 
 
 def a_few_roundings_apart():
-    """Every pixel's own class leads by 5 and up to 4e-4 more, in another order; the losses are some 4 ulp apart."""
+    """Every pixel's own class leads by 5 and a bit more, in another order; the losses lie some 4 ulp apart."""
     _, labels = pixels(5, 0.0, ignored=0.0)
     order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(0)).view(labels.shape)
-    lead = 5 + 1e-6 * order
+    lead = 5 + 4.8e-7 * order
     return F.one_hot(labels, K).permute(0, 3, 1, 2) * lead[:, None], labels.masked_fill(order % 5 == 0, 255)
 
 
@@ -308,14 +308,8 @@ def test_ohem_with_all_pixels_allowed_is_plain_cross_entropy():
     torch.testing.assert_close(hpdm.ohem_cross_entropy(logits, labels, threshold=1.0), plain)
 
 
-@pytest.mark.parametrize("case", OHEM)
-def test_two_processes_select_and_average_as_one(case):
-    logits, labels = OHEM[case]()
-    labels[0, :4] = 255  # so that the halves differ in their number of valid pixels
-    logits.requires_grad_()
-    one = hpdm.ohem_cross_entropy(logits, labels)
-    expected = torch.autograd.grad(one, logits)[0]
-
+def in_two_processes(loss_of, inputs):
+    """The mean of loss_of(half, total) over two processes, and its gradient to `inputs` (B, ...), half in each."""
     meeting, held = threading.Barrier(2, timeout=30), [None, None]
 
     def process(rank):
@@ -326,11 +320,39 @@ def test_two_processes_select_and_average_as_one(case):
             meeting.wait()
             return both
 
-        half = logits.detach()[2 * rank : 2 * rank + 2].requires_grad_()
-        loss = hpdm.ohem_cross_entropy(half, labels[2 * rank : 2 * rank + 2], total=total)
-        return loss.detach(), torch.autograd.grad(loss, half)[0]
+        half = slice(rank * len(inputs) // 2, (rank + 1) * len(inputs) // 2)
+        own = inputs.detach()[half].requires_grad_()
+        loss = loss_of(own, half, total)
+        return loss.detach(), torch.autograd.grad(loss, own)[0]
 
     with ThreadPoolExecutor(2) as pool:
         (loss0, grad0), (loss1, grad1) = pool.map(process, (0, 1))
-    torch.testing.assert_close((loss0 + loss1) / 2, one.detach(), rtol=1e-5, atol=1e-12)  # as gradients are averaged
-    torch.testing.assert_close(torch.cat((grad0, grad1)) / 2, expected, rtol=1e-5, atol=1e-9)
+    return (loss0 + loss1) / 2, torch.cat((grad0, grad1)) / 2
+
+
+@pytest.mark.parametrize("case", OHEM)
+def test_two_processes_select_and_average_as_one(case):
+    logits, labels = OHEM[case]()
+    labels[0, :4] = 255  # so that the halves differ in their number of valid pixels
+    logits.requires_grad_()
+    one = hpdm.ohem_cross_entropy(logits, labels)
+    loss, grad = in_two_processes(
+        lambda own, half, total: hpdm.ohem_cross_entropy(own, labels[half], total=total), logits
+    )
+    torch.testing.assert_close(loss, one.detach(), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(grad, torch.autograd.grad(one, logits)[0], rtol=1e-5, atol=1e-9)
+
+
+def test_feature_variation_in_two_processes_equals_one():
+    student, teacher, fused, labels, present, _ = (x[:1] if isinstance(x, list) else x for x in scene(11, samples=6))
+    counted = (hpdm.dominant_modalities(teacher, fused) & present).sum(1)
+    assert counted[:3].sum() != counted[3:].sum()
+    one = hpdm.feature_variation_loss(student, teacher, fused, labels, present, K)
+    loss, grad = in_two_processes(
+        lambda own, half, total: hpdm.feature_variation_loss(
+            [own], [teacher[0][half]], [fused[0][half]], labels[half], present[half], K, total=total
+        ),
+        student[0],
+    )
+    torch.testing.assert_close(loss, one.detach())
+    torch.testing.assert_close(grad, torch.autograd.grad(one, student[0])[0])

@@ -17,8 +17,8 @@ test: .venv/installed
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(RUN) train_stage1.py --out runs/demo --limit 1000 --epochs 30 --distill-epochs 16
-	$(RUN) train_stage2.py --stage1 runs/demo --fsm-epochs 2 --student-epochs 12
+	$(RUN) train_stage1.py --out runs/demo --limit 600 --epochs 40 --distill-epochs 16
+	$(RUN) train_stage2.py --stage1 runs/demo --fsm-epochs 2 --student-epochs 14
 	$(RUN) evaluate.py runs/demo --json runs/demo/results.json --markdown runs/demo/results.md
 	$(RUN) predict.py runs/demo --data synthetic --count 4 --panel runs/demo/panel.png
 

@@ -16,12 +16,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 
 import metrics
@@ -107,6 +108,7 @@ class Run:
         """The model as the loop calls it: compiled if asked for, and averaging gradients over the processes."""
         if self.world > 1:
             model = sync_batch_norm(model, self.device)
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # a remark on speed
             ids = [self.device.index] if self.device.type == "cuda" else None
             model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
         return torch.compile(model, dynamic=True) if self.o.compile else model
@@ -288,6 +290,19 @@ def tensorboard_writer(folder: pathlib.Path):
     return SummaryWriter(str(folder))
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """All-reduce with a gradient: what every process gets depends on every process's input."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        dist.all_reduce(x := x.clone())
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return SumOverProcesses.forward(ctx, grad)
+
+
 class SyncedBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the batches of all processes, for CPUs; on GPUs torch has its own."""
 
@@ -295,7 +310,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         n = x.new_full((1,), x.numel() / x.shape[1])
-        sums = dist_functional.all_reduce(torch.cat((x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), n)))
+        sums = SumOverProcesses.apply(torch.cat((x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), n)))
         mean, square = (sums[:-1] / sums[-1]).chunk(2)
         var = square - mean.square()
         with torch.no_grad():
@@ -316,26 +331,35 @@ def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def guarded(main: Callable, o) -> int:
-    """Runs a script's main; what the user can mend is told in one sentence, exit status 2."""
+    """Runs a script's main -> exit status; what the user can mend is told in one sentence, status 2."""
+    status = 0
     try:
         main(o)
-    except KeyboardInterrupt:
-        return EXIT_STATUS[signal.SIGINT]
-    except (ValueError, OSError, RuntimeError) as error:
-        text = str(error)
-        if text.startswith("Caught "):  # in a loader worker: its traceback, and in the last line the sentence
-            text = text.strip().splitlines()[-1].partition(": ")[2]
-        elif isinstance(error, dist.DistError) or "gloo" in text:
-            text = f"another process of this run has ended, perhaps with a message of its own ({text.splitlines()[0]})"
-        elif isinstance(error, RuntimeError):
-            raise
-        rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"\nerror{rank}: {text}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            status = error.code
+        elif isinstance(error, KeyboardInterrupt):
+            status = EXIT_STATUS[signal.SIGINT]
+        else:
+            status = 2 if (text := sentence(error)) else 1
+            rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+            print(f"\nerror{rank}: {text}" if text else traceback.format_exc(), file=sys.stderr)
+        # The loader lives on in the frames of the error, its workers with it, and Python would wait for them for ever.
+        traceback.clear_frames(error.__traceback__)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell the user, or None: then it is a mistake of the program, and its traceback is needed."""
+    text = str(error)
+    if isinstance(error, (ValueError, OSError)):
+        # A loader worker sends a traceback, the sentence in its last line.
+        return text.strip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return f"another process of this run has ended, perhaps with a message of its own ({text.splitlines()[0]})"
+    return None
 
 
 # ---- batches, schedule, randomness ------------------------------------------------------------------------------------

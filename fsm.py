@@ -16,7 +16,8 @@ gradient. Here it stands as rule="hard"; two relaxations can be trained (neither
 
 Told which sensors are present (not in the paper): a score looks at 3x3 pixels and cannot tell a teacher's feature of
 a complete input from one of an incomplete input, but which sensors work is known at inference. `told` adds one bias
-per source and sensor to the score; it starts at zero, where the published form is.
+per source and sensor to the score. For "candidate" it starts at zero, where the published form is; for "score" it
+starts as the switch (the teacher when all sensors are there, else the robust model), to be improved on per position.
 
 Axes: B samples, S sources (T, R), C channels, K classes, h w stage.
 """
@@ -60,11 +61,15 @@ class FSM(nn.Module):
         self.rule, self.temperature = rule, temperature
         channels = (*widths, num_classes)
         self.scores = nn.ModuleList(ScorePredictor(c, sources) for c in channels)
-        self.told = nn.Parameter(torch.zeros(len(channels), sources, modalities + 1), requires_grad=told)
+        self.told = nn.Parameter(torch.zeros(len(channels), sources, modalities + 2), requires_grad=told)
+        if told and rule == "score" and sources == 2:
+            with torch.no_grad():  # the switch: sigmoid(2) = 0.88 for the one, sigmoid(-2) = 0.12 for the other
+                self.told[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
 
     def told_bias(self, level: int, present: Tensor) -> Tensor:
-        """What the scores of a level know of the sensors -> (B, S). The last column answers to 'all are there'."""
-        known = torch.cat((present, present.all(1, keepdim=True)), 1).to(self.told.dtype)  # (B, M + 1)
+        """What the scores of a level know of the sensors -> (B, S): which are there, all are, or some are missing."""
+        complete = present.all(1, keepdim=True)
+        known = torch.cat((present, complete, ~complete), 1).to(self.told.dtype)  # (B, M + 2)
         return known @ self.told[level].t()
 
     def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -104,7 +109,7 @@ def feature_distance(
         t = t.detach().float()
         n = total(t.new_tensor(t[:, 0].numel()))
         mean = total(t.sum((0, 2, 3), keepdim=True)) / n  # (1, C, 1, 1)
-        scale = (total((t - mean).square().sum((0, 2, 3), keepdim=True)) / n).sqrt() + 1e-2  # one pixel has none
+        scale = (total((t - mean).square().sum((0, 2, 3), keepdim=True)) / n).sqrt() + 0.01  # one pixel alone has no deviation
         distance = distance + ((s.float() - t) / scale).square().mean()
     return distance
 
@@ -112,15 +117,25 @@ def feature_distance(
 # ---- the ensemble: T + R + FSM, at the cost of both models ------------------------------------------------------
 
 
-def ensemble_logits(selected: Selected, robust: nn.Module, level: str = "both") -> Tensor:
+def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor) -> Tensor:
+    """Logits of the selected features (B, K, H, W), by the decoder that has learned to read them: the teacher's for
+    complete inputs, the robust model's for incomplete ones. present (B, M) bool."""
+    complete = present.all(1).to(selected.logits.device)[:, None, None, None]
+    size = selected.logits.shape[-2:]
+    return torch.where(complete, teacher.decoder(selected.fused, size), robust.decoder(selected.fused, size))
+
+
+def ensemble_logits(
+    selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both"
+) -> Tensor:
     """The ensemble's answer -> (B, K, H, W).
 
-    level: "logits" as selected; "features": the selected features through the robust model's decoder, which has
-    learned to read incomplete ones; "both": the mean of the two distributions, as logits.
+    level: "logits" as selected; "features": the selected features, decoded; "both": the mean of the two
+    distributions, as logits.
     """
     if level == "logits":
         return selected.logits
-    decoded = robust.decoder(selected.fused, selected.logits.shape[-2:])
+    decoded = decode(selected, teacher, robust, present)
     if level == "features":
         return decoded
     return (selected.logits.float().softmax(1) + decoded.float().softmax(1)).clamp(min=1e-12).log()
@@ -139,7 +154,7 @@ def ensemble_predictor(
             present = present_of(subset, images.shape[:2])
             seen, mask = (images, present) if degraded is None else (composite(images, present, degraded), None)
             selected = fsm([teacher.eval()(seen, mask), robust.eval()(seen, mask)], present.to(images.device), rule)
-            yield ensemble_logits(selected, robust, level)
+            yield ensemble_logits(selected, teacher, robust, present, level)
 
     return predict
 

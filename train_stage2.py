@@ -24,7 +24,7 @@ import common
 import hpdm
 from checkpoint import describe, load_model
 from data import draw_present, normalise, open_dataset
-from fsm import FSM, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
+from fsm import FSM, decode, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
 
 
 def main(o) -> None:
@@ -78,7 +78,7 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
             with torch.no_grad():
                 sources = [teacher(images, present), robust(images, present)]
             selected = model(sources, present.to(run.device, non_blocking=True))
-            decoded = robust.decoder(selected.fused, images.shape[-2:])
+            decoded = decode(selected, teacher, robust, present)
         losses = {"ce_logits": hpdm.ohem_cross_entropy(selected.logits, labels, total=run.total),
                   "ce_features": hpdm.ohem_cross_entropy(decoded, labels, total=run.total)}  # fmt: skip
 
@@ -118,7 +118,7 @@ def train_student(
                 with torch.no_grad():
                     sources = [teacher(images, present), robust(images, present)]
                     selected = fsm(sources, present.to(run.device, non_blocking=True))
-                    target = ensemble_logits(selected, robust)
+                    target = ensemble_logits(selected, teacher, robust, present)
             out = model(images, present)
         losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels, total=run.total)}
         if o.gamma_logits:

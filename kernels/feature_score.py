@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # ------------------------------------------------------------------------------------------------ jit kernels
 
@@ -217,7 +218,7 @@ def weight_backward_kernel(
         dz = grad_scores[j] * scores[j] * (1 - scores[j])  # 0 outside the image
         tl.store(dz_ptr + (j * B + b) * H * W + y * W + x, dz, mask=own)
         tl.store(grad_bias_ptr + tile * S + j, tl.sum(tl.where(own, dz, 0.0), axis=0))
-        # (C x pixels) times (pixels x 16), in GROUPS of pixels, so that every warp has products of its own.
+        # (C x pixels) times (pixels x 16), in GROUPS of pixels, so that every warp has a product of its own.
         dz_taps = shifted(tl.broadcast_to(dz[None, :], (16, PIXELS)), tap, -1, TILE_W)  # dz_j[p - o_t]
         dz_groups = tl.permute(tl.reshape(dz_taps, (16, GROUPS, PIXELS // GROUPS)), (1, 2, 0))
         for c in range(0, C, BLOCK_C):
@@ -297,7 +298,7 @@ def select_blocks(sources: int) -> dict:
     return {"BLOCK_C": 8, "TILE_H": 8, "TILE_W": 32, "num_warps": 4 if sources <= 2 else 8}
 
 
-WEIGHT_BLOCKS = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "GROUPS": 16, "num_warps": 8, "num_stages": 1}
+WEIGHT_BLOCKS = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "GROUPS": 8, "num_warps": 8, "num_stages": 2}
 
 
 def features_blocks(sources: int) -> dict:
@@ -380,6 +381,7 @@ class FeatureScore(torch.autograd.Function):
         return scores
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_scores):
         weight, scores, *features = ctx.saved_tensors
         dz, *grads = launch_weight_backward(features, scores, None, grad_scores.contiguous(), 1.0)
@@ -399,6 +401,7 @@ class FeatureScoreSelect(torch.autograd.Function):
         return selected, share
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         weight, scores, *features = ctx.saved_tensors
         dz, grads = None, (None, None)

@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .reference import COSINE_EPS
 
@@ -345,14 +346,15 @@ def cosine_backward_kernel(
 # -------------------------------------------------------------------------------------------------- launchers
 
 
-def pool_blocks(rows: int, num_classes: int, dtype: torch.dtype) -> dict:
+def pool_blocks(rows: int, num_classes: int, dtype: torch.dtype, factor: bool) -> dict:
     """Tile of pool_kernel. 64 rows share one one-hot tile; more than 64 classes take several programs."""
     block_k = min(64, max(16, triton.next_power_of_2(num_classes)))
+    split = factor or dtype == torch.float32
     return {
         "BLOCK_R": 64 if rows > 32 else 32,
-        "BLOCK_P": 64 if block_k < 64 else 32,
+        "BLOCK_P": 32 if factor or (split and block_k == 64) else 64,  # the registers' limit
         "BLOCK_K": block_k,
-        "SPLIT": dtype == torch.float32,
+        "SPLIT": split,
         "CHUNK": CHUNK,
         "num_warps": 4,
         "num_stages": 3,
@@ -386,7 +388,7 @@ def launch_pool(
     B, M, C, P = x.shape
     K = num_classes
     tensors = 1 if teacher is None else 2
-    blocks = pool_blocks(M * C, K, x.dtype if factor is None else torch.float32)
+    blocks = pool_blocks(M * C, K, x.dtype, factor is not None)
     chunks = triton.cdiv(P, CHUNK)
     sums = torch.empty((tensors, B, chunks, M * C, K), device=x.device, dtype=torch.float32)
     counts = torch.empty((B, chunks, K), device=x.device, dtype=torch.int32)
@@ -481,6 +483,7 @@ class PrototypePool(torch.autograd.Function):
         return prototypes, counts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_prototypes, _):
         x, labels, counts = ctx.saved_tensors
         table = grad_prototypes / counts.clamp(min=1)[:, None, :, None]  # (B, M, K, C)
@@ -495,6 +498,7 @@ class PrototypeDistance(torch.autograd.Function):
         return parts.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_distance):
         student, labels, table = ctx.saved_tensors
         return launch_spread(table, grad_distance, labels, student), None, None, None, None, None
@@ -508,6 +512,7 @@ class PixelPrototypeCosine(torch.autograd.Function):
         return cosine
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, labels, prototypes, cosine, inverse, square = ctx.saved_tensors
         grad = grad.contiguous()

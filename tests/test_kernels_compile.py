@@ -147,12 +147,11 @@ def launch_prototype():
             for dtype in (torch.float32, torch.bfloat16):
                 x, labels, present = maps(M, C, 256, dtype)
                 prototype.launch_pool(x, labels, K, x, present, torch.zeros(2, M, dtype=torch.int64))
-                prototype.launch_pool(x, labels, K, factor=torch.zeros(2, M, 256))
+            prototype.launch_pool(x, labels, K, factor=torch.zeros(2, M, 256))
     for M, C, P, K, dtype in (
         (4, 32, 256, 25, torch.float32),
         (4, 32, 256, 25, torch.bfloat16),
         (3, 5, 77, 7, torch.float16),
-        (3, 5, 77, 40, torch.float32),
         (3, 5, 77, 200, torch.float32),
     ):
         x, labels, present = maps(M, C, P, dtype)
@@ -178,8 +177,7 @@ def launch_feature_score():
                 feature_score.feature_score_select(features, weight, bias, rule)[0].sum().backward()
 
     call(2, 32, 16, 16, torch.float32)
-    call(2, 32, 16, 16, torch.bfloat16, rules=(0.2,))
-    call(2, 5, 7, 9, torch.float16, rules=(0.2,))
+    call(2, 5, 7, 9, torch.bfloat16, rules=(0.2,))
     call(8, 32, 16, 16, torch.float32, rules=(0.2,))
 
 

@@ -33,8 +33,9 @@ def write(path: pathlib.Path, state: dict, keep_previous: bool = False) -> None:
             raise OSError(reason)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OSError(f"cannot save {path} ({error.strerror or error}): {buffer.tell() / 2**20:.1f} MB of free space are "
-                      "needed there; what was saved before is still valid.") from error  # fmt: skip
+        size = f"{buffer.tell() / 2**20:.1f} MB"
+        raise OSError(f"cannot save {path} ({error.strerror or error}): {size} of free space are needed there; "
+                      "what was saved before is still valid.") from error  # fmt: skip
     if keep_previous and path.exists():
         os.replace(path, path.with_suffix(".previous.pt"))
     os.replace(beside, path)
@@ -104,10 +105,12 @@ def load_model(
     require(path, state["meta"], expect or {})
     meta = {**state["meta"], **overrides}
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
-    there, here = ({k: list(getattr(v, "shape", ())) for k, v in m.items()} for m in (state["model"], model.state_dict()))
+    weights = state["model"], model.state_dict()
+    there, here = ({k: list(getattr(v, "shape", ())) for k, v in m.items()} for m in weights)
     if there != here:
         name = min(k for k in {*there, *here} if there.get(k) != here.get(k))
-        raise ValueError(f"{path} does not hold the weights of a {meta['backbone']} for {len(meta['classes'])} classes: "
+        kind = f"a {meta['backbone']} for {len(meta['classes'])} classes"
+        raise ValueError(f"{path} does not hold the weights of {kind}: "
                          f"{name} is {there.get(name, 'missing')} there, and {here.get(name, 'unknown')} in the model.")
     model.load_state_dict(state["model"])
     return model.to(device).eval(), meta

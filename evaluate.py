@@ -133,7 +133,7 @@ def load_rows(
             if len(models) == 1:
                 raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")
             del models["fsm"]
-            print(f"{path}: no row for the FSM ensemble, as its teacher.pt and robust.pt lie elsewhere", file=sys.stderr)
+            print(f"{path}: no row for the FSM ensemble, its teacher.pt and robust.pt lie elsewhere", file=sys.stderr)
         prefix = f"{path.name}/" if len(paths) > 1 and path.is_dir() else ""
         found = {name: common.predictor(models[name]) for name in ("teacher", "robust") if name in models}
         if {"teacher", "robust"} <= set(models):

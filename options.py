@@ -188,9 +188,9 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
                        help="of the teacher, on all sensors; an under-trained teacher makes distillation hurt")
     group.add_argument("--distill-epochs", type=positive(float, zero=True), default=recipe["distill_epochs"],
                        help="of the robust model, sensors dropped at random; 0: the teacher only")
-    group.add_argument("--lambda-kl", type=positive(float, zero=True), default=1.0,
+    group.add_argument("--lambda-kl", type=positive(float, zero=True), default=0.3,
                        help="weight of KL(student || teacher) per pixel, 0..10; published: 50 / K, so 2 for 25 classes")
-    group.add_argument("--alpha", type=positive(float, zero=True), default=0.3,
+    group.add_argument("--alpha", type=positive(float, zero=True), default=0.1,
                        help="weight of the prototype distance, 0..10; 0 leaves plain distillation")
     group.add_argument("--match", choices=("random", "same"), default="random",
                        help="teacher sensor a student sensor answers to: random is the paper's, same its ablation")
@@ -225,7 +225,7 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     group.add_argument("--temperature", type=positive(float), default=0.2,
                        help="of that softmax, 0.05..1; smaller is closer to the hard rule, and harder to train")
     group.add_argument("--untold", action="store_true", help="do not tell the scores which sensors are present")
-    group.add_argument("--complete", type=share, default=0.4,
+    group.add_argument("--complete", type=share, default=0.5,
                        help="share of complete inputs for the student, on top of the random subsets")
     group.add_argument("--gamma-logits", type=positive(float, zero=True), default=1.0,
                        help="weight of KL(student || selected logits); 0 with --gamma-features 0: no FSM targets")

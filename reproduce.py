@@ -20,20 +20,20 @@ import subprocess
 import sys
 
 # name, what it is, script, flags. {x} is the folder of run x of the same seed. Later groups need earlier ones.
-SCENES = "--data synthetic --limit 1000 --eval-every 1000"  # validation only at the end: the last weights are kept
+SCENES = "--data synthetic --limit 300 --eval-every 1000"  # one validation, at the end: the last weights are kept
 RUNS = [
-    [("teacher", "train_stage1.py", "--epochs 32 --distill-epochs 0")],
-    [("longer", "train_stage1.py", "--pretrained {teacher}/teacher.pt --epochs 12 --distill-epochs 0"),
-     ("ce", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 12 --lambda-kl 0 --alpha 0"),
-     ("kl", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 12 --alpha 0"),
-     ("same", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 12 --match same"),
-     ("method", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 12"),
-     ("ifv", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 12 --beta 12")],
-    [("stage2", "train_stage2.py", "--stage1 {method} --out {stage2} --fsm-epochs 2 --student-epochs 12"),
+    [("teacher", "train_stage1.py", "--epochs 80 --distill-epochs 0")],
+    [("longer", "train_stage1.py", "--pretrained {teacher}/teacher.pt --epochs 24 --distill-epochs 0"),
+     ("ce", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24 --lambda-kl 0 --alpha 0"),
+     ("kl", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24 --alpha 0"),
+     ("same", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24 --match same"),
+     ("method", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24"),
+     ("ifv", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24 --beta 12")],
+    [("stage2", "train_stage2.py", "--stage1 {method} --out {stage2} --fsm-epochs 5 --student-epochs 24"),
      ("candidate", "train_stage2.py",
-      "--stage1 {method} --out {candidate} --fsm-epochs 2 --student-epochs 0 --rule candidate"),
+      "--stage1 {method} --out {candidate} --fsm-epochs 5 --student-epochs 0 --rule candidate"),
      ("untargeted", "train_stage2.py",
-      "--stage1 {method} --out {untargeted} --student-epochs 12 --gamma-logits 0 --gamma-features 0")],
+      "--stage1 {method} --out {untargeted} --student-epochs 24 --gamma-logits 0 --gamma-features 0")],
 ]  # fmt: skip
 # row, what it is, files, the row of evaluate.py to take, its flags
 ROWS = [
@@ -125,8 +125,8 @@ def score(row: tuple, folders: dict[str, pathlib.Path], split: str) -> dict[str,
                 link.unlink(missing_ok=True)
                 link.symlink_to(source.resolve())
             paths = [str(both)]
-        call("evaluate.py", [*paths, *f"--split {split} --protocol any,emm,rmm,nm --json {file}".split(), *flags.split()],
-             file.with_suffix(".txt"))  # fmt: skip
+        options = f"--split {split} --limit 300 --protocol any,emm,rmm,nm --json {file} {flags}".split()
+        call("evaluate.py", [*paths, *options], file.with_suffix(".txt"))
     scores = json.loads(file.read_text())["results"][take]
     any_, emm, rmm, nm = ({c: s["miou_published"] for c, s in scores[p].items()} for p in ("any", "emm", "rmm", "nm"))
     missing = [value for column, value in any_.items() if column != "RDEL"]
@@ -140,7 +140,8 @@ def report(table: dict[str, list[dict]], o: argparse.Namespace, minutes: float) 
     out.mkdir(exist_ok=True)
     about = (f"{o.backbone}, synthetic scenes ({o.split} split), seeds 0..{o.seeds - 1}, "
              f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; "
-             f"mIoU in per cent, mean ± standard deviation; `python {' '.join(['reproduce.py', *sys.argv[1:]])}`")  # fmt: skip
+             f"mIoU in per cent, mean ± standard deviation; `python {' '.join(['reproduce.py', *sys.argv[1:]])}`"
+             )  # fmt: skip
     lines = [about, "", "| run | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     for name, what, *_ in ROWS:
         if name in table:

@@ -59,10 +59,12 @@ def shifted(values, tap, SIGN: tl.constexpr, TILE_W: tl.constexpr):
 
 @triton.jit
 def load_features(x_ptr, offs_c, offs_p, mask_p, C, stride_c):
-    """(BLOCK_C, pixels) of one source and sample as float32, 0 outside the mask."""
+    """(BLOCK_C, pixels) of one source and sample as float32, 0 outside the mask.
+
+    Samples are found with 64-bit offsets, elements within one with 32 bits: half the registers, shared by the sources.
+    """
     mask = (offs_c < C)[:, None] & mask_p[None, :]
-    ptrs = x_ptr + offs_c.to(tl.int64)[:, None] * stride_c + offs_p[None, :]
-    return tl.load(ptrs, mask=mask, other=0).to(tl.float32)
+    return tl.load(x_ptr + (offs_c[:, None] * stride_c + offs_p[None, :]), mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -158,8 +160,8 @@ def select_kernel(
                 for j in tl.static_range(S):
                     grown = grown + (shares[j] + tl.sum(tl.where(mask, weights[j], 0.0), axis=0),)
             shares = grown
-            out_ptrs = selected_ptr + b * out_stride_b + offs_c.to(tl.int64)[:, None] * out_stride_c
-            tl.store(out_ptrs + offs_out[None, :], selected, mask=mask)
+            out_ptr = selected_ptr + b * out_stride_b
+            tl.store(out_ptr + (offs_c[:, None] * out_stride_c + offs_out[None, :]), selected, mask=mask)
         tiles = tl.num_programs(0) * tl.num_programs(1)
         tile = b * tiles + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         elements = B.to(tl.float32) * C * H * W
@@ -286,8 +288,8 @@ def features_backward_kernel(
             if grad_ptr is not None:
                 grad_candidate = weights[j] * (x_tiles[j] - selected) * g_tile / temperature
                 grad_x += weights[j] * g_tile + (1 + scores[j])[None, :] * grad_candidate
-        out_ptrs = grad_x_ptrs[j] + b * out_stride_b + offs_c.to(tl.int64)[:, None] * out_stride_c + offs_out[None, :]
-        tl.store(out_ptrs, grad_x, mask=mask)
+        out_ptr = grad_x_ptrs[j] + b * out_stride_b
+        tl.store(out_ptr + (offs_c[:, None] * out_stride_c + offs_out[None, :]), grad_x, mask=mask)
 
 
 # -------------------------------------------------------------------------------------------------- launchers
@@ -420,6 +422,8 @@ class FeatureScoreSelect(torch.autograd.Function):
 def _arguments(features: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """float32 weight, bias per sample, and sources that share their strides (those that do not are copied)."""
     first = features[0]
+    if sum((size - 1) * abs(stride) for size, stride in zip(first.shape[1:], first.stride()[1:], strict=True)) >= 2**31:
+        raise ValueError(f"features[0] is {tuple(first.shape)}: one sample must span less than 2^31 elements.")
     if any(x.stride() != first.stride() for x in features):
         features = [x.contiguous() for x in features]
     return weight.float().contiguous(), bias.float().expand(first.shape[0], len(features)), features

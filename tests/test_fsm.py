@@ -185,7 +185,8 @@ def test_feature_distance_is_the_mean_squared_difference_in_units_of_the_channel
     target = tuple(t * torch.rand(t.shape[1])[:, None, None].add(0.1) for t in target)
     expected = 0.0
     for s, t in zip(student, target, strict=True):
-        per_channel = [((s[:, c] - t[:, c]) ** 2).mean() / (t[:, c].std(correction=0) + 0.01) ** 2 for c in range(s.shape[1])]
+        pairs = [(s[:, c], t[:, c]) for c in range(s.shape[1])]
+        per_channel = [((a - b) ** 2).mean() / (b.std(correction=0) + 0.01) ** 2 for a, b in pairs]
         expected += sum(per_channel) / len(per_channel)
     torch.testing.assert_close(feature_distance(student, target), expected, rtol=1e-3, atol=0)
 

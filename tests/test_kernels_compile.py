@@ -108,7 +108,7 @@ def compile_launches(capability):
 
     def run(self, *args, grid, warmup, **kwargs):
         names = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        options = {name: names.pop(name) for name in ("num_warps", "num_stages") if name in names}
+        options = {name: names.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in names}
         fixed = {p.name for p in self.params if p.is_constexpr}
         signature, constants, attributes = {}, {}, {}
         for i, name in enumerate(self.arg_names):

@@ -425,7 +425,8 @@ def jobs(whole: pathlib.Path, out: pathlib.Path) -> list[list[str]]:
     small = [*SMALL, *PLAIN]
     return [
         ["train_stage1.py", *small, *STAGE1, "--out", f"{out}/1"],
-        ["train_stage1.py", *small, *STAGE1, "--beta", "2", "--teacher", f"{whole}/1/teacher.pt", "--out", f"{out}/robust"],
+        ["train_stage1.py", *small, *STAGE1, "--teacher", f"{whole}/1/teacher.pt", "--beta", "2", "--out",
+         f"{out}/robust"],
         ["train_stage2.py", *small, *STAGE2, "--stage1", f"{whole}/1", "--out", f"{out}/2"],
         ["evaluate.py", f"{whole}/2/student.pt", f"{whole}/1/robust.pt", "--protocol", "any,nm,condition",
          "--batch-size", "3", "--limit", "8", "--json", f"{out}/scores.json"],
@@ -483,7 +484,7 @@ def test_torchrun_continues_a_killed_run_by_itself_but_no_other_run(whole, two, 
     first = start(1, whole, tmp_path / "run", *PLAIN)
     done = subprocess.run([*torchrun, *first], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "worker group" in done.stderr.lower() or "restart" in done.stderr.lower()
+    assert "exitcode: -9" in done.stderr
     assert differences(two / "1", tmp_path / "run") == []  # bit for bit as two processes that nobody killed
     assert [v["step"] for v in log(tmp_path / "run")] == [v["step"] for v in log(two / "1")]
 

@@ -22,6 +22,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+import bench_step
 import kernels
 
 WIDTHS = {"B0": (32, 64, 160, 256), "B2": (64, 128, 320, 512)}  # channels of the stages, strides 4, 8, 16, 32
@@ -141,6 +142,7 @@ def all_stages(operation, backward: bool, inputs: list, wanted: list):
 
 
 def bench_kernels(quick: bool, repeats: int) -> list[dict]:
+    quick = quick or not CUDA  # a CPU would take hours for the others
     bandwidth = copy_bandwidth()
     operations = {  # name: inputs, tensors read and written (forward, backward) in tensors of the features' size, paths
         "distance": (distance_inputs, (2, 1), kernels.prototype_distance),
@@ -178,7 +180,7 @@ def bench_kernels(quick: bool, repeats: int) -> list[dict]:
             calls = []
             for inputs in sets:
                 wanted = [x for stage in inputs for x in stage if torch.is_tensor(x) and x.requires_grad]
-                calls.append(lambda f=function, i=inputs, w=wanted: all_stages(f, backward, i, w))
+                calls.append(lambda f=function, i=inputs, w=wanted, back=backward: all_stages(f, back, i, w))
             slow = path == "loop"
             row = {
                 "operation": name, "widths": backbone, "pixels": pixels, "batch": batch,
@@ -201,7 +203,7 @@ def bench_kernels(quick: bool, repeats: int) -> list[dict]:
 def show(row: dict) -> None:
     """One line of the table; the first call also prints the head."""
     cells = {k: f"{v:.3g}" if isinstance(v, float) else "-" if v is None else str(v) for k, v in row.items()}
-    widths = [max(len(k), 18 if k == "pass" else 9) for k in cells]
+    widths = [max(len(k), {"pass": 18, "what": 52}.get(k, 9)) for k in cells]
     if tuple(cells) != show.head:
         show.head = tuple(cells)
         print("  ".join(k.ljust(w) for k, w in zip(cells, widths, strict=True)))
@@ -227,7 +229,7 @@ def conditions() -> dict:
     }  # fmt: skip
 
 
-SECTIONS = {"kernels": bench_kernels}  # name: function (quick, repeats) -> rows of the table
+SECTIONS = {"kernels": bench_kernels, **bench_step.SECTIONS}  # name: function (quick, repeats) -> rows of the table
 
 
 def main(what: list[str], quick: bool, repeats: int, json_path: pathlib.Path | None) -> None:
@@ -237,6 +239,8 @@ def main(what: list[str], quick: bool, repeats: int, json_path: pathlib.Path | N
     for section in what:
         print(f"\n{section}")
         report[section] = SECTIONS[section](quick, repeats)
+        for row in report[section] if section != "kernels" else ():  # which shows its rows as they come
+            show(row)
         show.head = ()
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)

@@ -75,6 +75,7 @@ from torch import Tensor  # noqa: E402
 
 import common  # noqa: E402
 import metrics  # noqa: E402
+import runner  # noqa: E402
 from checkpoint import load_model, read  # noqa: E402
 from data import normalise, open_dataset, random_missing, sensor_noise  # noqa: E402
 from fsm import ensemble_predictor, load_fsm, switch_predictor  # noqa: E402
@@ -88,7 +89,7 @@ EMM_ODDS = (0.2, 0.1, 0.05)
 
 def main(o) -> None:
     o.deterministic, o.tensorboard, o.out = False, False, "."
-    run = common.Run(o, "evaluate.py")
+    run = runner.Run(o, "evaluate.py")
     rows, meta = load_rows(o.checkpoint, run.device, o.fsm_level, o.fsm_rule)
     root = o.root or (meta["root"] if o.data in (None, meta["data"]) else ROOTS.get(o.data))
     dataset = open_dataset(o.data or meta["data"], root=root, split=o.split,
@@ -323,4 +324,4 @@ def tables(results: dict, dataset, protocols: list[str], markdown: bool = False)
 
 
 if __name__ == "__main__":
-    sys.exit(common.guarded(main, OPTIONS))
+    sys.exit(runner.guarded(main, OPTIONS))

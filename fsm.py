@@ -109,7 +109,7 @@ def feature_distance(
         t = t.detach().float()
         n = total(t.new_tensor(t[:, 0].numel()))
         mean = total(t.sum((0, 2, 3), keepdim=True)) / n  # (1, C, 1, 1)
-        scale = (total((t - mean).square().sum((0, 2, 3), keepdim=True)) / n).sqrt() + 0.01  # one pixel alone has no deviation
+        scale = (total((t - mean).square().sum((0, 2, 3), keepdim=True)) / n).sqrt() + 0.01  # one pixel has none
         distance = distance + ((s.float() - t) / scale).square().mean()
     return distance
 

@@ -79,7 +79,7 @@ def add_data_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
     group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="DELIVER's depth; published models: hha")
     group.add_argument("--label-map", help='folder data: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
     group.add_argument("--size", type=positive(int), default=recipe["size"],
-                       help="side of the training crop, pixels, from 32 on; larger sees more context and costs its square")
+                       help="side of the training crop, pixels, from 32 on; larger sees more, costs its square")
     group.add_argument("--limit", type=positive(int), help="use only the first N frames of each split; for trials")
     group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
                        help="go on past at most N broken frames (each is listed) instead of stopping at the first")
@@ -154,8 +154,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
                 parser.error(f"--resume {o.resume} has its own folder and options: give neither --out nor --config.")
             for name, value in saved.items():
                 if name not in FREE and getattr(o, name) != value:
-                    parser.error(f"--{name.replace('_', '-')} {getattr(o, name)} contradicts {file}, which says {value}: "
-                                 f"leave it out, or start a new run with --config {file} --out DIR.")  # fmt: skip
+                    flag = f"--{name.replace('_', '-')} {getattr(o, name)}"
+                    parser.error(f"{flag} contradicts {file}, which says {value}: leave it out, "
+                                 f"or start a new run with --config {file} --out DIR.")  # fmt: skip
     if o.data == "folder" and not o.root:
         parser.error("--data folder needs --root, the folder that holds classes.txt.")
     if o.size < 32:

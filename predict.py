@@ -86,8 +86,8 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import common  # noqa: E402
 import panel  # noqa: E402
+import runner  # noqa: E402
 from checkpoint import load_model, read  # noqa: E402
 from data import IGNORED, SPARSE, Frame, FrameDataset, normalise, open_dataset  # noqa: E402
 from model import MIN_SIDE, CMNeXt, present_of, upsample  # noqa: E402
@@ -325,4 +325,4 @@ def export(model: nn.Module, meta: dict, sensors: list[str], size: int | tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(common.guarded(main, OPTIONS))
+    sys.exit(runner.guarded(main, OPTIONS))

@@ -21,13 +21,14 @@ from torch import nn
 
 import common
 import hpdm
+import runner
 from checkpoint import describe, load_model, save_model
 from data import draw_present, normalise, open_dataset
 from model import build_model, load_pretrained
 
 
 def main(o) -> None:
-    run = common.Run(o, "train_stage1.py")
+    run = runner.Run(o, "train_stage1.py")
     kwargs = dict(root=o.root, modalities=o.modalities, size=o.size, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
     train = open_dataset(o.data, split="train", augment=True, **kwargs)
@@ -63,7 +64,7 @@ def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict |
     """All sensors, cross entropy only (paper, section 4.1)."""
     o, model = run.o, run.parallel(teacher)
     optimizer, scaler = common.adamw(teacher, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = common.Progress(run, "teacher", teacher, optimizer, scaler, len(train), o.epochs, meta, state)
+    progress = runner.Progress(run, "teacher", teacher, optimizer, scaler, len(train), o.epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         common.seed_step(o.seed, "teacher", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
@@ -91,7 +92,7 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
     model = run.parallel(robust)
     subsets = common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(robust, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = common.Progress(run, "robust", robust, optimizer, scaler, len(train), o.distill_epochs, meta, state)
+    progress = runner.Progress(run, "robust", robust, optimizer, scaler, len(train), o.distill_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "robust", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
@@ -133,4 +134,4 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
 
 
 if __name__ == "__main__":
-    sys.exit(common.guarded(main, OPTIONS))
+    sys.exit(runner.guarded(main, OPTIONS))

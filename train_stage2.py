@@ -22,13 +22,14 @@ from torch import nn
 
 import common
 import hpdm
+import runner
 from checkpoint import describe, load_model
 from data import draw_present, normalise, open_dataset
 from fsm import FSM, decode, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
 
 
 def main(o) -> None:
-    run = common.Run(o, "train_stage2.py")
+    run = runner.Run(o, "train_stage2.py")
     kwargs = dict(root=o.root, modalities=o.modalities, size=o.size, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
     train = open_dataset(o.data, split="train", augment=True, **kwargs)
@@ -67,7 +68,7 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
     meta = {**meta, "rule": o.rule, "temperature": o.temperature, "told": not o.untold, "widths": list(robust.widths)}
     model, subsets = run.parallel(fsm), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(fsm, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = common.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, meta, state)
+    progress = runner.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "fsm", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
@@ -106,7 +107,7 @@ def train_student(
     student = copy.deepcopy(robust).requires_grad_(True)
     model, subsets = run.parallel(student), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(student, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = common.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)
+    progress = runner.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = common.seed_step(o.seed, "student", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
@@ -140,4 +141,4 @@ def train_student(
 
 
 if __name__ == "__main__":
-    sys.exit(common.guarded(main, OPTIONS))
+    sys.exit(runner.guarded(main, OPTIONS))

@@ -300,7 +300,12 @@ def select_blocks(sources: int) -> dict:
     return {"BLOCK_C": 8, "TILE_H": 8, "TILE_W": 32, "num_warps": 4 if sources <= 2 else 8}
 
 
-WEIGHT_BLOCKS = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "GROUPS": 8, "num_warps": 8, "num_stages": 2}
+def weight_blocks(sources: int) -> dict:
+    """Tile of weight_backward_kernel, halo included; a group of pixels for each warp."""
+    blocks = {"BLOCK_C": 16, "TILE_H": 8, "TILE_W": 32, "num_stages": 1}
+    if sources <= 2:
+        return {**blocks, "GROUPS": 16, "num_warps": 16}
+    return {**blocks, "GROUPS": 8, "num_warps": 8, "maxnreg": 255}  # or the compiler stops at 128 and spills
 
 
 def features_blocks(sources: int) -> dict:
@@ -338,7 +343,7 @@ def launch_weight_backward(
     """
     S, first = len(features), features[0]
     B, C, H, W = first.shape
-    blocks = WEIGHT_BLOCKS
+    blocks = weight_blocks(S)
     grid = triton.cdiv(W, blocks["TILE_W"] - 2), triton.cdiv(H, blocks["TILE_H"] - 2), B
     dz = torch.empty((S, B, H, W), device=first.device, dtype=torch.float32)
     grad_weight = torch.empty((B * grid[0] * grid[1], S, C, 9), device=first.device, dtype=torch.float32)

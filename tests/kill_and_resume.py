@@ -19,12 +19,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 
-import common
+import runner
 import train_stage1
 import train_stage2
 from options import stage1_options, stage2_options
 
-SMALL = "--limit 8 --size 32 --batch-size 4 --eval-every 1 --save-every 1 --device cpu".split()
+SMALL = "--limit 8 --size 32 --batch-size 4 --eval-every 1 --save-every 2 --device cpu".split()
+SMALL += ["--modalities", "rgb,depth,lidar"]
 STAGE1 = "--epochs 2 --distill-epochs 2 --backbone segformer_tiny".split()
 STAGE2 = "--fsm-epochs 1 --student-epochs 2".split()
 
@@ -33,7 +34,7 @@ def train(stage: int, argv: list[str]) -> int:
     """A training script in this process -> its exit status."""
     parse, main = ((stage1_options, train_stage1.main), (stage2_options, train_stage2.main))[stage - 1]
     try:
-        return common.guarded(main, parse("", argv))
+        return runner.guarded(main, parse("", argv))
     except SystemExit as end:
         return end.code
 
@@ -95,7 +96,8 @@ def kill_and_resume(stage: int, start: list[str], kills: int, folder: pathlib.Pa
         unequal = differences(folder / f"whole{stage}", out)
         equal = ended[1] == 0 and not unequal
         if not equal:
-            print(f"stage {stage}, run {runs}: exit status {ended[1]}, {unequal[:5]}", *log.read_text().splitlines()[-5:],
+            print(f"stage {stage}, run {runs}: exit status {ended[1]}, {unequal[:5]}",
+                  *log.read_text().splitlines()[-5:],
                   sep="\n")  # fmt: skip
     print(f"stage {stage}: {done} kills, {runs} runs resumed to the end, "
           f"{'all equal to the uninterrupted run, bit for bit' if equal else 'NOT equal'}")  # fmt: skip

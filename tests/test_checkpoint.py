@@ -129,14 +129,16 @@ def test_a_full_disk_fails_the_save_and_keeps_both_old_checkpoints(folder, monke
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     monkeypatch.setattr(checkpoint, "open", FullDisk, raising=False)
     size = len(before["last.pt"]) / 2**20
-    with pytest.raises(OSError, match=rf"cannot save .*last.pt \(No space left on device\): {size:.1f} MB of free space"):
+    sentence = rf"cannot save .*last.pt \(No space left on device\): {size:.1f} MB of free space"
+    with pytest.raises(OSError, match=sentence):
         checkpoint.write(folder / "last.pt", state(3), keep_previous=True)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_small_file_system_that_fills_up_keeps_the_old_checkpoint(tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         big = {**state(1), "model": {"w": torch.randn(100, 250)}}  # 100 kB: two fit, three do not

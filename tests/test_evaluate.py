@@ -86,7 +86,7 @@ def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone)
 
 
 def run_of(batch_size, workers=0):
-    """What `evaluate` needs of common.Run, in one process."""
+    """What `evaluate` needs of runner.Run, in one process."""
     o = SimpleNamespace(batch_size=batch_size, workers=workers, seed=3, amp="off")
     return SimpleNamespace(o=o, rank=0, world=1, device=torch.device("cpu"), total=lambda x: x)
 
@@ -337,7 +337,7 @@ def run_folder(tmp_path):
 
 @pytest.fixture
 def signals():
-    """common.Run takes over the signals; give them back."""
+    """runner.Run takes over the signals; give them back."""
     before = {number: signal.getsignal(number) for number in common.EXIT_STATUS}
     yield
     for number, handler in before.items():

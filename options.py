@@ -7,6 +7,7 @@ Nothing heavy is imported here: `--help` and a mistyped option answer before tor
 import argparse
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -83,7 +84,8 @@ def add_data_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
     group.add_argument("--limit", type=positive(int), help="use only the first N frames of each split; for trials")
     group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
                        help="go on past at most N broken frames (each is listed) instead of stopping at the first")
-    group.add_argument("--workers", type=positive(int, zero=True), default=0 if recipe["size"] < 128 else 4,
+    workers = 0 if recipe["size"] < 128 else min(4, os.cpu_count() or 1)
+    group.add_argument("--workers", type=positive(int, zero=True), default=workers,
                        help="loader processes per training process; more while the log shows a data_wait above 0.05")
 
 

@@ -135,9 +135,12 @@ def feature_score_select(
 
 
 def _call(fused: ModuleType | None, name: str, tensor: Tensor, *args):
-    """Runs `name` from the file of Triton kernels or from the definitions, in full precision under autocast too."""
+    """Runs `name` from the file of Triton kernels or from the definitions, in full precision under autocast too.
+
+    Triton launches on the current device, which need not be the tensor's.
+    """
     module = fused if _wants_triton(tensor) else reference
-    with torch.autocast(tensor.device.type, enabled=False):
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
         return getattr(module, name)(*args)
 
 

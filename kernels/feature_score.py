@@ -111,7 +111,7 @@ def select_kernel(
     selected_ptr,  # (B, C, H, W), or None for the scores alone; written
     share_ptr,  # (B, tiles, S) float32, contiguous: each tile's part of the mean weights, or None; written
     B, C, H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x, bias_stride_b, bias_stride_s,
-    out_stride_b, out_stride_c, out_stride_y, out_stride_x, temperature,
+    out_stride_b, out_stride_c, out_stride_y, out_stride_x, temperature, elements,
     HARD: tl.constexpr, S: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(2).to(tl.int64)
@@ -164,7 +164,6 @@ def select_kernel(
             tl.store(out_ptr + (offs_c[:, None] * out_stride_c + offs_out[None, :]), selected, mask=mask)
         tiles = tl.num_programs(0) * tl.num_programs(1)
         tile = b * tiles + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        elements = B.to(tl.float32) * C * H * W
         for j in tl.static_range(S):
             tl.store(share_ptr + tile * S + j, tl.sum(shares[j], axis=0) / elements)
 
@@ -329,7 +328,7 @@ def launch_select(
     select_kernel[grid](
         tuple(features), weight, bias, scores, selected, shares, B, C, H, W,
         *first.stride(), *bias.stride(), *(first if selected is None else selected).stride(),
-        temperature or 1.0, HARD=temperature is None, S=S, **blocks,
+        temperature or 1.0, float(first.numel()), HARD=temperature is None, S=S, **blocks,
     )  # fmt: skip
     return scores, selected, None if shares is None else shares.sum(0)
 

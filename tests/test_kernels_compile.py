@@ -138,9 +138,9 @@ def launch_prototype():
 
     from kernels import prototype
 
-    def maps(M, C, P, dtype):
-        x = torch.zeros(2, M, C, P, dtype=dtype, requires_grad=True)
-        return x, torch.zeros(2, P, dtype=torch.int64), torch.ones(2, M, dtype=torch.bool)
+    def maps(M, C, P, dtype, B=2):
+        x = torch.zeros(B, M, C, P, dtype=dtype, requires_grad=True)
+        return x, torch.zeros(B, P, dtype=torch.int64), torch.ones(B, M, dtype=torch.bool)
 
     for M, C in ((1, 5), (4, 32)):  # 32 and 64 rows
         for K in (7, 25, 40):  # 16, 32 and 64 classes
@@ -148,16 +148,17 @@ def launch_prototype():
                 x, labels, present = maps(M, C, 256, dtype)
                 prototype.launch_pool(x, labels, K, x, present, torch.zeros(2, M, dtype=torch.int64))
             prototype.launch_pool(x, labels, K, factor=torch.zeros(2, M, 256))
-    for M, C, P, K, dtype in (
-        (4, 32, 256, 25, torch.float32),
-        (4, 32, 256, 25, torch.bfloat16),
-        (3, 5, 77, 7, torch.float16),
-        (3, 5, 77, 200, torch.float32),
+    for B, M, C, P, K, dtype in (
+        (2, 4, 32, 2048, 25, torch.float32),  # several chunks of pixels
+        (2, 4, 32, 256, 25, torch.bfloat16),
+        (3, 3, 5, 77, 7, torch.float16),
+        (2, 3, 5, 77, 200, torch.float32),
+        (1, 1, 1, 1, 1, torch.float32),  # the compiler replaces an argument that is 1 by the constant
     ):
-        x, labels, present = maps(M, C, P, dtype)
+        x, labels, present = maps(M, C, P, dtype, B)
         prototypes, _ = prototype.PrototypePool.apply(x, labels, K)
         prototype.PixelPrototypeCosine.apply(x, labels, prototypes).sum().backward()
-        match = torch.zeros(2, M, dtype=torch.int64)
+        match = torch.zeros(B, M, dtype=torch.int64)
         prototype.PrototypeDistance.apply(x, x.detach(), labels, present, match, K).backward()
 
 
@@ -166,8 +167,8 @@ def launch_feature_score():
 
     feature_score = importlib.import_module("kernels.feature_score")
 
-    def call(sources, C, h, w, dtype, rules=("scores", None, 0.2)):
-        features = [torch.zeros(2, C, h, w, dtype=dtype, requires_grad=True) for _ in range(sources)]
+    def call(sources, C, h, w, dtype, rules=("scores", None, 0.2), B=2):
+        features = [torch.zeros(B, C, h, w, dtype=dtype, requires_grad=True) for _ in range(sources)]
         weight = torch.zeros(sources, C, 3, 3, requires_grad=True)
         bias = torch.zeros(sources, requires_grad=True)
         for rule in rules:
@@ -178,6 +179,7 @@ def launch_feature_score():
 
     call(2, 32, 16, 16, torch.float32)
     call(2, 5, 7, 9, torch.bfloat16, rules=(0.2,))
+    call(1, 1, 1, 1, torch.float32, B=1)
     call(8, 32, 16, 16, torch.float32, rules=(0.2,))
 
 

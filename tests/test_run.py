@@ -309,7 +309,8 @@ def pictures(tmp_path):
 
 
 def folder_run(pictures: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
-    return [*SMALL, *STAGE1, "--data", "folder", "--root", str(pictures), "--out", str(out), *more]
+    return [*SMALL, *STAGE1, "--data", "folder", "--root", str(pictures), "--workers", "0", "--out", str(out),
+            *more]  # fmt: skip
 
 
 def plant(pictures: pathlib.Path, value: float) -> str:

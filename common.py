@@ -114,7 +114,7 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 @torch.inference_mode()
 def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> list[dict]:
     """metrics.scores of each subset of sensors. predict(images, subsets) yields logits per subset (`predictor`)."""
-    size = run.o.batch_size
+    size = 1 if run.o.data == "folder" else run.o.batch_size  # your own frames may differ in size
     shard = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)]
     k = len(dataset.classes)
     matrices = torch.zeros(len(subsets), k, k, dtype=torch.int64, device=run.device)

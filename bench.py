@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 import bench_step
 import kernels
+from kernels import reference
 
 WIDTHS = {"B0": (32, 64, 160, 256), "B2": (64, 128, 320, 512)}  # channels of the stages, strides 4, 8, 16, 32
 MODALITIES, CLASSES, SOURCES = 4, 25, 2  # DELIVER's sensors and classes; teacher and robust model
@@ -134,6 +135,10 @@ def select(features, weight, bias):
     return kernels.feature_score_select(features, weight, bias, 0.2)[0]
 
 
+def select_definition(features, weight, bias):
+    return reference.feature_score_select(features, weight, bias, 0.2)[0]
+
+
 def all_stages(operation, backward: bool, inputs: list, wanted: list):
     """One call of the operation per stage, summed, and the gradients of what is wanted."""
     outputs = [operation(*stage) for stage in inputs]
@@ -144,9 +149,9 @@ def all_stages(operation, backward: bool, inputs: list, wanted: list):
 def bench_kernels(quick: bool, repeats: int) -> list[dict]:
     quick = quick or not CUDA  # a CPU would take hours for the others
     bandwidth = copy_bandwidth()
-    operations = {  # name: inputs, tensors read and written (forward, backward) in tensors of the features' size, paths
-        "distance": (distance_inputs, (2, 1), kernels.prototype_distance),
-        "select": (select_inputs, (SOURCES + 1, SOURCES + 1), select),
+    operations = {  # name: inputs, traffic in tensors of the features' size (forward, backward), call, definition
+        "distance": (distance_inputs, (2, 1), kernels.prototype_distance, reference.prototype_distance),
+        "select": (select_inputs, (SOURCES + 1, SOURCES + 1), select, select_definition),
     }
     rows = []
     settings = itertools.product(
@@ -154,16 +159,16 @@ def bench_kernels(quick: bool, repeats: int) -> list[dict]:
         [torch.float32] if quick or not CUDA else [torch.float32, torch.bfloat16], ["1", "1-4"], [False, True],
     )  # fmt: skip
     for name, backbone, pixels, batch, dtype, stages, backward in settings:
-        make, traffic, operation = operations[name]
+        make, traffic, operation, definition = operations[name]
         shapes = [(c, pixels // s) for c, s in zip(WIDTHS[backbone], (4, 8, 16, 32), strict=True)]
         shapes = shapes[:1] if stages == "1" else shapes
         paths = {"pytorch": with_path("reference", operation)}
         if CUDA:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             paths = {
                 "triton": with_path("triton", operation),
                 **paths,
-                "compile": with_path("reference", torch.compile(operation)),
+                "compile": torch.compile(definition),
             }
         if name == "distance":
             paths["loop"] = loop_distance

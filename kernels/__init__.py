@@ -135,13 +135,12 @@ def feature_score_select(
 
 
 def _call(fused: ModuleType | None, name: str, tensor: Tensor, *args):
-    """Runs `name` from the file of Triton kernels or from the definitions, in full precision under autocast too.
-
-    Triton launches on the current device, which need not be the tensor's.
-    """
-    module = fused if _wants_triton(tensor) else reference
-    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
-        return getattr(module, name)(*args)
+    """Runs `name` from the file of Triton kernels or from the definitions."""
+    if _wants_triton(tensor):
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever its arguments lie on
+            return getattr(fused, name)(*args)
+    with torch.autocast(tensor.device.type, enabled=False):  # float32 products under autocast too
+        return getattr(reference, name)(*args)
 
 
 def _wants_triton(tensor: Tensor) -> bool:

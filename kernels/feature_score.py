@@ -142,7 +142,7 @@ def select_kernel(
     if selected_ptr is not None:
         offs_out = y * out_stride_y + x * out_stride_x
         shares = ()
-        for j in tl.static_range(S):
+        for _ in tl.static_range(S):
             shares = shares + (tl.zeros((TILE_H * TILE_W,), tl.float32),)
         for c in range(0, C, BLOCK_C):
             offs_c = c + tl.arange(0, BLOCK_C)

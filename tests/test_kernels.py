@@ -194,7 +194,7 @@ def test_equal_candidates_select_the_first_source(monkeypatch):
     for path in ("reference", "triton") if kernels._prototype else ("reference",):
         f = random(1, 3, 4, 5)
         weight, bias = random(1, 3, 3, 3).expand(3, 3, 3, 3), torch.zeros(3, device=DEVICE)
-        call = lambda *x: kernels.feature_score_select(x, weight, bias, None)  # noqa: E731
+        call = lambda *x, w=weight, b=bias: kernels.feature_score_select(x, w, b, None)  # noqa: E731
         selected, share, *grads = evaluate(path, call, [f, f, f], monkeypatch)
         assert torch.equal(selected, f) and share.tolist() == [1, 0, 0]
         assert grads[0].abs().min() > 0 and not grads[1].any() and not grads[2].any()

@@ -65,7 +65,7 @@ def test_both_stages_and_all_protocols_run_on_every_layout(layout, tmp_path):
     script("train_stage1.py", "--data", layout, "--root", tmp_path / "data", "--backbone", backbone, "--size", 64,
            "--limit", 8, "--out", tmp_path / "run", *TINY)  # fmt: skip
     script("train_stage2.py", "--stage1", tmp_path / "run", "--fsm-epochs", 1, "--student-epochs", 1, "--workers", 0)
-    text = script("evaluate.py", tmp_path / "run", "--limit", 4, "--protocol", "all")
+    text = script("evaluate.py", tmp_path / "run/student.pt", "--limit", 2, "--protocol", "all")
     for title in ("any-modality", "EMM", "RMM", "NM", "weather", "sensor failure"):
         assert title in text
 

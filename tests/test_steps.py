@@ -1,0 +1,81 @@
+"""A training step of each stage gives the same loss and gradients by the definitions and by Triton.
+
+Without a GPU, Triton runs in its interpreter (conftest.py); with one, the same test runs there.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+import fsm
+import hpdm
+from data import draw_present
+from model import build_model
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+K, SENSORS = 5, ["rgb", "depth", "event", "lidar"]
+
+
+def gradients(loss: torch.Tensor, module: torch.nn.Module) -> list[torch.Tensor]:
+    grads = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
+    return [g for g in grads if g is not None]
+
+
+def both_paths(monkeypatch, step) -> None:
+    results = {}
+    for path in ("reference", "triton"):
+        monkeypatch.setenv("RMMSS_KERNELS", path)
+        results[path] = step()
+    (loss, grads), (other, others) = results.values()
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
+    assert len(grads) == len(others) > 10
+    for a, b in zip(others, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max().clamp(min=1e-3)) + 1e-7)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    images, labels = torch.randn(2, 4, 3, 32, 32), torch.randint(0, K, (2, 4, 4))
+    labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    labels[0, :8] = 255
+    present = draw_present(2, 4, torch.Generator().manual_seed(3))
+    models = [build_model("segformer_tiny", K, SENSORS).to(DEVICE).eval() for _ in range(2)]
+    return images.to(DEVICE), labels.to(DEVICE), present, *models
+
+
+def test_a_step_of_stage_1_agrees(monkeypatch, batch):
+    images, labels, present, teacher, student = batch
+    match = hpdm.draw_match(2, 4, "random", torch.Generator().manual_seed(1))
+
+    def step():
+        with torch.no_grad():
+            target = teacher(images)
+        out = student(images, present)
+        masks = present.to(DEVICE), match.to(DEVICE)
+        loss = hpdm.hpdm_loss(out.per_modality, target.per_modality, labels, *masks, K)
+        loss = loss + hpdm.feature_variation_loss(
+            out.per_modality, target.per_modality, target.fused, labels, masks[0], K
+        )
+        loss = loss + hpdm.ohem_cross_entropy(out.logits, labels) + hpdm.distill_logits(out.logits, target.logits)
+        return loss.detach(), gradients(loss, student)
+
+    both_paths(monkeypatch, step)
+
+
+def test_a_step_of_stage_2_agrees(monkeypatch, batch):
+    images, labels, present, teacher, robust = batch
+    torch.manual_seed(1)
+    selection = fsm.FSM(robust.widths, K, 4, rule="candidate").to(DEVICE)
+
+    def step():
+        with torch.no_grad():
+            sources = [teacher(images, present), robust(images, present)]
+        selected = selection(sources, present.to(DEVICE))
+        loss = hpdm.ohem_cross_entropy(selected.logits, labels)
+        loss = loss + hpdm.ohem_cross_entropy(fsm.decode(selected, teacher, robust, present), labels)
+        return loss.detach(), gradients(loss, selection)
+
+    both_paths(monkeypatch, step)

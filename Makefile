@@ -5,15 +5,24 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 RUN = .venv/bin/python
 
-.PHONY: test demo bench reproduce lint clean
+.PHONY: test test-kernels test-rest demo bench reproduce lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	touch $@
 
+# Two halves side by side, a core each; `pytest` alone runs the same in one process.
+KERNELS = tests/test_kernels.py tests/test_kernels_compile.py tests/test_steps.py
+
 test: .venv/installed
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=target test-kernels test-rest
+
+test-kernels:
+	$(RUN) -m pytest --durations=5 $(KERNELS)
+
+test-rest:
+	$(RUN) -m pytest --durations=10 $(addprefix --ignore=,$(KERNELS))
 
 demo: .venv/installed
 	rm -rf runs/demo

@@ -102,7 +102,7 @@ def stage2_step(net, teacher, robust, selection, images, labels, present):
     def step() -> None:
         with torch.no_grad():
             selected = selection([teacher(images, present), robust(images, present)], present.to(images.device))
-            target = fsm.ensemble_logits(selected, robust)
+            target = fsm.ensemble_logits(selected, teacher, robust, present)
         out = net(images, present)
         loss = hpdm.ohem_cross_entropy(out.logits, labels) + hpdm.distill_logits(out.logits, target)
         (loss + fsm.feature_distance(out.fused, selected.fused)).backward()
@@ -219,9 +219,17 @@ def bench_memory(quick: bool, repeats: int) -> list[dict]:
 def one_step(plain: bool, quick: bool) -> None:
     """For `bench_memory`: one step; prints by how many MB the peak memory of this process grew."""
     s = Setting(quick)
-    before = common.peak_memory(DEVICE)
+    before = own_peak()
     s.step(plain=plain)()
-    print(common.peak_memory(DEVICE) - before)
+    print(own_peak() - before)
+
+
+def own_peak() -> float:
+    """Peak MB of this process alone (`ru_maxrss` would begin with what its parent held when it was started)."""
+    if DEVICE.type == "cuda":
+        return common.peak_memory(DEVICE)
+    status = pathlib.Path("/proc/self/status").read_text()
+    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def bench_load(quick: bool, repeats: int) -> list[dict]:

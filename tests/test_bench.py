@@ -3,6 +3,7 @@
 import torch
 
 import bench_step
+import fsm
 import hpdm
 
 
@@ -24,3 +25,11 @@ def test_the_published_structure_gives_the_same_outputs_loss_and_gradients():
         gradients.append((loss.detach(), s.net.stages[0].embed.proj.weight.grad.clone()))
     torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_stage_2_step_moves_the_student():
+    s = bench_step.Setting(quick=True)
+    selection = fsm.FSM(s.net.widths, s.k, s.m).requires_grad_(False)
+    before = s.net.decoder.classify.weight.clone()
+    bench_step.stage2_step(s.net, s.teacher, s.teacher, selection, s.images, s.labels, s.full)()
+    assert not torch.equal(before, s.net.decoder.classify.weight)

@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 RUN = .venv/bin/python
 
-.PHONY: test test-kernels test-rest demo bench reproduce lint clean
+.PHONY: test test-first test-rest demo bench reproduce lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -13,16 +13,16 @@ RUN = .venv/bin/python
 	touch $@
 
 # Two halves side by side, a core each; `pytest` alone runs the same in one process.
-KERNELS = tests/test_kernels.py tests/test_kernels_compile.py tests/test_steps.py
+FIRST = $(addprefix tests/test_,kernels.py kernels_compile.py steps.py fsm.py predict.py)
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=target test-kernels test-rest
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=target test-first test-rest
 
-test-kernels:
-	$(RUN) -m pytest --durations=5 $(KERNELS)
+test-first:
+	$(RUN) -m pytest --durations=5 $(FIRST)
 
 test-rest:
-	$(RUN) -m pytest --durations=10 $(addprefix --ignore=,$(KERNELS))
+	$(RUN) -m pytest --durations=10 $(addprefix --ignore=,$(FIRST))
 
 demo: .venv/installed
 	rm -rf runs/demo

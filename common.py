@@ -6,6 +6,7 @@ loader workers.
 """
 
 import contextlib
+import ctypes
 import pathlib
 import platform
 import resource
@@ -106,6 +107,16 @@ def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "off")
+
+
+def keep_freed_memory() -> None:
+    """For CPU runs on Linux. The C library gives large blocks back to the system as soon as they are free, and the system
+    clears every page of them when the next step asks again: up to a third of a step. Told so, it keeps them.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, another system: nothing to tell
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
 # ---- validation, log values --------------------------------------------------------------------------------

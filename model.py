@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from pretrained import load_pretrained
@@ -170,7 +171,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        if torch.is_grad_enabled() and x.requires_grad:
+            # Its four times wider insides are most of what training would keep for the backward pass: compute them twice.
+            y = checkpoint(self.mlp, self.norm2(x), use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self.mlp(self.norm2(x))
+        return x + self.drop_path(y)
 
 
 class Stage(nn.Module):
@@ -203,6 +209,14 @@ def mit_stages(p: Preset, eps: float, drop_path: float) -> nn.ModuleList:
 # ---- the decoder -------------------------------------------------------------------------------------------
 
 
+class Projected(NamedTuple):
+    coarse: list[Tensor]  # of the stages 2, 3, 4: F_i W_i x_i, (N, h_i, w_i, E)
+    down: list[Tensor]  # bilinear upsampling of their rows, (h, h_i)
+    across: Tensor  # and of their columns, side by side: (w, w_2 + w_3 + w_4)
+    weight: Tensor  # F_1 W_1, (E, C_1)
+    bias: Tensor  # sum of F_i b_i, (E,)
+
+
 class Decoder(nn.Module):
     """SegFormer head (section 3.2), its fuse convolution moved below the upsampling.
 
@@ -218,28 +232,71 @@ class Decoder(nn.Module):
         self.linear = nn.ModuleList(nn.Linear(c, width) for c in widths)
         self.fuse = nn.Conv2d(4 * width, width, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = dropout
         self.classify = nn.Conv2d(width, num_classes, 1)
 
-    def mix(self, features: tuple[Tensor, ...]) -> Tensor:
-        """The part that is linear in the features: 4 x (N, C_i, h_i, w_i) -> (N, E, h_1, w_1).
+    def project(self, features: tuple[Tensor, ...]) -> Projected:
+        """All that `mix` needs beside the finest features: the three coarse stages' products, still coarse."""
+        parts = self.fuse.weight[:, :, 0, 0].chunk(4, 1)[::-1]  # F_1..F_4
+        weights = [f @ linear.weight for f, linear in zip(parts, self.linear, strict=True)]
+        bias = sum(f @ linear.bias for f, linear in zip(parts, self.linear, strict=True))
+        coarse = [F.linear(x.permute(0, 2, 3, 1), w) for x, w in zip(features[1:], weights[1:], strict=True)]
+        h, w = features[0].shape[-2:]
+        down = [bilinear(x.shape[1], h, x) for x in coarse]
+        across = torch.cat([bilinear(x.shape[2], w, x) for x in coarse], 1)
+        return Projected(coarse, down, across, weights[0], bias)
 
-        It commutes with the mean over modalities, so that all subsets of sensors share one product per modality.
+    @staticmethod
+    def mix(finest: Tensor, projected: Projected, top: int = 0, bottom: int | None = None) -> Tensor:
+        """The part that is linear in the features, rows top..bottom: finest (N, C_1, h, w) -> (N, rows, w, E).
+
+        Bilinear upsampling of an axis is a product with a matrix, too. Down the rows it is done stage by stage, across
+        the columns for the three stages side by side: one pass over the large map instead of six.
         """
-        mixed = 0
-        for x, linear, f in zip(features, self.linear, self.fuse.weight[:, :, 0, 0].chunk(4, 1)[::-1], strict=True):
-            x = F.linear(x.permute(0, 2, 3, 1), f @ linear.weight, f @ linear.bias).permute(0, 3, 1, 2)
-            if x.shape[-2:] != features[0].shape[-2:]:
-                x = F.interpolate(x, size=features[0].shape[-2:], mode="bilinear", align_corners=False)
-            mixed = mixed + x
+        coarse, down, across, weight, bias = projected
+        h, bottom = finest.shape[2], bottom or finest.shape[2]
+        mixed = F.linear(finest[:, :, top:bottom].permute(0, 2, 3, 1), weight, bias)  # (N, rows, w, E)
+        tall = []
+        for x, matrix in zip(coarse, down, strict=True):
+            n = x.shape[1]
+            near = slice(max(0, top * n // h - 1), bottom * n // h + 2)  # the coarse rows that these rows lie between
+            tall.append((matrix[top:bottom, near] @ x[:, near].flatten(2)).unflatten(2, x.shape[2:]))
+        tall = torch.cat(tall, 2).flatten(0, 1)  # (N rows, w_2 + w_3 + w_4, E)
+        mixed.flatten(0, 1).baddbmm_(across.expand(len(tall), -1, -1), tall)
         return mixed
 
-    def finish(self, mixed: Tensor) -> Tensor:
-        """(N, E, h_1, w_1) -> logits (N, K, h_1, w_1)."""
-        return self.classify(self.dropout(F.relu(self.bn(mixed))))
-
     def forward(self, features: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
-        return upsample(self.finish(self.mix(features)), size)
+        mixed = self.mix(features[0], self.project(features)).permute(0, 3, 1, 2)  # (N, E, h_1, w_1)
+        # Dropping or scaling a whole channel and the ReLU commute, and in this order both can be done in place.
+        hidden = F.relu(F.dropout2d(self.bn(mixed), self.dropout, self.training, inplace=True), inplace=True)
+        return upsample(self.classify(hidden), size)
+
+    @torch.no_grad()
+    def answer_means(self, features: tuple[Tensor, ...], share: Tensor) -> Tensor:
+        """Logits of many means of the same feature maps, in eval mode, not yet upsampled -> (S, B, K, h_1, w_1).
+
+        features 4 x (B, V, C_i, h_i, w_i); share (S, V): the share of each of the V maps in each mean, a row sums to 1.
+        Up to the ReLU all is linear, BatchNorm with its running statistics as well. So a mean costs no more than itself,
+        a ReLU and the classifier. Few rows at a time, because what stays in the cache is several times faster.
+        """
+        b, v, _, h, w = features[0].shape
+        few = h if share.is_cuda else 4
+        projected = self.project(tuple(f.flatten(0, 1) for f in features))
+        logits = share.new_empty(len(share), b, h, w, self.classify.out_channels)
+        for i in range(b):
+            ours = projected._replace(coarse=[x[i * v : (i + 1) * v] for x in projected.coarse])
+            for top in range(0, h, few):
+                x = self.mix(features[0][i], ours, top, min(top + few, h))  # (V, rows, w, E)
+                x = self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+                hidden = F.relu(share.to(x.dtype) @ x.flatten(1), inplace=True).unflatten(1, x.shape[1:])
+                logits[:, i, top : top + few] = F.linear(hidden, self.classify.weight[:, :, 0, 0], self.classify.bias)
+        return logits.permute(0, 1, 4, 2, 3)
+
+
+def bilinear(n: int, out: int, like: Tensor) -> Tensor:
+    """Bilinear resampling of an axis from n to `out` positions as a matrix (out, n)."""
+    one_hot = torch.eye(n, device=like.device)[None]
+    return F.interpolate(one_hot, size=out, mode="linear", align_corners=False)[0].t().to(like.dtype)
 
 
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -289,19 +346,13 @@ def subset_logits(
     """Logits (B, K, H, W) of every subset of the sensors, given as tuples of positions in `model.modalities`.
 
     degraded: what the sensors outside a subset deliver instead, (B or 1, M, 3, H, W); None leaves them out.
-    With mean fusion everything up to the decoder's BatchNorm is linear in the fused features, so each sensor goes
-    through the encoder and that part of the decoder once, and a subset costs a mean and the rest of the decoder.
+    With mean fusion each sensor goes through the encoder once, and all subsets are means of the same features.
     """
     b, m = images.shape[:2]
     if isinstance(model, MSegFormer):
-        clean = mixed_per_modality(model, images)  # (B, M, E, h, w)
-        broken = None if degraded is None else mixed_per_modality(model, degraded).expand_as(clean)
-        for subset in subsets:
-            parts = [clean[:, i] for i in subset]
-            if broken is not None:
-                parts += [broken[:, i] for i in range(m) if i not in subset]
-            mean = parts[0] if len(parts) == 1 else sum(parts) / len(parts)
-            yield upsample(model.decoder.finish(mean), images.shape[-2:])
+        features, share = shared_features(model, images, subsets, degraded)
+        for logits in model.decoder.answer_means(features, share):
+            yield upsample(logits, images.shape[-2:])
     else:
         for subset in subsets:
             present = present_of(subset, (b, m))
@@ -311,9 +362,17 @@ def subset_logits(
                 yield model(composite(images, present, degraded)).logits
 
 
-def mixed_per_modality(model: MSegFormer, images: Tensor) -> Tensor:
-    """The decoder's linear part of every sensor alone: (B, M, 3, H, W) -> (B, M, E, h_1, w_1)."""
-    return model.decoder.mix(tuple(f.flatten(0, 1) for f in model.encode(images))).unflatten(0, images.shape[:2])
+def shared_features(
+    model: MSegFormer, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """4 x (B, V, C_i, h_i, w_i), V = M or 2 M with `degraded`, and each map's share in each subset's mean (S, V)."""
+    features = model.encode(images)
+    kept = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets]).to(images.device).float()  # (S, M)
+    if degraded is not None:
+        broken = model.encode(degraded)
+        features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
+        kept = torch.cat((kept, 1 - kept), 1)
+    return features, kept / kept.sum(1, keepdim=True)
 
 
 def composite(images: Tensor, present: Tensor, degraded: Tensor) -> Tensor:
@@ -321,10 +380,10 @@ def composite(images: Tensor, present: Tensor, degraded: Tensor) -> Tensor:
     return torch.where(present.to(images.device)[:, :, None, None, None], images, degraded)
 
 
-def present_of(subset: tuple[int, ...], shape: tuple[int, int]) -> Tensor:
-    """The same sensors for every sample of a batch -> (B, M) bool on the CPU."""
+def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The same sensors for every sample of a batch -> (B, M) bool on the CPU; shape (M,) for one row of it."""
     present = torch.zeros(shape, dtype=torch.bool)
-    present[:, list(subset)] = True
+    present[..., list(subset)] = True
     return present
 
 

@@ -25,6 +25,7 @@ from common import (
     PHASES,
     Batches,
     git_revision,
+    keep_freed_memory,
     learning_rate,
     loader,
     peak_memory,
@@ -51,6 +52,8 @@ class Run:
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        else:
+            keep_freed_memory()
         if o.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

@@ -176,7 +176,9 @@ def test_the_decoder_equals_its_published_order():
     torch.manual_seed(0)
     decoder = Decoder((8, 12, 20, 28), 24, 5, dropout=0.0).eval().double()
     features = [torch.randn(2, c, 32 // s, 40 // s).double() for c, s in ((8, 1), (12, 2), (20, 4), (28, 8))]
-    mixed = decoder.mix(tuple(features))
+    projected = decoder.project(tuple(features))
+    mixed = decoder.mix(features[0], projected).permute(0, 3, 1, 2)
+    torch.testing.assert_close(decoder.mix(features[0], projected, 8, 12), mixed.permute(0, 2, 3, 1)[:, 8:12])
     upsampled = []
     for x, linear in zip(features, decoder.linear, strict=True):
         x = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

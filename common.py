@@ -110,7 +110,7 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def keep_freed_memory() -> None:
-    """For CPU runs on Linux. The C library gives large blocks back to the system as soon as they are free, and the system
+    """For CPU runs on Linux. The C library returns large blocks to the system as soon as they are free, and the system
     clears every page of them when the next step asks again: up to a third of a step. Told so, it keeps them.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, another system: nothing to tell

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import kernels
 from checkpoint import read
-from model import Output, ScorePredictor, composite, present_of, subset_logits
+from model import Output, ScorePredictor, present_of, subset_logits, subset_outputs
 
 RULES = ("hard", "candidate", "score")
 LEVELS = ("both", "features", "logits")
@@ -119,9 +119,11 @@ def feature_distance(
 
 def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor) -> Tensor:
     """Logits of the selected features (B, K, H, W), by the decoder that has learned to read them: the teacher's for
-    complete inputs, the robust model's for incomplete ones. present (B, M) bool."""
-    complete = present.all(1).to(selected.logits.device)[:, None, None, None]
-    size = selected.logits.shape[-2:]
+    complete inputs, the robust model's for incomplete ones. present (B, M) bool, on the CPU."""
+    complete, size = present.all(1), selected.logits.shape[-2:]
+    if complete.all() or not complete.any():
+        return (teacher if complete.all() else robust).decoder(selected.fused, size)
+    complete = complete.to(selected.logits.device)[:, None, None, None]
     return torch.where(complete, teacher.decoder(selected.fused, size), robust.decoder(selected.fused, size))
 
 
@@ -150,10 +152,10 @@ def ensemble_predictor(
     """
 
     def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
-        for subset in subsets:
+        outputs = (subset_outputs(model.eval(), images, subsets, degraded) for model in (teacher, robust))
+        for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
             present = present_of(subset, images.shape[:2])
-            seen, mask = (images, present) if degraded is None else (composite(images, present, degraded), None)
-            selected = fsm([teacher.eval()(seen, mask), robust.eval()(seen, mask)], present.to(images.device), rule)
+            selected = fsm(list(sources), present.to(images.device), rule)
             yield ensemble_logits(selected, teacher, robust, present, level)
 
     return predict

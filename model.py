@@ -172,7 +172,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         if torch.is_grad_enabled() and x.requires_grad:
-            # Its four times wider insides are most of what training would keep for the backward pass: compute them twice.
+            # Its four times wider insides are most of what training would keep for the backward pass: compute it twice.
             y = checkpoint(self.mlp, self.norm2(x), use_reentrant=False, preserve_rng_state=False)
         else:
             y = self.mlp(self.norm2(x))
@@ -201,9 +201,7 @@ def drop_rates(depths: tuple[int, ...], last: float) -> list[list[float]]:
 def mit_stages(p: Preset, eps: float, drop_path: float) -> nn.ModuleList:
     ins = (3, *p.widths)
     drops = drop_rates(p.depths, drop_path)
-    return nn.ModuleList(
-        Stage(ins[i], p.widths[i], i == 0, p.heads[i], REDUCTIONS[i], drops[i], eps) for i in range(4)
-    )
+    return nn.ModuleList(Stage(ins[i], p.widths[i], i == 0, p.heads[i], REDUCTIONS[i], drops[i], eps) for i in range(4))
 
 
 # ---- the decoder -------------------------------------------------------------------------------------------
@@ -276,8 +274,8 @@ class Decoder(nn.Module):
         """Logits of many means of the same feature maps, in eval mode, not yet upsampled -> (S, B, K, h_1, w_1).
 
         features 4 x (B, V, C_i, h_i, w_i); share (S, V): the share of each of the V maps in each mean, a row sums to 1.
-        Up to the ReLU all is linear, BatchNorm with its running statistics as well. So a mean costs no more than itself,
-        a ReLU and the classifier. Few rows at a time, because what stays in the cache is several times faster.
+        Up to the ReLU all is linear, BatchNorm with its running statistics too. So a mean costs no more than itself, a
+        ReLU and the classifier. Few rows at a time, because what stays in the cache is several times faster.
         """
         b, v, _, h, w = features[0].shape
         few = h if share.is_cuda else 4
@@ -348,26 +346,39 @@ def subset_logits(
     degraded: what the sensors outside a subset deliver instead, (B or 1, M, 3, H, W); None leaves them out.
     With mean fusion each sensor goes through the encoder once, and all subsets are means of the same features.
     """
-    b, m = images.shape[:2]
     if isinstance(model, MSegFormer):
         features, share = shared_features(model, images, subsets, degraded)
-        for logits in model.decoder.answer_means(features, share):
+        for logits in model.decoder.answer_means(features, share.to(images.device)):
             yield upsample(logits, images.shape[-2:])
     else:
+        for out in subset_outputs(model, images, subsets, degraded):
+            yield out.logits
+
+
+def subset_outputs(
+    model: nn.Module, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
+) -> Iterator[Output]:
+    """As `subset_logits`, with the fused features beside the logits; per_modality is empty where all share it."""
+    if isinstance(model, MSegFormer):
+        features, share = shared_features(model, images, subsets, degraded)
+        for row in share.tolist():
+            fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in features)
+            yield Output(model.decoder(fused, images.shape[-2:]), fused, ())
+    else:
         for subset in subsets:
-            present = present_of(subset, (b, m))
+            present = present_of(subset, images.shape[:2])
             if degraded is None:
-                yield model(images, present).logits
+                yield model(images, present)
             else:
-                yield model(composite(images, present, degraded)).logits
+                yield model(composite(images, present, degraded))
 
 
 def shared_features(
     model: MSegFormer, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """4 x (B, V, C_i, h_i, w_i), V = M or 2 M with `degraded`, and each map's share in each subset's mean (S, V)."""
+    """4 x (B, V, C_i, h_i, w_i), V = M, or 2 M with `degraded`; each map's share in each subset's mean, (S, V) on CPU."""
     features = model.encode(images)
-    kept = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets]).to(images.device).float()  # (S, M)
+    kept = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets]).float()  # (S, M)
     if degraded is not None:
         broken = model.encode(degraded)
         features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))

@@ -7,7 +7,6 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from test_hpdm import in_two_processes
 from test_model import GOLDEN, SENSORS, golden_images, golden_weights
 

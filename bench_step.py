@@ -142,11 +142,12 @@ def row(what: str, time_: float, unit: float, against: float | None = None) -> d
 class Setting:
     """The models and a batch: 4 images of 256 x 256 (quick: 2 of 128 x 128), labels in regions of 16 x 16."""
 
-    def __init__(self, quick: bool):
+    def __init__(self, quick: bool, batch: int | None = None, side: int | None = None):
         torch.manual_seed(0)
         if DEVICE.type == "cpu":
             common.keep_freed_memory()  # as every run does; the published structure gains by it as well
-        self.b, self.m, self.k, side = (2, 4, 25, 128) if quick else (4, 4, 25, 256)
+        self.b, self.m, self.k = batch or (2 if quick else 4), len(SENSORS), 25
+        side = side or (128 if quick else 256)
         self.images = torch.randn(self.b, self.m, 3, side, side, device=DEVICE)
         labels = torch.randint(0, self.k, (self.b, side // 16, side // 16), device=DEVICE)
         self.labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)
@@ -182,6 +183,16 @@ def bench_step(quick: bool, repeats: int) -> list[dict]:
     s.net.train()
     second = seconds(stage2_step(s.net, s.teacher, robust, selection, s.images, s.labels, s.full), repeats)
     rows.append(row(f"stage-2 step, {second / ours:.2f} times the stage-1 step", second, unit))
+    return rows
+
+
+def bench_pixels(quick: bool, repeats: int) -> list[dict]:
+    """How the cost of a stage-1 step grows with the image: one image, all sensors."""
+    rows = []
+    for side in (64, 128) if quick else (128, 256, 512, 1024):
+        time_ = seconds(Setting(quick, 1, side).step(), repeats)
+        rows.append({"what": f"stage-1 step, one image of {side} x {side}", "seconds": time_,
+                     "microseconds a pixel": 1e6 * time_ / side**2})  # fmt: skip
     return rows
 
 
@@ -255,4 +266,4 @@ def bench_load(quick: bool, repeats: int) -> list[dict]:
     return rows
 
 
-SECTIONS = {"step": bench_step, "evaluate": bench_evaluate, "memory": bench_memory, "load": bench_load}
+SECTIONS = {"step": bench_step, "pixels": bench_pixels, "evaluate": bench_evaluate, "memory": bench_memory, "load": bench_load}

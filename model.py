@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 import kernels
 from pretrained import load_pretrained
@@ -173,7 +173,7 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         if torch.is_grad_enabled() and x.requires_grad:
             # Its four times wider insides are most of what training would keep for the backward pass: compute it twice.
-            y = checkpoint(self.mlp, self.norm2(x), use_reentrant=False, preserve_rng_state=False)
+            y = recompute(self.mlp, self.norm2(x), use_reentrant=False, preserve_rng_state=False)
         else:
             y = self.mlp(self.norm2(x))
         return x + self.drop_path(y)
@@ -376,7 +376,7 @@ def subset_outputs(
 def shared_features(
     model: MSegFormer, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """4 x (B, V, C_i, h_i, w_i), V = M, or 2 M with `degraded`; each map's share in each subset's mean, (S, V) on CPU."""
+    """4 x (B, V, C_i, h_i, w_i), V = M or 2 M with `degraded`; each map's share of each subset, (S, V) on the CPU."""
     features = model.encode(images)
     kept = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets]).float()  # (S, M)
     if degraded is not None:

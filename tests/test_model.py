@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Decoder, build_model, load_pretrained, pack_index
+from model import Block, Decoder, build_model, load_pretrained, pack_index
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SENSORS = ["rgb", "depth", "event", "lidar"]
@@ -185,6 +185,20 @@ def test_the_decoder_equals_its_published_order():
         upsampled.append(F.interpolate(x, size=(32, 40), mode="bilinear", align_corners=False))
     published_order = decoder.fuse(torch.cat(upsampled[::-1], 1))
     torch.testing.assert_close(mixed, published_order, rtol=1e-9, atol=1e-9)
+
+
+def test_the_feed_forward_is_computed_twice_and_not_kept():
+    torch.manual_seed(0)
+    block = Block(16, 2, 2, drop_path=0.0, eps=1e-6)
+    x, kept = torch.randn(3, 8, 12, 16, requires_grad=True), []
+    wanted = [x, *block.parameters()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape[-1]) or t, lambda t: t):
+        out = block(x)
+    assert 16 in kept and 64 not in kept
+    y = x + block.attn(block.norm1(x))
+    plain = y + block.mlp(block.norm2(y))
+    for ours, direct in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, plain)), strict=True):
+        assert torch.equal(ours, direct)
 
 
 def test_mit_weights_start_both_backbones(tmp_path):

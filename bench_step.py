@@ -266,4 +266,5 @@ def bench_load(quick: bool, repeats: int) -> list[dict]:
     return rows
 
 
-SECTIONS = {"step": bench_step, "pixels": bench_pixels, "evaluate": bench_evaluate, "memory": bench_memory, "load": bench_load}
+SECTIONS = {"step": bench_step, "pixels": bench_pixels, "evaluate": bench_evaluate, "memory": bench_memory,
+            "load": bench_load}  # fmt: skip

@@ -4,8 +4,8 @@
     python reproduce.py --backbone cmnext_tiny --rows teacher,method,student
 
 Every run is a command line of the training scripts, every row an evaluation on the test split, which nothing else
-reads. Writes runs/miniature/BACKBONE/seed*/..., results/BACKBONE.json and results/BACKBONE.md (mean and standard
-deviation over the seeds). Two runs at a time, a thread each: on two cores that is faster than one with two.
+reads. Writes runs/miniature/NAME/seed*/..., results/NAME.json and results/NAME.md (mean and standard deviation over the
+seeds), NAME being the backbone. Two runs at a time, a thread each: on two cores that is faster than one with two.
 """
 
 import argparse
@@ -19,21 +19,22 @@ import statistics
 import subprocess
 import sys
 
-# name, what it is, script, flags. {x} is the folder of run x of the same seed. Later groups need earlier ones.
+# name, script, flags. {x} is the folder of run x of the same seed. Later groups need earlier ones.
+EPOCHS = {"long": 160, "short": 48}  # of the teacher, and of all that starts from it
 SCENES = "--data synthetic --limit 300 --eval-every 1000"  # one validation, at the end: the last weights are kept
 RUNS = [
-    [("teacher", "train_stage1.py", "--epochs 80 --distill-epochs 0")],
-    [("longer", "train_stage1.py", "--pretrained {teacher}/teacher.pt --epochs 24 --distill-epochs 0"),
-     ("ce", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24 --lambda-kl 0 --alpha 0"),
-     ("kl", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24 --alpha 0"),
-     ("same", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24 --match same"),
-     ("method", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24"),
-     ("ifv", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs 24 --beta 12")],
-    [("stage2", "train_stage2.py", "--stage1 {method} --out {stage2} --fsm-epochs 5 --student-epochs 24"),
+    [("teacher", "train_stage1.py", "--epochs {long} --distill-epochs 0")],
+    [("longer", "train_stage1.py", "--pretrained {teacher}/teacher.pt --epochs {short} --distill-epochs 0"),
+     ("ce", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs {short} --lambda-kl 0 --alpha 0"),
+     ("kl", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs {short} --alpha 0"),
+     ("same", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs {short} --match same"),
+     ("method", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs {short}"),
+     ("ifv", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs {short} --beta 12")],
+    [("stage2", "train_stage2.py", "--stage1 {method} --out {stage2} --fsm-epochs 5 --student-epochs {short}"),
      ("candidate", "train_stage2.py",
       "--stage1 {method} --out {candidate} --fsm-epochs 5 --student-epochs 0 --rule candidate"),
      ("untargeted", "train_stage2.py",
-      "--stage1 {method} --out {untargeted} --student-epochs 24 --gamma-logits 0 --gamma-features 0")],
+      "--stage1 {method} --out {untargeted} --student-epochs {short} --gamma-logits 0 --gamma-features 0")],
 ]  # fmt: skip
 # row, what it is, files, the row of evaluate.py to take, its flags
 ROWS = [
@@ -60,6 +61,7 @@ ROOT = pathlib.Path(__file__).parent
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("reproduce.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, 0..N-1 (default 3)")
+    parser.add_argument("--length", type=float, default=1.0, help="share of all epochs; default 1, less for a trial")
     parser.add_argument("--backbone", default="segformer_tiny", help="default segformer_tiny")
     parser.add_argument("--rows", help="only these rows and the runs they need, by comma; default all")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="val while choosing settings")
@@ -68,6 +70,7 @@ def options() -> argparse.Namespace:
     o = parser.parse_args()
     known = [row[0] for row in ROWS]
     o.rows = o.rows.split(",") if o.rows else known
+    o.name = o.backbone if o.length == 1 else f"{o.backbone}-{o.length:g}"
     if unknown := [row for row in o.rows if row not in known]:
         parser.error(f"row {unknown[0]} is unknown; choose of {', '.join(known)}")
     return o
@@ -93,7 +96,7 @@ def call(script: str, flags: list[str], log: pathlib.Path) -> None:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}; see {log}")
 
 
-def train(name: str, script: str, flags: str, seed: int, folders: dict[str, pathlib.Path], backbone: str) -> None:
+def train(name: str, script: str, flags: str, seed: int, folders: dict[str, pathlib.Path], o) -> None:
     """One run, continued if it was interrupted, skipped if it is complete."""
     out = folders[name]
     out.mkdir(parents=True, exist_ok=True)
@@ -102,8 +105,9 @@ def train(name: str, script: str, flags: str, seed: int, folders: dict[str, path
     if (out / "last.pt").exists():
         arguments = ["--resume", str(out)]
     else:
-        arguments = f"{SCENES} {flags} --seed {seed} --out {out}".format(**folders).split()
-        arguments += ["--backbone", backbone] if script == "train_stage1.py" else []
+        epochs = {name: f"{o.length * number:g}" for name, number in EPOCHS.items()}
+        arguments = f"{SCENES} {flags} --seed {seed} --out {out}".format(**folders, **epochs).split()
+        arguments += ["--backbone", o.backbone] if script == "train_stage1.py" else []
     call(script, arguments, out / "output.txt")
     (out / "complete").touch()
 
@@ -151,20 +155,21 @@ def report(table: dict[str, list[dict]], o: argparse.Namespace, minutes: float) 
                 spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}")
             lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    (out / f"{o.backbone}.md").write_text("\n".join(lines) + "\n")
-    (out / f"{o.backbone}.json").write_text(json.dumps({"about": about, "minutes": round(minutes, 1), "runs": RUNS,
-                                                        "scenes": SCENES, "scores": table}, indent=1) + "\n")
+    (out / f"{o.name}.md").write_text("\n".join(lines) + "\n")
+    (out / f"{o.name}.json").write_text(json.dumps({"about": about, "minutes": round(minutes, 1), "runs": RUNS,
+                                                        "epochs": EPOCHS, "length": o.length, "scenes": SCENES,
+                                                        "scores": table}, indent=1) + "\n")
     print("\n".join(lines))
 
 
 def main(o: argparse.Namespace) -> int:
     start = datetime.datetime.now()
     names = needed(o.rows)
-    seeds = {s: {run[0]: ROOT / "runs" / "miniature" / o.backbone / f"seed{s}" / run[0] for g in RUNS for run in g}
+    seeds = {s: {run[0]: ROOT / "runs" / "miniature" / o.name / f"seed{s}" / run[0] for g in RUNS for run in g}
              for s in range(o.seeds)}  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
         for group in RUNS if not o.report_only else ():
-            jobs = [pool.submit(train, *run, seed, folders, o.backbone)
+            jobs = [pool.submit(train, *run, seed, folders, o)
                     for run in group if run[0] in names for seed, folders in seeds.items()]  # fmt: skip
             for job in jobs:
                 job.result()

@@ -260,7 +260,7 @@ class Decoder(nn.Module):
             near = slice(max(0, top * n // h - 1), bottom * n // h + 2)  # the coarse rows that these rows lie between
             tall.append((matrix[top:bottom, near] @ x[:, near].flatten(2)).unflatten(2, x.shape[2:]))
         tall = torch.cat(tall, 2).flatten(0, 1)  # (N rows, w_2 + w_3 + w_4, E)
-        mixed.flatten(0, 1).baddbmm_(across.expand(len(tall), -1, -1), tall)
+        mixed.flatten(0, 1).baddbmm_(across.expand(tall.shape[0], -1, -1), tall)
         return mixed
 
     def forward(self, features: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:

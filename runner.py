@@ -132,7 +132,7 @@ class Run:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # a remark on speed
             ids = [self.device.index] if self.device.type == "cuda" else None
             model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-        return torch.compile(model, dynamic=True) if self.o.compile else model
+        return torch.compile(model) if self.o.compile else model
 
     def total(self, x: Tensor) -> Tensor:
         """Sum over the processes."""

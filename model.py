@@ -278,7 +278,7 @@ class Decoder(nn.Module):
         ReLU and the classifier. Few rows at a time, because what stays in the cache is several times faster.
         """
         b, v, _, h, w = features[0].shape
-        few = h if share.is_cuda else 4
+        few = 64 if share.is_cuda else 4
         projected = self.project(tuple(f.flatten(0, 1) for f in features))
         logits = share.new_empty(len(share), b, h, w, self.classify.out_channels)
         for i in range(b):

@@ -187,6 +187,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        x = x.float()  # sums of bf16 would lose the small ones
         n = x.new_full((1,), x.numel() / x.shape[1])
         sums = SumOverProcesses.apply(torch.cat((x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), n)))
         mean, square = (sums[:-1] / sums[-1]).chunk(2)

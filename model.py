@@ -211,8 +211,7 @@ class Projected(NamedTuple):
     coarse: list[Tensor]  # of the stages 2, 3, 4: F_i W_i x_i, (N, h_i, w_i, E)
     down: list[Tensor]  # bilinear upsampling of their rows, (h, h_i)
     across: Tensor  # and of their columns, side by side: (w, w_2 + w_3 + w_4)
-    weight: Tensor  # F_1 W_1, (E, C_1)
-    bias: Tensor  # sum of F_i b_i, (E,)
+    weight: Tensor  # of the finest stage: F_1 W_1, (E, C_1)
 
 
 class Decoder(nn.Module):
@@ -239,10 +238,11 @@ class Decoder(nn.Module):
         weights = [f @ linear.weight for f, linear in zip(parts, self.linear, strict=True)]
         bias = sum(f @ linear.bias for f, linear in zip(parts, self.linear, strict=True))
         coarse = [F.linear(x.permute(0, 2, 3, 1), w) for x, w in zip(features[1:], weights[1:], strict=True)]
+        coarse[-1] = coarse[-1] + bias  # of all stages: upsampling keeps a constant as it is
         h, w = features[0].shape[-2:]
         down = [bilinear(x.shape[1], h, x) for x in coarse]
         across = torch.cat([bilinear(x.shape[2], w, x) for x in coarse], 1)
-        return Projected(coarse, down, across, weights[0], bias)
+        return Projected(coarse, down, across, weights[0])
 
     @staticmethod
     def mix(finest: Tensor, projected: Projected, top: int = 0, bottom: int | None = None) -> Tensor:
@@ -251,17 +251,16 @@ class Decoder(nn.Module):
         Bilinear upsampling of an axis is a product with a matrix, too. Down the rows it is done stage by stage, across
         the columns for the three stages side by side: one pass over the large map instead of six.
         """
-        coarse, down, across, weight, bias = projected
+        coarse, down, across, weight = projected
         h, bottom = finest.shape[2], bottom or finest.shape[2]
-        mixed = F.linear(finest[:, :, top:bottom].permute(0, 2, 3, 1), weight, bias)  # (N, rows, w, E)
+        mixed = finest[:, :, top:bottom].permute(0, 2, 3, 1).flatten(0, 1) @ weight.t()  # (N rows, w, E)
         tall = []
         for x, matrix in zip(coarse, down, strict=True):
             n = x.shape[1]
             near = slice(max(0, top * n // h - 1), bottom * n // h + 2)  # the coarse rows that these rows lie between
             tall.append((matrix[top:bottom, near] @ x[:, near].flatten(2)).unflatten(2, x.shape[2:]))
         tall = torch.cat(tall, 2).flatten(0, 1)  # (N rows, w_2 + w_3 + w_4, E)
-        mixed.flatten(0, 1).baddbmm_(across.expand(tall.shape[0], -1, -1), tall)
-        return mixed
+        return mixed.baddbmm_(across.expand(tall.shape[0], -1, -1), tall).unflatten(0, (-1, bottom - top))
 
     def forward(self, features: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
         mixed = self.mix(features[0], self.project(features)).permute(0, 3, 1, 2)  # (N, E, h_1, w_1)
@@ -274,13 +273,16 @@ class Decoder(nn.Module):
         """Logits of many means of the same feature maps, in eval mode, not yet upsampled -> (S, B, K, h_1, w_1).
 
         features 4 x (B, V, C_i, h_i, w_i); share (S, V): the share of each of the V maps in each mean, a row sums to 1.
-        Up to the ReLU all is linear, BatchNorm with its running statistics too. So a mean costs no more than itself, a
-        ReLU and the classifier. Few rows at a time, because what stays in the cache is several times faster.
+        Up to the ReLU all is linear, BatchNorm with its running statistics too. So a mean costs one weighted sum, a
+        ReLU and the classifier. A few rows at a time: what stays in a CPU's cache is several times faster, and a GPU
+        need not hold the wide maps of all means at once. Raises ValueError in training mode; gives no gradients.
         """
+        if self.training:
+            raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
         b, v, _, h, w = features[0].shape
         few = 64 if share.is_cuda else 4
         projected = self.project(tuple(f.flatten(0, 1) for f in features))
-        logits = share.new_empty(len(share), b, h, w, self.classify.out_channels)
+        logits = features[0].new_empty(len(share), b, h, w, self.classify.out_channels)
         for i in range(b):
             ours = projected._replace(coarse=[x[i * v : (i + 1) * v] for x in projected.coarse])
             for top in range(0, h, few):
@@ -293,7 +295,7 @@ class Decoder(nn.Module):
 
 def bilinear(n: int, out: int, like: Tensor) -> Tensor:
     """Bilinear resampling of an axis from n to `out` positions as a matrix (out, n)."""
-    one_hot = torch.eye(n, device=like.device)[None]
+    one_hot = torch.eye(n, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)[None]
     return F.interpolate(one_hot, size=out, mode="linear", align_corners=False)[0].t().to(like.dtype)
 
 
@@ -344,7 +346,8 @@ def subset_logits(
     """Logits (B, K, H, W) of every subset of the sensors, given as tuples of positions in `model.modalities`.
 
     degraded: what the sensors outside a subset deliver instead, (B or 1, M, 3, H, W); None leaves them out.
-    With mean fusion each sensor goes through the encoder once, and all subsets are means of the same features.
+    With mean fusion each sensor goes through the encoder once, all subsets are means of the same features, and no
+    gradients are given. Raises ValueError for an MSegFormer in training mode.
     """
     if isinstance(model, MSegFormer):
         features, share = shared_features(model, images, subsets, degraded)
@@ -358,7 +361,7 @@ def subset_logits(
 def subset_outputs(
     model: nn.Module, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
 ) -> Iterator[Output]:
-    """As `subset_logits`, with the fused features beside the logits; per_modality is empty where all share it."""
+    """As `subset_logits`, with the fused features beside the logits; with mean fusion per_modality is ()."""
     if isinstance(model, MSegFormer):
         features, share = shared_features(model, images, subsets, degraded)
         for row in share.tolist():

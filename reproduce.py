@@ -19,9 +19,9 @@ import statistics
 import subprocess
 import sys
 
-# name, script, flags. {x} is the folder of run x of the same seed. Later groups need earlier ones.
 EPOCHS = {"long": 160, "short": 48}  # of the teacher, and of all that starts from it
 SCENES = "--data synthetic --limit 300 --eval-every 1000"  # one validation, at the end: the last weights are kept
+# name, script, flags. {x} is the folder of run x of the same seed. Later groups need earlier ones.
 RUNS = [
     [("teacher", "train_stage1.py", "--epochs {long} --distill-epochs 0")],
     [("longer", "train_stage1.py", "--pretrained {teacher}/teacher.pt --epochs {short} --distill-epochs 0"),
@@ -61,7 +61,7 @@ ROOT = pathlib.Path(__file__).parent
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("reproduce.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, 0..N-1 (default 3)")
-    parser.add_argument("--length", type=float, default=1.0, help="share of all epochs; default 1, less for a trial")
+    parser.add_argument("--length", type=float, default=1.0, help="share of all epochs but the FSM's (default 1)")
     parser.add_argument("--backbone", default="segformer_tiny", help="default segformer_tiny")
     parser.add_argument("--rows", help="only these rows and the runs they need, by comma; default all")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="val while choosing settings")

@@ -71,6 +71,14 @@ def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone):
     assert_same_prediction(together.flatten(0, 1), complete.flatten(0, 1))
 
 
+def test_many_subsets_from_one_pass_need_eval_mode():
+    model = random_model("segformer_tiny").train()
+    before = model.decoder.bn.running_mean.clone()
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        next(subset_logits(model, random_images(), SUBSETS))
+    assert torch.equal(before, model.decoder.bn.running_mean)
+
+
 @torch.no_grad()
 @BACKBONES
 def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone):

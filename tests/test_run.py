@@ -497,3 +497,15 @@ def test_a_restart_by_torchrun_does_not_touch_a_run_that_another_command_began(w
     monkeypatch.setattr(runner, "RESTARTS", 1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     test_a_used_folder_is_refused_with_both_ways_out_and_left_alone(whole, capfd, stage)
+
+
+def test_batch_norm_over_processes_equals_torchs_for_one_and_takes_bf16(monkeypatch):
+    monkeypatch.setattr(common.dist, "all_reduce", lambda x: None)  # one process: its sums are the sums
+    torch.manual_seed(0)
+    x = 3 * torch.randn(4, 5, 6, 7) + 1
+    plain, synced = torch.nn.BatchNorm2d(5), torch.nn.BatchNorm2d(5)
+    common.sync_batch_norm(synced, torch.device("cpu"))
+    assert type(synced) is common.SyncedBatchNorm
+    torch.testing.assert_close(synced(x), plain(x))
+    torch.testing.assert_close(synced.running_var, plain.running_var)
+    torch.testing.assert_close(synced(x.bfloat16()), plain(x.bfloat16().float()))

@@ -26,6 +26,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("evaluate.py", description=__doc__.split("\n")[0], formatter_class=Help,
                                      allow_abbrev=False)  # fmt: skip
     parser.add_argument("checkpoint", nargs="+", help="model files, or run folders: all that they hold")
+    parser.add_argument("--only", type=names, help="of all the rows that run folders give, these, by comma")
     parser.add_argument("--protocol", type=names, default=["any"], help=f"by comma, of {', '.join(PROTOCOLS)}, or all")
     group = parser.add_argument_group("data", "by default what the first checkpoint was trained on")
     group.add_argument("--data", choices=RECIPES)
@@ -91,6 +92,9 @@ def main(o) -> None:
     o.deterministic, o.tensorboard, o.out = False, False, "."
     run = runner.Run(o, "evaluate.py")
     rows, meta = load_rows(o.checkpoint, run.device, o.fsm_level, o.fsm_rule)
+    if unknown := sorted(set(o.only or ()) - set(rows)):
+        raise ValueError(f"--only {unknown[0]}: {o.checkpoint[0]} gives no such row, but {', '.join(rows)}.")
+    rows = {name: predict for name, predict in rows.items() if not o.only or name in o.only}
     root = o.root or (meta["root"] if o.data in (None, meta["data"]) else ROOTS.get(o.data))
     dataset = open_dataset(o.data or meta["data"], root=root, split=o.split,
                            modalities=meta["modalities"], size=o.size or meta["size"], limit=o.limit, seed=0,

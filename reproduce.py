@@ -128,7 +128,7 @@ def score(row: tuple, folders: dict[str, pathlib.Path], split: str) -> dict[str,
                 link = both / source.name
                 link.unlink(missing_ok=True)
                 link.symlink_to(source.resolve())
-            paths = [str(both)]
+            paths = [str(both), "--only", take]
         options = f"--split {split} --limit 300 --protocol any,emm,rmm,nm --json {file} {flags}".split()
         call("evaluate.py", [*paths, *options], file.with_suffix(".txt"))
     scores = json.loads(file.read_text())["results"][take]
@@ -174,9 +174,8 @@ def main(o: argparse.Namespace) -> int:
             for job in jobs:
                 job.result()
         rows = [row for row in ROWS if row[0] in o.rows]
-        table = {}
-        for row in rows:
-            table[row[0]] = list(pool.map(lambda folders, row=row: score(row, folders, o.split), seeds.values()))
+        jobs = {row[0]: [pool.submit(score, row, folders, o.split) for folders in seeds.values()] for row in rows}
+        table = {name: [job.result() for job in found] for name, found in jobs.items()}
     report(table, o, (datetime.datetime.now() - start).total_seconds() / 60)
     return 0
 

@@ -56,6 +56,12 @@ def test_evaluation_of_a_run_prints_a_row_per_model(run_folder, tmp_path):
     assert results["switch"]["any"]["RDEL"] == results["teacher"]["any"]["RDEL"]
     assert results["switch"]["any"]["RD"] == results["robust"]["any"]["RD"]
 
+    script("evaluate.py", run_folder, "--limit", 4, "--only", "switch,FSM ensemble", "--json", tmp_path / "two.json")
+    two = json.loads((tmp_path / "two.json").read_text())["results"]
+    assert two == {name: results[name] for name in ("switch", "FSM ensemble")}
+    text = script("evaluate.py", run_folder, "--only", "pupil", status=1)
+    assert "--only pupil" in text and "FSM ensemble" in text
+
 
 @pytest.mark.parametrize("layout", ["deliver", "muses", "mcubes", "folder"])
 def test_both_stages_and_all_protocols_run_on_every_layout(layout, tmp_path):

@@ -59,7 +59,7 @@ def test_evaluation_of_a_run_prints_a_row_per_model(run_folder, tmp_path):
     script("evaluate.py", run_folder, "--limit", 4, "--only", "switch,FSM ensemble", "--json", tmp_path / "two.json")
     two = json.loads((tmp_path / "two.json").read_text())["results"]
     assert two == {name: results[name] for name in ("switch", "FSM ensemble")}
-    text = script("evaluate.py", run_folder, "--only", "pupil", status=1)
+    text = script("evaluate.py", run_folder, "--only", "pupil", status=2)
     assert "--only pupil" in text and "FSM ensemble" in text
 
 

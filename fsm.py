@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import kernels
 from checkpoint import read
-from model import Output, ScorePredictor, present_of, subset_logits, subset_outputs
+from model import Output, ScorePredictor, known, present_of, subset_logits, subset_outputs
 
 RULES = ("hard", "candidate", "score")
 LEVELS = ("both", "features", "logits")
@@ -68,9 +68,7 @@ class FSM(nn.Module):
 
     def told_bias(self, level: int, present: Tensor) -> Tensor:
         """What the scores of a level know of the sensors -> (B, S): which are there, all are, or some are missing."""
-        complete = present.all(1, keepdim=True)
-        known = torch.cat((present, complete, ~complete), 1).to(self.told.dtype)  # (B, M + 2)
-        return known @ self.told[level].t()
+        return known(present).to(self.told.dtype) @ self.told[level].t()
 
     def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> tuple[Tensor, Tensor]:
         """S x (B, C, h, w) -> selected (B, C, h, w), share (S,)."""
@@ -122,9 +120,10 @@ def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: T
     complete inputs, the robust model's for incomplete ones. present (B, M) bool, on the CPU."""
     complete, size = present.all(1), selected.logits.shape[-2:]
     if complete.all() or not complete.any():
-        return (teacher if complete.all() else robust).decoder(selected.fused, size)
+        return (teacher if complete.all() else robust).decoder(selected.fused, size, present)
     complete = complete.to(selected.logits.device)[:, None, None, None]
-    return torch.where(complete, teacher.decoder(selected.fused, size), robust.decoder(selected.fused, size))
+    by_teacher, by_robust = (model.decoder(selected.fused, size, present) for model in (teacher, robust))
+    return torch.where(complete, by_teacher, by_robust)
 
 
 def ensemble_logits(

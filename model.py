@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import kernels
 from pretrained import load_pretrained
 
-__all__ = ["BACKBONES", "Output", "build_model", "load_pretrained", "subset_logits"]
+__all__ = ["BACKBONES", "Output", "build_model", "load_pretrained", "subset_logits", "tell"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,29 @@ def check_input(images: Tensor, present: Tensor | None, modalities: list[str]) -
             raise ValueError(f"present is {present.dtype} {tuple(present.shape)}, it must be bool (B, M).")
         if not present.is_cuda and not bool(present.any(1).all()):
             raise ValueError("present has a row without any sensor; at least one per sample is needed.")
+
+
+# ---- knowing which sensors are present (not in the paper) --------------------------------------------------
+
+
+def known(present: Tensor) -> Tensor:
+    """What can be told of the sensors, (B, M) bool -> (B, M + 2): which are there, all are, some are missing."""
+    complete = present.all(1, keepdim=True)
+    return torch.cat((present, complete, ~complete), 1).float()
+
+
+def tell(model: nn.Module) -> None:
+    """From here on the model knows which sensors are present, in place; it answers as before until it is trained.
+
+    For every state of the sensors it learns a scale and a shift of the decoder's channels, so that one model can read
+    complete and incomplete features differently, and an MSegFormer each sensor's share in the mean. All of it is
+    linear in the features, so subsets still share their pass. Not in the paper, whose student is not described.
+    """
+    states, like = len(model.modalities) + 2, model.decoder.bn.weight
+    if model.decoder.told is None:
+        model.decoder.told = nn.Parameter(like.new_zeros(2, states, len(like)))
+        if isinstance(model, MSegFormer):
+            model.told = nn.Parameter(like.new_zeros(states, states - 2))
 
 
 # ---- MiT, the encoder of SegFormer -------------------------------------------------------------------------
@@ -229,6 +252,7 @@ class Decoder(nn.Module):
         self.linear = nn.ModuleList(nn.Linear(c, width) for c in widths)
         self.fuse = nn.Conv2d(4 * width, width, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
+        self.told = None  # or (2, M + 2, E): what is added to the scale and the shift of BatchNorm (`tell`)
         self.dropout = dropout
         self.classify = nn.Conv2d(width, num_classes, 1)
 
@@ -262,17 +286,27 @@ class Decoder(nn.Module):
         tall = torch.cat(tall, 2).flatten(0, 1)  # (N rows, w_2 + w_3 + w_4, E)
         return mixed.baddbmm_(across.expand(tall.shape[0], -1, -1), tall).unflatten(0, (-1, bottom - top))
 
-    def forward(self, features: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
+    def forward(self, features: tuple[Tensor, ...], size: tuple[int, int], present: Tensor) -> Tensor:
         mixed = self.mix(features[0], self.project(features)).permute(0, 3, 1, 2)  # (N, E, h_1, w_1)
+        mixed = self.bn(mixed)
+        if self.told is not None:
+            scale, shift = self.knowing(present)[..., None, None].to(mixed.dtype)
+            mixed = torch.addcmul(shift, mixed, scale)
         # Dropping or scaling a whole channel and the ReLU commute, and in this order both can be done in place.
-        hidden = F.relu(F.dropout2d(self.bn(mixed), self.dropout, self.training, inplace=True), inplace=True)
+        hidden = F.relu(F.dropout2d(mixed, self.dropout, self.training, inplace=True), inplace=True)
         return upsample(self.classify(hidden), size)
 
+    def knowing(self, present: Tensor) -> Tensor:
+        """Scale and shift after BatchNorm, for (N, M) present sensors -> (2, N, E)."""
+        scale, shift = known(present).to(self.told, non_blocking=True) @ self.told
+        return torch.stack((1 + scale, shift))
+
     @torch.no_grad()
-    def answer_means(self, features: tuple[Tensor, ...], share: Tensor) -> Tensor:
+    def answer_means(self, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
         """Logits of many means of the same feature maps, in eval mode, not yet upsampled -> (S, B, K, h_1, w_1).
 
-        features 4 x (B, V, C_i, h_i, w_i); share (S, V): the share of each of the V maps in each mean, a row sums to 1.
+        features 4 x (B, V, C_i, h_i, w_i); share (S, V): the share of each of the V maps in each mean, a row sums to 1;
+        present (S, M): which sensors each mean is told of.
         Up to the ReLU all is linear, BatchNorm with its running statistics too. So a mean costs one weighted sum, a
         ReLU and the classifier. A few rows at a time: what stays in a CPU's cache is several times faster, and a GPU
         need not hold the wide maps of all means at once. Raises ValueError in training mode; gives no gradients.
@@ -281,6 +315,7 @@ class Decoder(nn.Module):
             raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
         b, v, _, h, w = features[0].shape
         few = 64 if share.is_cuda else 4
+        scale, shift = (None, None) if self.told is None else self.knowing(present)[:, :, None, None]
         projected = self.project(tuple(f.flatten(0, 1) for f in features))
         logits = features[0].new_empty(len(share), b, h, w, self.classify.out_channels)
         for i in range(b):
@@ -288,7 +323,10 @@ class Decoder(nn.Module):
             for top in range(0, h, few):
                 x = self.mix(features[0][i], ours, top, min(top + few, h))  # (V, rows, w, E)
                 x = self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-                hidden = F.relu(share.to(x.dtype) @ x.flatten(1), inplace=True).unflatten(1, x.shape[1:])
+                hidden = (share.to(x.dtype) @ x.flatten(1)).unflatten(1, x.shape[1:])  # (S, rows, w, E)
+                if self.told is not None:
+                    hidden = hidden.mul_(scale).add_(shift)
+                hidden = F.relu(hidden, inplace=True)
                 logits[:, i, top : top + few] = F.linear(hidden, self.classify.weight[:, :, 0, 0], self.classify.bias)
         return logits.permute(0, 1, 4, 2, 3)
 
@@ -315,6 +353,7 @@ class MSegFormer(nn.Module):
         self.num_classes = num_classes
         self.widths = p.widths
         self.stages = mit_stages(p, eps=1e-6, drop_path=drop_path)
+        self.told = None  # or (M + 2, M): the logits of the sensors' shares in the mean (`tell`)
         self.decoder = Decoder(p.widths, p.head, num_classes, dropout)
 
     def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -332,12 +371,17 @@ class MSegFormer(nn.Module):
 
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
         per_modality = self.encode(images, present)
-        if present is None:
-            fused = tuple(f.mean(1) for f in per_modality)  # (B, C, h, w)
-        else:
-            count = present.sum(1).to(images.device, non_blocking=True)[:, None, None, None]
-            fused = tuple(f.sum(1) / count.to(f.dtype) for f in per_modality)
-        return Output(self.decoder(fused, images.shape[-2:]), fused, per_modality)
+        present = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
+        share = self.shares(present).to(images.device, non_blocking=True)[:, :, None, None, None]
+        fused = tuple((share.to(f.dtype) * f).sum(1) for f in per_modality)  # (B, C, h, w)
+        return Output(self.decoder(fused, images.shape[-2:], present), fused, per_modality)
+
+    def shares(self, present: Tensor) -> Tensor:
+        """Share of each sensor in the mean, (B, M) bool -> (B, M), a row sums to 1: equal, unless told otherwise."""
+        if self.told is None:
+            return present / present.sum(1, keepdim=True)
+        present = present.to(self.told.device, non_blocking=True)
+        return (known(present).to(self.told.dtype) @ self.told).masked_fill(~present, -torch.inf).softmax(1)
 
 
 def subset_logits(
@@ -350,8 +394,8 @@ def subset_logits(
     gradients are given. Raises ValueError for an MSegFormer in training mode.
     """
     if isinstance(model, MSegFormer):
-        features, share = shared_features(model, images, subsets, degraded)
-        for logits in model.decoder.answer_means(features, share.to(images.device)):
+        features, share, present = shared_features(model, images, subsets, degraded)
+        for logits in model.decoder.answer_means(features, share.to(images.device), present):
             yield upsample(logits, images.shape[-2:])
     else:
         for out in subset_outputs(model, images, subsets, degraded):
@@ -363,10 +407,10 @@ def subset_outputs(
 ) -> Iterator[Output]:
     """As `subset_logits`, with the fused features beside the logits; with mean fusion per_modality is ()."""
     if isinstance(model, MSegFormer):
-        features, share = shared_features(model, images, subsets, degraded)
-        for row in share.tolist():
+        features, share, present = shared_features(model, images, subsets, degraded)
+        for row, told in zip(share.tolist(), present, strict=True):
             fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in features)
-            yield Output(model.decoder(fused, images.shape[-2:]), fused, ())
+            yield Output(model.decoder(fused, images.shape[-2:], told.expand(len(images), -1)), fused, ())
     else:
         for subset in subsets:
             present = present_of(subset, images.shape[:2])
@@ -378,15 +422,18 @@ def subset_outputs(
 
 def shared_features(
     model: MSegFormer, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """4 x (B, V, C_i, h_i, w_i), V = M or 2 M with `degraded`; each map's share of each subset, (S, V) on the CPU."""
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """What all subsets share -> features 4 x (B, V, C_i, h_i, w_i), V = M, or 2 M with `degraded`; each map's share of
+    each subset (S, V); the sensors that the model is told of (S, M), all of them when it does not know of a damage."""
     features = model.encode(images)
-    kept = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets]).float()  # (S, M)
-    if degraded is not None:
-        broken = model.encode(degraded)
-        features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
-        kept = torch.cat((kept, 1 - kept), 1)
-    return features, kept / kept.sum(1, keepdim=True)
+    present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
+    if degraded is None:
+        return features, model.shares(present), present
+    broken = model.encode(degraded)
+    features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
+    everything = torch.ones_like(present)
+    share = model.shares(everything)
+    return features, torch.cat((share * present.to(share), share * ~present.to(share.device)), 1), everything
 
 
 def composite(images: Tensor, present: Tensor, degraded: Tensor) -> Tensor:
@@ -613,7 +660,8 @@ class CMNeXt(nn.Module):
                         x = x.contiguous().view(b, m - 1, h, w, c).permute(0, 1, 4, 2, 3)
                     x = x + f[:, None]
                 aux = take(x.flatten(0, 1), aux_index)
-        return Output(self.decoder(tuple(fused), images.shape[-2:]), tuple(fused), tuple(per_modality))
+        present = torch.ones(b, m, dtype=torch.bool) if present is None else present
+        return Output(self.decoder(tuple(fused), images.shape[-2:], present), tuple(fused), tuple(per_modality))
 
 
 # ---- building and loading ----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import runner
 from checkpoint import describe, load_model
 from data import draw_present, normalise, open_dataset
 from fsm import FSM, decode, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
+from model import tell
 
 
 def main(o) -> None:
@@ -101,10 +102,14 @@ def train_student(
 ) -> None:
     """One model, started from the robust one: ground truth, and the selection's logits and features as targets.
 
-    fsm None is the ablation without targets.
+    It is told which sensors are present (`model.tell`). fsm None is the ablation without targets.
     """
     o = run.o
-    student = copy.deepcopy(robust).requires_grad_(True)
+    student = copy.deepcopy(robust)
+    if not o.untold_student:
+        tell(student)
+    student.requires_grad_(True)
+    meta = {**meta, "told": student.decoder.told is not None}
     model, subsets = run.parallel(student), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(student, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
     progress = runner.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)

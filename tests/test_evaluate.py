@@ -18,15 +18,19 @@ import evaluate
 import metrics
 from data import normalise, open_dataset, random_missing, sensor_noise
 from fsm import FSM
-from model import build_model, subset_logits
+from model import build_model, subset_logits, tell
 
 BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+TOLD = pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
 SUBSETS = common.all_subsets(4)
 K = 12  # as many as the scenes have
 
 
-def random_model(backbone, modalities=4):
-    return with_random_weights(build_model(backbone, K, SENSORS[:modalities]))
+def random_model(backbone, modalities=4, told=False):
+    model = build_model(backbone, K, SENSORS[:modalities])
+    if told:
+        tell(model)
+    return with_random_weights(model)
 
 
 def random_images(size=(64, 64), samples=3, seed=0):
@@ -61,8 +65,9 @@ def test_all_subsets_are_there_once_and_the_complete_one_is_last():
 
 @torch.no_grad()
 @BACKBONES
-def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone):
-    model, images = random_model(backbone), random_images()
+@TOLD
+def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone, told):
+    model, images = random_model(backbone, told=told), random_images()
     together = torch.stack(list(subset_logits(model, images, SUBSETS)))  # (15, B, K, H, W)
     present = torch.zeros(15, 4, dtype=torch.bool)
     for row, subset in zip(present, SUBSETS, strict=True):
@@ -81,8 +86,9 @@ def test_many_subsets_from_one_pass_need_eval_mode():
 
 @torch.no_grad()
 @BACKBONES
-def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone):
-    model, images = random_model(backbone), random_images((45, 64), samples=2)
+@TOLD
+def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone, told):
+    model, images = random_model(backbone, told=told), random_images((45, 64), samples=2)
     damaged = images * (torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     subsets = SUBSETS if backbone == "segformer_tiny" else SUBSETS[::3] + SUBSETS[-1:]
     for degraded in (torch.zeros_like(images[:1]), damaged):

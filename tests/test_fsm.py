@@ -244,7 +244,7 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
         given, present = seen(images, degraded, subset)
         selected = fsm([teacher(*given), robust(*given)], present)
         decoder = teacher.decoder if present.all() else robust.decoder
-        decoded = decoder(selected.fused, (45, 64))
+        decoded = decoder(selected.fused, (45, 64), present)
         expected = {"logits": selected.logits, "features": decoded,
                     "both": ((selected.logits.softmax(1) + decoded.softmax(1)) / 2).log()}[level]  # fmt: skip
         torch.testing.assert_close(answer.softmax(1), expected.softmax(1), rtol=1e-4, atol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Block, Decoder, build_model, load_pretrained, pack_index
+from model import Block, Decoder, build_model, load_pretrained, pack_index, tell
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SENSORS = ["rgb", "depth", "event", "lidar"]
@@ -170,6 +170,40 @@ def test_an_absent_modality_gets_no_gradient_and_spoils_none():
     reached = images.grad.flatten(2).abs().sum(2) > 0  # (B, M)
     assert torch.equal(reached, present)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_a_told_model_starts_as_it_was_and_learns_by_the_state_of_its_sensors(backbone):
+    model = randomised(build_model(backbone, 7, SENSORS))
+    images, present = torch.randn(3, 4, 3, 64, 64).double(), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]])
+    before = model(images, present.bool()).logits
+    tell(model)
+    torch.testing.assert_close(model(images, present.bool()).logits, before, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(images[:1]).logits, before[:1], rtol=1e-6, atol=1e-6)
+    states = {0: [0, 1], 2: [0, 2], 4: [0], 5: [1, 2]}  # RGB there, events there, all there, some missing: the samples
+    for state, moved in states.items():
+        for part in (0, 1):  # scale, shift
+            model.decoder.told.zero_()[part, state] = 0.3
+            changed = (model(images, present.bool()).logits - before).abs().amax((1, 2, 3)) > 1e-3
+            assert changed.nonzero().flatten().tolist() == moved
+
+
+@torch.no_grad()
+def test_told_shares_are_a_weighted_mean_of_the_present_sensors():
+    model, present = randomised(build_model("segformer_tiny", 7, SENSORS)), random_present(6, 4, seed=5)
+    torch.testing.assert_close(model.shares(present), present / present.sum(1, keepdim=True))
+    tell(model)
+    model.told.copy_(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    for there, share in zip(present, model.shares(present), strict=True):
+        states = [*there, there.all(), not there.all()]
+        logits = sum(row for row, holds in zip(model.told, states, strict=True) if holds)
+        expected = torch.where(there, logits.exp(), 0)
+        torch.testing.assert_close(share, expected / expected.sum())
+    images = torch.randn(6, 4, 3, 64, 64).double()
+    out, share = model(poisoned(images, present), present), model.shares(present)
+    for fused, each in zip(out.fused, out.per_modality, strict=True):
+        torch.testing.assert_close(fused, torch.einsum("bm,bmchw->bchw", share, each))
 
 
 def test_the_decoder_equals_its_published_order():

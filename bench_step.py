@@ -22,6 +22,7 @@ import common
 import fsm
 import hpdm
 import model
+import segformer
 from data import open_dataset
 
 SENSORS = ["rgb", "depth", "event", "lidar"]
@@ -35,7 +36,7 @@ def plain_decoder(decoder, features, size):
         x = linear(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[-2:])  # (B, E, h, w)
         maps.append(F.interpolate(x, size=features[0].shape[-2:], mode="bilinear", align_corners=False))
     mixed = F.relu(decoder.bn(decoder.fuse(torch.cat(maps[::-1], 1))))
-    return model.upsample(decoder.classify(F.dropout2d(mixed, decoder.dropout, decoder.training)), size)
+    return segformer.upsample(decoder.classify(F.dropout2d(mixed, decoder.dropout, decoder.training)), size)
 
 
 def plain_forward(net, images, present):

@@ -105,7 +105,7 @@ def load_model(
     require(path, state["meta"], expect or {})
     meta = {**state["meta"], **overrides}
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
-    if meta.get("told"):
+    if "decoder.told" in state["model"]:
         tell(model)
     weights = state["model"], model.state_dict()
     there, here = ({k: list(getattr(v, "shape", ())) for k, v in m.items()} for m in weights)

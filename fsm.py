@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import kernels
 from checkpoint import read
-from model import Output, ScorePredictor, known, present_of, subset_logits, subset_outputs
+from model import Output, ScorePredictor, present_of, subset_logits, subset_outputs
+from segformer import known
 
 RULES = ("hard", "candidate", "score")
 LEVELS = ("both", "features", "logits")

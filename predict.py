@@ -90,8 +90,9 @@ import panel  # noqa: E402
 import runner  # noqa: E402
 from checkpoint import load_model, read  # noqa: E402
 from data import IGNORED, SPARSE, Frame, FrameDataset, normalise, open_dataset  # noqa: E402
-from model import MIN_SIDE, CMNeXt, present_of, upsample  # noqa: E402
+from model import CMNeXt, MSegFormer, present_of  # noqa: E402
 from options import ROOTS  # noqa: E402
+from segformer import MIN_SIDE, upsample  # noqa: E402
 
 ROLES = {"teacher": "teacher, trained with all sensors", "robust": "robust model, trained for missing sensors",
          "student": "student, trained for missing sensors"}  # fmt: skip
@@ -283,6 +284,7 @@ def draw_comparison(models: dict, meta: dict, frames: Iterator[Sample], sensors:
 class Logits(nn.Module):
     """What is exported: (B, sensors, 3, H, W) normalised -> (B, K, H, W), the sensors fixed and all there."""
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module, sensors: list[str]):
         super().__init__()
         self.model = copy.deepcopy(model)
@@ -297,6 +299,17 @@ class Logits(nn.Module):
                 extra.embed.bias = nn.Parameter(extra.embed.bias[rows])
                 extra.hub.depthwise = nn.ModuleList(extra.hub.depthwise[row] for row in rows)
                 extra.hub.pointwise = nn.ModuleList(extra.hub.pointwise[row] for row in rows)
+        if model.decoder.told is not None:  # what it is told is the same for every image now, and goes into the weights
+            columns = [model.modalities.index(sensor) for sensor in sensors]
+            present, decoder = present_of(tuple(columns), (1, len(model.modalities))), self.model.decoder
+            scale, shift = decoder.knowing(present)[:, 0]
+            decoder.bn.bias.copy_(decoder.bn.bias * scale + shift)
+            decoder.bn.weight.mul_(scale)
+            decoder.told = None
+            if isinstance(model, MSegFormer):
+                told = torch.zeros(len(sensors) + 2, len(sensors))
+                told[-2] = model.shares(present)[0, columns].log()  # the row of "all sensors are there"
+                self.model.told = nn.Parameter(told)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images).logits

@@ -109,7 +109,6 @@ def train_student(
     if not o.untold_student:
         tell(student)
     student.requires_grad_(True)
-    meta = {**meta, "told": student.decoder.told is not None}
     model, subsets = run.parallel(student), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(student, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
     progress = runner.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)

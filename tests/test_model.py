@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Block, Decoder, build_model, load_pretrained, pack_index, tell
+from model import build_model, load_pretrained, pack_index, tell
+from segformer import Block, Decoder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SENSORS = ["rgb", "depth", "event", "lidar"]

@@ -14,7 +14,7 @@ import predict
 import scenes
 from checkpoint import save_model
 from export import write_file
-from model import build_model
+from model import build_model, tell
 
 SENSORS = ["rgb", "depth", "event", "lidar"]
 CLASSES = [name for name, _ in scenes.CLASSES]
@@ -211,6 +211,25 @@ def test_the_exported_program_takes_any_batch_and_agrees_with_the_mask(run, tmp_
     with torch.inference_mode():
         expected = model(images, present).logits
         assert torch.allclose(program(images[:, [0, 2]]), expected, atol=1e-4 * expected.abs().max())
+
+
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_what_a_model_is_told_is_in_the_weights_of_its_program(backbone):
+    torch.manual_seed(4)
+    model = build_model(backbone, 5, SENSORS, 0.0, 0.0)
+    tell(model)
+    for told in (model.decoder.told, getattr(model, "told", None)):
+        if told is not None:
+            torch.nn.init.normal_(told, 0.0, 0.5)
+    spread_logits(model)
+    images = torch.randn(2, 4, 3, 64, 32)
+    for sensors in ([0, 2], [0, 1, 2, 3]):
+        with torch.inference_mode():
+            expected = model(images, torch.tensor([m in sensors for m in range(4)]).expand(2, 4)).logits
+            program = predict.Logits(model, [SENSORS[m] for m in sensors]).eval()
+            assert torch.allclose(program(images[:, sensors]), expected, atol=1e-4 * expected.abs().max())
+    names = set(dict(program.named_parameters()))
+    assert "model.decoder.told" not in names and ("model.told" in names) == (backbone == "segformer_tiny")
 
 
 def test_a_cmnext_for_some_sensors_is_the_masked_model():

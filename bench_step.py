@@ -182,7 +182,7 @@ def bench_step(quick: bool, repeats: int) -> list[dict]:
         rows.append(row(f"student's encoder alone, both ways, {count} of {s.m} sensors", work, unit))
     robust, selection = copy.deepcopy(s.teacher), fsm.FSM(s.net.widths, s.k, s.m).to(DEVICE).requires_grad_(False)
     s.net.train()
-    model.tell(student := copy.deepcopy(s.net))
+    model.condition_on_sensors(student := copy.deepcopy(s.net))
     second = seconds(stage2_step(student, s.teacher, robust, selection, s.images, s.labels, s.full), repeats)
     rows.append(row(f"stage-2 step, {second / ours:.2f} times the stage-1 step", second, unit))
     return rows

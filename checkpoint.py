@@ -13,7 +13,7 @@ import zipfile
 import torch
 from torch import nn
 
-from model import build_model, tell
+from model import build_model, condition_on_sensors
 
 
 def write(path: pathlib.Path, state: dict, keep_previous: bool = False) -> None:
@@ -105,8 +105,8 @@ def load_model(
     require(path, state["meta"], expect or {})
     meta = {**state["meta"], **overrides}
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
-    if "decoder.told" in state["model"]:
-        tell(model)
+    if "decoder.film" in state["model"]:
+        condition_on_sensors(model)
     weights = state["model"], model.state_dict()
     there, here = ({k: list(getattr(v, "shape", ())) for k, v in m.items()} for m in weights)
     if there != here:

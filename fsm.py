@@ -14,8 +14,8 @@ gradient. Here it stands as rule="hard"; two relaxations can be trained (neither
     "score"     softmax over the sources of s_j / temperature, per position: the scores alone decide. A candidate's
                 order flips with the feature's sign (for negative values the *smaller* score wins), a score's does not.
 
-Told which sensors are present (not in the paper): a score looks at 3x3 pixels and cannot tell a teacher's feature of
-a complete input from one of an incomplete input, but which sensors work is known at inference. `told` adds one bias
+Conditioned on the sensors (not in the paper): a score looks at 3x3 pixels and cannot tell a teacher's feature of a
+complete input from one of an incomplete input, but which sensors work is known at inference. `conditioned` adds a bias
 per source and sensor to the score. For "candidate" it starts at zero, where the published form is; for "score" it
 starts as the switch (the teacher when all sensors are there, else the robust model), to be improved on per position.
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import kernels
 from checkpoint import read
 from model import Output, ScorePredictor, present_of, subset_logits, subset_outputs
-from segformer import known
+from segformer import sensor_indicators
 
 RULES = ("hard", "candidate", "score")
 LEVELS = ("both", "features", "logits")
@@ -49,12 +49,12 @@ class FSM(nn.Module):
 
     widths: C_1..C_4; num_classes: K; modalities: M; sources: S, in the paper 2; rule: one of RULES;
     temperature: of the softmax, > 0 (0.2 worked best in first trials; towards 0 it becomes the hard rule);
-    told: whether the scores know which sensors are present.
+    conditioned: whether the scores know which sensors are present.
     """
 
     def __init__(
         self, widths: tuple[int, ...], num_classes: int, modalities: int, sources: int = 2,
-        rule: str = "score", temperature: float = 0.2, told: bool = True,
+        rule: str = "score", temperature: float = 0.2, conditioned: bool = True,
     ):  # fmt: skip
         super().__init__()
         if rule not in RULES:
@@ -62,19 +62,20 @@ class FSM(nn.Module):
         self.rule, self.temperature = rule, temperature
         channels = (*widths, num_classes)
         self.scores = nn.ModuleList(ScorePredictor(c, sources) for c in channels)
-        self.told = nn.Parameter(torch.zeros(len(channels), sources, modalities + 2), requires_grad=told)
-        if told and rule == "score" and sources == 2:
+        biases = torch.zeros(len(channels), sources, modalities + 2)
+        self.sensor_bias = nn.Parameter(biases, requires_grad=conditioned)
+        if conditioned and rule == "score" and sources == 2:
             with torch.no_grad():  # the switch: sigmoid(2) = 0.88 for the one, sigmoid(-2) = 0.12 for the other
-                self.told[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
+                self.sensor_bias[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
 
-    def told_bias(self, level: int, present: Tensor) -> Tensor:
+    def sensor_bias_of(self, level: int, present: Tensor) -> Tensor:
         """What the scores of a level know of the sensors -> (B, S): which are there, all are, or some are missing."""
-        return known(present).to(self.told.dtype) @ self.told[level].t()
+        return sensor_indicators(present).to(self.sensor_bias.dtype) @ self.sensor_bias[level].t()
 
     def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> tuple[Tensor, Tensor]:
         """S x (B, C, h, w) -> selected (B, C, h, w), share (S,)."""
         weight, bias = self.scores[level].folded()
-        bias = bias + self.told_bias(level, present)  # (B, S)
+        bias = bias + self.sensor_bias_of(level, present)  # (B, S)
         if rule != "score":
             return kernels.feature_score_select(sources, weight, bias, None if rule == "hard" else self.temperature)
         scores = kernels.feature_score(sources, weight, bias)  # (S, B, 1, h, w)
@@ -116,28 +117,33 @@ def feature_distance(
 # ---- the ensemble: T + R + FSM, at the cost of both models ------------------------------------------------------
 
 
-def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor) -> Tensor:
+def decode(
+    selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, declared: Tensor | None = None
+) -> Tensor:
     """Logits of the selected features (B, K, H, W), by the decoder that has learned to read them: the teacher's for
-    complete inputs, the robust model's for incomplete ones. present (B, M) bool, on the CPU."""
+    complete inputs, the robust model's for incomplete ones. present (B, M) bool, on the CPU; declared: the sensors that
+    the two models were said to have, where that differs (zero-filled ones)."""
+    declared = present if declared is None else declared
     complete, size = present.all(1), selected.logits.shape[-2:]
     if complete.all() or not complete.any():
-        return (teacher if complete.all() else robust).decoder(selected.fused, size, present)
+        return (teacher if complete.all() else robust).decoder(selected.fused, size, declared)
     complete = complete.to(selected.logits.device)[:, None, None, None]
-    by_teacher, by_robust = (model.decoder(selected.fused, size, present) for model in (teacher, robust))
+    by_teacher, by_robust = (model.decoder(selected.fused, size, declared) for model in (teacher, robust))
     return torch.where(complete, by_teacher, by_robust)
 
 
 def ensemble_logits(
-    selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both"
-) -> Tensor:
+    selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both",
+    declared: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The ensemble's answer -> (B, K, H, W).
 
     level: "logits" as selected; "features": the selected features, decoded; "both": the mean of the two
-    distributions, as logits.
+    distributions, as logits. present, declared: as for `decode`.
     """
     if level == "logits":
         return selected.logits
-    decoded = decode(selected, teacher, robust, present)
+    decoded = decode(selected, teacher, robust, present, declared)
     if level == "features":
         return decoded
     return (selected.logits.float().softmax(1) + decoded.float().softmax(1)).clamp(min=1e-12).log()
@@ -148,7 +154,7 @@ def ensemble_predictor(
 ) -> Callable:
     """predict(images, subsets, degraded) -> iterator of logits, as `model.subset_logits` gives for one model.
 
-    Both models see what the protocol leaves of the input; the selection is told which sensors work.
+    Both models see what the protocol leaves of the input; the selection knows which sensors work.
     """
 
     def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
@@ -156,7 +162,8 @@ def ensemble_predictor(
         for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
             present = present_of(subset, images.shape[:2])
             selected = fsm(list(sources), present.to(images.device), rule)
-            yield ensemble_logits(selected, teacher, robust, present, level)
+            declared = present if degraded is None else torch.ones_like(present)
+            yield ensemble_logits(selected, teacher, robust, present, level, declared)
 
     return predict
 
@@ -178,6 +185,6 @@ def load_fsm(path, device: torch.device) -> FSM:
     state = read(pathlib.Path(path))
     meta = state["meta"]
     fsm = FSM(meta["widths"], len(meta["classes"]), len(meta["modalities"]), rule=meta["rule"],
-              temperature=meta["temperature"], told=meta["told"])  # fmt: skip
+              temperature=meta["temperature"], conditioned=meta["conditioned"])  # fmt: skip
     fsm.load_state_dict(state["model"])
     return fsm.to(device).eval()

@@ -21,9 +21,20 @@ from torch import Tensor, nn
 
 import kernels
 from pretrained import load_pretrained
-from segformer import MIN_SIDE, PRESETS, Decoder, DropPath, MixFFN, Preset, drop_rates, known, mit_stages, upsample
+from segformer import (
+    MIN_SIDE,
+    PRESETS,
+    Decoder,
+    DropPath,
+    MixFFN,
+    Preset,
+    drop_rates,
+    mit_stages,
+    sensor_indicators,
+    upsample,
+)
 
-__all__ = ["BACKBONES", "Output", "build_model", "load_pretrained", "subset_logits", "tell"]
+__all__ = ["BACKBONES", "Output", "build_model", "condition_on_sensors", "load_pretrained", "subset_logits"]
 
 
 class Output(NamedTuple):
@@ -80,7 +91,7 @@ class MSegFormer(nn.Module):
         self.num_classes = num_classes
         self.widths = p.widths
         self.stages = mit_stages(p, eps=1e-6, drop_path=drop_path)
-        self.register_parameter("told", None)  # or (M + 2, M): logits of the sensors' shares in the mean (`tell`)
+        self.register_parameter("fusion_logits", None)  # or (M + 2, M), see `condition_on_sensors`
         self.decoder = Decoder(p.widths, p.head, num_classes, dropout)
 
     def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -99,16 +110,21 @@ class MSegFormer(nn.Module):
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
         per_modality = self.encode(images, present)
         present = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
-        share = self.shares(present).to(images.device, non_blocking=True)[:, :, None, None, None]
-        fused = tuple((share.to(f.dtype) * f).sum(1) for f in per_modality)  # (B, C, h, w)
+        if self.fusion_logits is None:  # the plain mean; absent sensors are zeros
+            count = present.sum(1).to(images.device, non_blocking=True)[:, None, None, None]
+            fused = tuple(f.sum(1) / count.to(f.dtype) for f in per_modality)  # (B, C, h, w)
+        else:
+            weights = self.fusion_weights(present)[:, :, None, None, None]
+            fused = tuple((weights * f).sum(1).to(f.dtype) for f in per_modality)
         return Output(self.decoder(fused, images.shape[-2:], present), fused, per_modality)
 
-    def shares(self, present: Tensor) -> Tensor:
-        """Share of each sensor in the mean, (B, M) bool -> (B, M), a row sums to 1: equal, unless told otherwise."""
-        if self.told is None:
+    def fusion_weights(self, present: Tensor) -> Tensor:
+        """Weight of each sensor in the mean, (B, M) bool -> (B, M), a row sums to 1: equal, unless conditioned."""
+        if self.fusion_logits is None:
             return present / present.sum(1, keepdim=True)
-        present = present.to(self.told.device, non_blocking=True)
-        return (known(present).to(self.told.dtype) @ self.told).masked_fill(~present, -torch.inf).softmax(1)
+        present = present.to(self.fusion_logits.device, non_blocking=True)
+        logits = (sensor_indicators(present)[:, :, None] * self.fusion_logits).sum(1)
+        return logits.masked_fill(~present, -torch.inf).softmax(1)
 
 
 def subset_logits(
@@ -121,8 +137,8 @@ def subset_logits(
     gradients are given. Raises ValueError for an MSegFormer in training mode.
     """
     if isinstance(model, MSegFormer):
-        features, share, present = shared_features(model, images, subsets, degraded)
-        for logits in model.decoder.answer_means(features, share.to(images.device), present):
+        features, weights, declared = shared_features(model, images, subsets, degraded)
+        for logits in model.decoder.mean_logits(features, weights.to(images.device), declared):
             yield upsample(logits, images.shape[-2:])
     else:
         for out in subset_outputs(model, images, subsets, degraded):
@@ -134,10 +150,10 @@ def subset_outputs(
 ) -> Iterator[Output]:
     """As `subset_logits`, with the fused features beside the logits; with mean fusion per_modality is ()."""
     if isinstance(model, MSegFormer):
-        features, share, present = shared_features(model, images, subsets, degraded)
-        for row, told in zip(share.tolist(), present, strict=True):
+        features, weights, declared = shared_features(model, images, subsets, degraded)
+        for row, there in zip(weights.tolist(), declared, strict=True):
             fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in features)
-            yield Output(model.decoder(fused, images.shape[-2:], told.expand(len(images), -1)), fused, ())
+            yield Output(model.decoder(fused, images.shape[-2:], there.expand(len(images), -1)), fused, ())
     else:
         for subset in subsets:
             present = present_of(subset, images.shape[:2])
@@ -150,17 +166,18 @@ def subset_outputs(
 def shared_features(
     model: MSegFormer, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """What all subsets share -> features 4 x (B, V, C_i, h_i, w_i), V = M, or 2 M with `degraded`; each map's share of
-    each subset (S, V); the sensors that the model is told of (S, M), all of them when it does not know of a damage."""
-    features = model.encode(images)
+    """What all subsets share -> features 4 x (B, V, C_i, h_i, w_i), V = M, or 2 M with `degraded`; the weight of each
+    map in each subset's mean (S, V), on the CPU; the sensors that each subset is declared to have (S, M), with
+    `degraded` all of them, because those protocols do not announce the failure."""
     present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
-    if degraded is None:
-        return features, model.shares(present), present
-    broken = model.encode(degraded)
-    features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
-    everything = torch.ones_like(present)
-    share = model.shares(everything)
-    return features, torch.cat((share * present.to(share), share * ~present.to(share.device)), 1), everything
+    declared = present if degraded is None else torch.ones_like(present)
+    weights = model.fusion_weights(declared).cpu()  # before the encoder is queued, so that nothing waits for it
+    features = model.encode(images)
+    if degraded is not None:
+        broken = model.encode(degraded)
+        features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
+        weights = torch.cat((weights * present, weights * ~present), 1)
+    return features, weights, declared
 
 
 def composite(images: Tensor, present: Tensor, degraded: Tensor) -> Tensor:
@@ -391,21 +408,23 @@ class CMNeXt(nn.Module):
         return Output(self.decoder(tuple(fused), images.shape[-2:], present), tuple(fused), tuple(per_modality))
 
 
-# ---- knowing which sensors are present (not in the paper) --------------------------------------------------
+# ---- conditioning on the sensors ---------------------------------------------------------------------------
 
 
-def tell(model: nn.Module) -> None:
-    """From here on the model knows which sensors are present, in place; it answers as before until it is trained.
+def condition_on_sensors(model: nn.Module) -> None:
+    """From here on the model knows which sensors are present, in place; until it is trained on, it answers as before.
 
-    For every state of the sensors it learns a scale and a shift of the decoder's channels, so that one model can read
-    complete and incomplete features differently, and an MSegFormer each sensor's share in the mean. All of it is
-    linear in the features, so subsets still share their pass. Not in the paper, whose student is not described.
+    FiLM (arXiv 1709.07871): a scale and a shift of the head's channels after BatchNorm, each the sum of one learned
+    vector per present sensor and one for "all are there" or "some are missing". So one model can read complete and
+    incomplete features differently. In an MSegFormer also each sensor's weight in the mean, a softmax over those
+    present. All stays linear in the features, so subsets still share their pass. Not in the paper, which leaves its
+    final student open.
     """
-    states, like = len(model.modalities) + 2, model.decoder.bn.weight
-    if model.decoder.told is None:
-        model.decoder.told = nn.Parameter(like.new_zeros(2, states, len(like)))
+    m, like = len(model.modalities), model.decoder.bn.weight
+    if model.decoder.film is None:
+        model.decoder.film = nn.Parameter(like.new_zeros(2, m + 2, len(like)))
         if isinstance(model, MSegFormer):
-            model.told = nn.Parameter(like.new_zeros(states, states - 2))
+            model.fusion_logits = nn.Parameter(like.new_zeros(m + 2, m))
 
 
 # ---- building and loading ----------------------------------------------------------------------------------

@@ -227,9 +227,10 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
                        help="relaxation the FSM is trained through (fsm.py)")
     group.add_argument("--temperature", type=positive(float), default=0.2,
                        help="of that softmax, 0.05..1; smaller is closer to the hard rule, and harder to train")
-    group.add_argument("--untold", action="store_true", help="do not tell the scores which sensors are present")
-    group.add_argument("--untold-student", action="store_true",
-                       help="do not tell the student which sensors are present (model.tell)")
+    group.add_argument("--unconditioned-scores", action="store_true",
+                       help="scores that do not know which sensors are present (fsm.py)")
+    group.add_argument("--unconditioned-student", action="store_true",
+                       help="a student that does not know which sensors are present (model.py)")
     group.add_argument("--complete", type=share, default=0.5,
                        help="share of complete inputs for the student, on top of the random subsets")
     group.add_argument("--gamma-logits", type=positive(float, zero=True), default=1.0,

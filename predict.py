@@ -299,17 +299,17 @@ class Logits(nn.Module):
                 extra.embed.bias = nn.Parameter(extra.embed.bias[rows])
                 extra.hub.depthwise = nn.ModuleList(extra.hub.depthwise[row] for row in rows)
                 extra.hub.pointwise = nn.ModuleList(extra.hub.pointwise[row] for row in rows)
-        if model.decoder.told is not None:  # what it is told is the same for every image now, and goes into the weights
+        if model.decoder.film is not None:  # its sensors are fixed now, so what depends on them goes into the weights
             columns = [model.modalities.index(sensor) for sensor in sensors]
             present, decoder = present_of(tuple(columns), (1, len(model.modalities))), self.model.decoder
-            scale, shift = decoder.knowing(present)[:, 0]
+            scale, shift = decoder.scale_and_shift(present)[:, 0]
             decoder.bn.bias.copy_(decoder.bn.bias * scale + shift)
             decoder.bn.weight.mul_(scale)
-            decoder.told = None
+            decoder.film = None
             if isinstance(model, MSegFormer):
-                told = torch.zeros(len(sensors) + 2, len(sensors))
-                told[-2] = model.shares(present)[0, columns].log()  # the row of "all sensors are there"
-                self.model.told = nn.Parameter(told)
+                logits = torch.zeros(len(sensors) + 2, len(sensors))
+                logits[-2] = model.fusion_weights(present)[0, columns].log()  # the row of "all sensors are there"
+                self.model.fusion_logits = nn.Parameter(logits)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images).logits

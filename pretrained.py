@@ -93,6 +93,9 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
         source, rules = "MiT encoder", MIT_NAMES
     else:
         source, rules = "this project", [(r"(.+)", lambda name: name)]
+    if "decoder.film" in state and "decoder.film" not in own:
+        raise ValueError(f"{path} holds a model conditioned on its sensors, which a plain one cannot continue; "
+                         "give it as --teacher, or load it with checkpoint.load_model.")  # fmt: skip
     part = "" if source == "this project" else r"^(backbone|decode_head|encoder|decoder)\."
 
     fitted, unexpected = {}, []

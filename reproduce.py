@@ -31,14 +31,14 @@ RUNS = [
      ("method", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs {short}"),
      ("ifv", "train_stage1.py", "--teacher {teacher}/teacher.pt --distill-epochs {short} --beta 12")],
     [("stage2", "train_stage2.py", "--stage1 {method} --out {stage2} --fsm-epochs 5 --student-epochs {short}"),
-     ("untold", "train_stage2.py",
-      "--stage1 {method} --out {untold} --fsm-epochs 5 --student-epochs {short} --untold-student"),
+     ("unconditioned", "train_stage2.py",
+      "--stage1 {method} --out {unconditioned} --fsm-epochs 5 --student-epochs {short} --unconditioned-student"),
      ("candidate", "train_stage2.py",
       "--stage1 {method} --out {candidate} --fsm-epochs 5 --student-epochs 0 --rule candidate"),
      ("untargeted", "train_stage2.py",
       "--stage1 {method} --out {untargeted} --student-epochs {short} --gamma-logits 0 --gamma-features 0"),
      ("neither", "train_stage2.py", "--stage1 {method} --out {neither} --student-epochs {short} --gamma-logits 0 "
-      "--gamma-features 0 --untold-student")],
+      "--gamma-features 0 --unconditioned-student")],
 ]  # fmt: skip
 # row, what it is, files, the row of evaluate.py to take, its flags
 ROWS = [
@@ -55,8 +55,8 @@ ROWS = [
     ("features", "FSM ensemble, scores, feature level", "{stage2}", "FSM ensemble", "--fsm-level features"),
     ("logits", "FSM ensemble, scores, logits level", "{stage2}", "FSM ensemble", "--fsm-level logits"),
     ("both", "FSM ensemble, scores, both levels", "{stage2}", "FSM ensemble", ""),
-    ("neither", "student without FSM targets, not told of its sensors", "{neither}/student.pt", "student", ""),
-    ("untold", "student, not told which sensors are present", "{untold}/student.pt", "student", ""),
+    ("neither", "student without FSM targets, not conditioned on its sensors", "{neither}/student.pt", "student", ""),
+    ("unconditioned", "student, not conditioned on its sensors", "{unconditioned}/student.pt", "student", ""),
     ("untargeted", "student without FSM targets", "{untargeted}/student.pt", "student", ""),
     ("student", "student", "{stage2}/student.pt", "student", ""),
 ]

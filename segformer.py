@@ -1,8 +1,9 @@
 """SegFormer (arXiv 2105.15203): the MiT encoder of section 3.1 and the all-MLP head of section 3.2, from scratch.
 
-Both backbones of model.py are built of these two.
+Both backbones of model.py are built of these two. Not in that paper, and in the head because RMMSS needs it there: many
+means of the same features answered in one pass, and FiLM conditioning on which sensors are present.
 
-Axes: N images, C channels, H W image, h w stage, E the head's width, K classes.
+Axes: N images (or B samples of M sensors), C channels, H W image, h w stage, E the head's width, K classes.
 Features live in memory as (N, h, w, C), so that linear layers, LayerNorms and convolutions all read them in place;
 `.permute(0, 3, 1, 2)` gives the convolutions their (N, C, h, w) view of it (channels-last), without a copy.
 """
@@ -175,7 +176,7 @@ class Decoder(nn.Module):
         self.linear = nn.ModuleList(nn.Linear(c, width) for c in widths)
         self.fuse = nn.Conv2d(4 * width, width, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
-        self.register_parameter("told", None)  # or (2, M + 2, E): scale and shift by the sensors there (`model.tell`)
+        self.register_parameter("film", None)  # or (2, M + 2, E), see `model.condition_on_sensors`
         self.dropout = dropout
         self.classify = nn.Conv2d(width, num_classes, 1)
 
@@ -212,24 +213,28 @@ class Decoder(nn.Module):
     def forward(self, features: tuple[Tensor, ...], size: tuple[int, int], present: Tensor) -> Tensor:
         mixed = self.mix(features[0], self.project(features)).permute(0, 3, 1, 2)  # (N, E, h_1, w_1)
         mixed = self.bn(mixed)
-        if self.told is not None:
-            scale, shift = self.knowing(present)[..., None, None].to(mixed.dtype)
-            mixed = torch.addcmul(shift, mixed, scale)
+        if self.film is not None:
+            scale, shift = self.scale_and_shift(present)[..., None, None]
+            mixed = torch.addcmul(shift, mixed, scale).to(mixed.dtype)
         # Dropping or scaling a whole channel and the ReLU commute, and in this order both can be done in place.
         hidden = F.relu(F.dropout2d(mixed, self.dropout, self.training, inplace=True), inplace=True)
         return upsample(self.classify(hidden), size)
 
-    def knowing(self, present: Tensor) -> Tensor:
-        """Scale and shift after BatchNorm, for (N, M) present sensors -> (2, N, E)."""
-        scale, shift = known(present).to(self.told, non_blocking=True) @ self.told
+    def scale_and_shift(self, present: Tensor) -> Tensor:
+        """FiLM after BatchNorm: what samples with these sensors, (N, M), are multiplied by and shifted by -> (2, N, E).
+
+        Summed, not multiplied as matrices: autocast would round a scale of 1.003 to 1.
+        """
+        indicators = sensor_indicators(present).to(self.film, non_blocking=True)  # (N, M + 2)
+        scale, shift = (indicators[:, :, None] * self.film[:, None]).sum(2)
         return torch.stack((1 + scale, shift))
 
     @torch.no_grad()
-    def answer_means(self, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
+    def mean_logits(self, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
         """Logits of many means of the same feature maps, in eval mode, not yet upsampled -> (S, B, K, h_1, w_1).
 
         features 4 x (B, V, C_i, h_i, w_i); share (S, V): the share of each of the V maps in each mean, a row sums to 1;
-        present (S, M): which sensors each mean is told of.
+        present (S, M): the sensors that each is said to be of, for the FiLM.
         Up to the ReLU all is linear, BatchNorm with its running statistics too. So a mean costs one weighted sum, a
         ReLU and the classifier. A few rows at a time: what stays in a CPU's cache is several times faster, and a GPU
         need not hold the wide maps of all means at once. Raises ValueError in training mode; gives no gradients.
@@ -238,7 +243,7 @@ class Decoder(nn.Module):
             raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
         b, v, _, h, w = features[0].shape
         few = 64 if share.is_cuda else 4
-        scale, shift = (None, None) if self.told is None else self.knowing(present)[:, :, None, None]
+        scale, shift = (None, None) if self.film is None else self.scale_and_shift(present)[:, :, None, None]
         projected = self.project(tuple(f.flatten(0, 1) for f in features))
         logits = features[0].new_empty(len(share), b, h, w, self.classify.out_channels)
         for i in range(b):
@@ -247,7 +252,7 @@ class Decoder(nn.Module):
                 x = self.mix(features[0][i], ours, top, min(top + few, h))  # (V, rows, w, E)
                 x = self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
                 hidden = (share.to(x.dtype) @ x.flatten(1)).unflatten(1, x.shape[1:])  # (S, rows, w, E)
-                if self.told is not None:
+                if self.film is not None:
                     hidden = hidden.mul_(scale).add_(shift)
                 hidden = F.relu(hidden, inplace=True)
                 logits[:, i, top : top + few] = F.linear(hidden, self.classify.weight[:, :, 0, 0], self.classify.bias)
@@ -264,7 +269,7 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def known(present: Tensor) -> Tensor:
-    """What can be told of the sensors, (B, M) bool -> (B, M + 2): which are there, all are, some are missing."""
+def sensor_indicators(present: Tensor) -> Tensor:
+    """What is known of the sensors, (B, M) bool -> (B, M + 2) of 0 and 1: each is there, all are, some are missing."""
     complete = present.all(1, keepdim=True)
     return torch.cat((present, complete, ~complete), 1).float()

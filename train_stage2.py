@@ -26,7 +26,7 @@ import runner
 from checkpoint import describe, load_model
 from data import draw_present, normalise, open_dataset
 from fsm import FSM, decode, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
-from model import tell
+from model import condition_on_sensors
 
 
 def main(o) -> None:
@@ -65,8 +65,9 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
     o = run.o
     torch.manual_seed(o.seed)
     fsm = FSM(robust.widths, len(train.classes), len(train.modalities), rule=o.rule, temperature=o.temperature,
-              told=not o.untold).to(run.device)  # fmt: skip
-    meta = {**meta, "rule": o.rule, "temperature": o.temperature, "told": not o.untold, "widths": list(robust.widths)}
+              conditioned=not o.unconditioned_scores).to(run.device)  # fmt: skip
+    meta = {**meta, "rule": o.rule, "temperature": o.temperature, "conditioned": not o.unconditioned_scores,
+            "widths": list(robust.widths)}  # fmt: skip
     model, subsets = run.parallel(fsm), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(fsm, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
     progress = runner.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, meta, state)
@@ -102,12 +103,15 @@ def train_student(
 ) -> None:
     """One model, started from the robust one: ground truth, and the selection's logits and features as targets.
 
-    It is told which sensors are present (`model.tell`). fsm None is the ablation without targets.
+    It knows which sensors are present (`model.condition_on_sensors`). fsm None is the ablation without targets.
     """
     o = run.o
     student = copy.deepcopy(robust)
-    if not o.untold_student:
-        tell(student)
+    if not o.unconditioned_student:
+        condition_on_sensors(student)
+    elif student.decoder.film is not None:
+        raise ValueError(f"--unconditioned-student: {o.robust or o.stage1} holds a robust model that is conditioned "
+                         "on its sensors already; start from another one.")  # fmt: skip
     student.requires_grad_(True)
     model, subsets = run.parallel(student), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(student, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)

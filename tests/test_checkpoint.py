@@ -12,7 +12,7 @@ import torch
 from kill_and_resume import differences
 
 import checkpoint
-from model import build_model, tell
+from model import build_model, condition_on_sensors
 
 CPU = torch.device("cpu")
 
@@ -182,12 +182,12 @@ def test_a_crash_between_the_renames_leaves_a_valid_checkpoint(folder, monkeypat
     assert equal(checkpoint.load_last(folder), state(2))
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_model_comes_back_as_it_was_saved(tmp_path, told):
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_model_comes_back_as_it_was_saved(tmp_path, conditioned):
     model = build_model("segformer_tiny", 3, ["rgb", "depth"], 0.0, 0.0)
-    if told:
-        tell(model)
-        torch.nn.init.normal_(model.decoder.told)
+    if conditioned:
+        condition_on_sensors(model)
+        torch.nn.init.normal_(model.decoder.film)
     checkpoint.save_model(tmp_path / "a.pt", model, meta())
     loaded, found = checkpoint.load_model(tmp_path / "a.pt", CPU, {"classes": ["road", "car", "sky"]})
     (tmp_path / "again").mkdir()

@@ -18,18 +18,18 @@ import evaluate
 import metrics
 from data import normalise, open_dataset, random_missing, sensor_noise
 from fsm import FSM
-from model import build_model, subset_logits, tell
+from model import build_model, condition_on_sensors, subset_logits
 
 BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-TOLD = pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
+CONDITIONED = pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "conditioned"])
 SUBSETS = common.all_subsets(4)
 K = 12  # as many as the scenes have
 
 
-def random_model(backbone, modalities=4, told=False):
+def random_model(backbone, modalities=4, conditioned=False):
     model = build_model(backbone, K, SENSORS[:modalities])
-    if told:
-        tell(model)
+    if conditioned:
+        condition_on_sensors(model)
     return with_random_weights(model)
 
 
@@ -65,9 +65,9 @@ def test_all_subsets_are_there_once_and_the_complete_one_is_last():
 
 @torch.no_grad()
 @BACKBONES
-@TOLD
-def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone, told):
-    model, images = random_model(backbone, told=told), random_images()
+@CONDITIONED
+def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone, conditioned):
+    model, images = random_model(backbone, conditioned=conditioned), random_images()
     together = torch.stack(list(subset_logits(model, images, SUBSETS)))  # (15, B, K, H, W)
     present = torch.zeros(15, 4, dtype=torch.bool)
     for row, subset in zip(present, SUBSETS, strict=True):
@@ -86,9 +86,9 @@ def test_many_subsets_from_one_pass_need_eval_mode():
 
 @torch.no_grad()
 @BACKBONES
-@TOLD
-def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone, told):
-    model, images = random_model(backbone, told=told), random_images((45, 64), samples=2)
+@CONDITIONED
+def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone, conditioned):
+    model, images = random_model(backbone, conditioned=conditioned), random_images((45, 64), samples=2)
     damaged = images * (torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     subsets = SUBSETS if backbone == "segformer_tiny" else SUBSETS[::3] + SUBSETS[-1:]
     for degraded in (torch.zeros_like(images[:1]), damaged):
@@ -344,7 +344,7 @@ def run_folder(tmp_path):
         checkpoint.save_model(folder / f"{name}.pt", model, meta)
         for p in model.parameters():
             p.data *= 1.1
-    selection = {**meta, "rule": "score", "temperature": 0.2, "told": True, "widths": list(model.widths)}
+    selection = {**meta, "rule": "score", "temperature": 0.2, "conditioned": True, "widths": list(model.widths)}
     checkpoint.save_model(folder / "fsm.pt", FSM(model.widths, K, 4), selection)
     return folder
 

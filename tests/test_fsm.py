@@ -12,7 +12,7 @@ from test_model import GOLDEN, SENSORS, golden_images, golden_weights
 
 import checkpoint
 from fsm import FSM, ensemble_predictor, feature_distance, load_fsm, switch_predictor
-from model import Output, build_model
+from model import Output, build_model, condition_on_sensors
 
 WIDTHS, K = (6, 8, 10, 12), 5
 
@@ -24,9 +24,9 @@ def with_random_weights(model):
     return model.eval()
 
 
-def random_fsm(rule="score", told=True, temperature=0.2):
-    fsm = with_random_weights(FSM(WIDTHS, K, 4, rule=rule, told=told, temperature=temperature))
-    fsm.told.data.copy_(torch.randn(fsm.told.shape, generator=torch.Generator().manual_seed(2)))
+def random_fsm(rule="score", conditioned=True, temperature=0.2):
+    fsm = with_random_weights(FSM(WIDTHS, K, 4, rule=rule, conditioned=conditioned, temperature=temperature))
+    fsm.sensor_bias.data.copy_(torch.randn(fsm.sensor_bias.shape, generator=torch.Generator().manual_seed(2)))
     return fsm
 
 
@@ -48,11 +48,11 @@ def levels(outputs):
 
 
 def slow_score(fsm, level, source, f, present):
-    """sigmoid(conv1x1(depthwise3x3(f)) + what it was told), one convolution after the other -> (B, 1, h, w)."""
-    net, told = fsm.scores[level], fsm.told[level, source]
+    """sigmoid(conv1x1(depthwise3x3(f)) + its sensors' biases), one convolution after the other -> (B, 1, h, w)."""
+    net, bias = fsm.scores[level], fsm.sensor_bias[level, source]
     raw = net.pointwise[source](net.depthwise[source](f))
     for b, row in enumerate(present.tolist()):
-        raw[b] += sum(told[m] for m, there in enumerate(row) if there) + (told[-2] if all(row) else told[-1])
+        raw[b] += sum(bias[m] for m, there in enumerate(row) if there) + (bias[-2] if all(row) else bias[-1])
     return torch.sigmoid(raw)
 
 
@@ -120,18 +120,19 @@ def test_a_rule_can_be_replaced_at_inference():
 
 
 @torch.no_grad()
-def test_untold_or_published_scores_start_without_knowing_the_sensors():
+def test_unconditioned_or_published_scores_start_without_knowing_the_sensors():
     torch.manual_seed(0)
     outputs = random_outputs(3)
-    for fsm in (FSM(WIDTHS, K, 4, told=False), FSM(WIDTHS, K, 4, rule="candidate")):
+    for fsm in (FSM(WIDTHS, K, 4, conditioned=False), FSM(WIDTHS, K, 4, rule="candidate")):
         results = [fsm(outputs, present) for present in (PRESENT, PRESENT.flip(0), torch.ones_like(PRESENT))]
         for a, b in itertools.combinations(results, 2):
             assert torch.equal(a.logits, b.logits) and all(map(torch.equal, a.fused, b.fused))
-    assert not FSM(WIDTHS, K, 4, told=False).told.requires_grad and FSM(WIDTHS, K, 4).told.requires_grad
+    assert not FSM(WIDTHS, K, 4, conditioned=False).sensor_bias.requires_grad
+    assert FSM(WIDTHS, K, 4).sensor_bias.requires_grad
 
 
 @torch.no_grad()
-def test_told_scores_start_near_the_switch():
+def test_conditioned_scores_start_near_the_switch():
     fsm, outputs = FSM(WIDTHS, K, 4), random_outputs(3)
     for predictor in fsm.scores.parameters():
         predictor.zero_()
@@ -144,12 +145,12 @@ def test_told_scores_start_near_the_switch():
 
 
 @torch.no_grad()
-def test_what_is_told_of_a_sensor_moves_only_samples_that_have_it():
+def test_the_bias_of_a_sensor_moves_only_samples_that_have_it():
     outputs = random_outputs(4)
     for m in range(6):  # after the sensors: all are there, some are missing
         fsm = random_fsm()
         before = fsm(outputs, PRESENT)
-        fsm.told[2, 1, m] += 1.0  # stage 3, source 1
+        fsm.sensor_bias[2, 1, m] += 1.0  # stage 3, source 1
         after = fsm(outputs, PRESENT)
         moved = (after.fused[2] != before.fused[2]).flatten(1).any(1)
         complete = PRESENT.all(1)
@@ -206,11 +207,13 @@ def test_feature_distance_in_two_processes_equals_one():
 @pytest.fixture(scope="module")
 def models():
     """Teacher and robust model that disagree, and an FSM that fits them."""
-    teacher, robust = (with_random_weights(build_model("segformer_tiny", K, SENSORS)) for _ in range(2))
+    teacher, robust = (build_model("segformer_tiny", K, SENSORS) for _ in range(2))
+    condition_on_sensors(robust)
+    teacher, robust = with_random_weights(teacher), with_random_weights(robust)
     for p in robust.parameters():
         p.data += 0.3 * p.data.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     fsm = with_random_weights(FSM(robust.widths, K, 4, rule="candidate"))
-    fsm.told.data.copy_(torch.randn(fsm.told.shape, generator=torch.Generator().manual_seed(3)))
+    fsm.sensor_bias.data.copy_(torch.randn(fsm.sensor_bias.shape, generator=torch.Generator().manual_seed(3)))
     return teacher, robust, fsm
 
 
@@ -244,7 +247,8 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
         given, present = seen(images, degraded, subset)
         selected = fsm([teacher(*given), robust(*given)], present)
         decoder = teacher.decoder if present.all() else robust.decoder
-        decoded = decoder(selected.fused, (45, 64), present)
+        declared = present if degraded is None else torch.ones_like(present)  # nobody announces zero-filled sensors
+        decoded = decoder(selected.fused, (45, 64), declared)
         expected = {"logits": selected.logits, "features": decoded,
                     "both": ((selected.logits.softmax(1) + decoded.softmax(1)) / 2).log()}[level]  # fmt: skip
         torch.testing.assert_close(answer.softmax(1), expected.softmax(1), rtol=1e-4, atol=1e-6)
@@ -267,12 +271,12 @@ def test_the_switch_is_the_teacher_on_complete_inputs_and_else_the_robust_model(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("told", [True, False])
-def test_a_selection_comes_back_from_its_file_as_it_was(tmp_path: pathlib.Path, told):
-    fsm, outputs = random_fsm("candidate", told, temperature=0.4), random_outputs(10)
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_a_selection_comes_back_from_its_file_as_it_was(tmp_path: pathlib.Path, conditioned):
+    fsm, outputs = random_fsm("candidate", conditioned, temperature=0.4), random_outputs(10)
     meta = {"widths": list(WIDTHS), "classes": [str(c) for c in range(K)], "modalities": SENSORS, "rule": "candidate",
-            "temperature": 0.4, "told": told}  # fmt: skip
+            "temperature": 0.4, "conditioned": conditioned}  # fmt: skip
     checkpoint.save_model(tmp_path / "fsm.pt", fsm, meta)
     loaded = load_fsm(tmp_path / "fsm.pt", torch.device("cpu"))
-    assert loaded.told.requires_grad == told and not loaded.training
+    assert loaded.sensor_bias.requires_grad == conditioned and not loaded.training
     assert torch.equal(loaded(outputs, PRESENT).logits, fsm(outputs, PRESENT).logits)

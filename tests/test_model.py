@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import build_model, load_pretrained, pack_index, tell
+from model import build_model, condition_on_sensors, load_pretrained, pack_index
 from segformer import Block, Decoder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -175,34 +175,51 @@ def test_an_absent_modality_gets_no_gradient_and_spoils_none():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-def test_a_told_model_starts_as_it_was_and_learns_by_the_state_of_its_sensors(backbone):
+def test_a_conditioned_model_starts_as_it_was_and_learns_by_its_sensors(backbone):
     model = randomised(build_model(backbone, 7, SENSORS))
     images, present = torch.randn(3, 4, 3, 64, 64).double(), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]])
     before = model(images, present.bool()).logits
-    tell(model)
+    condition_on_sensors(model)
     torch.testing.assert_close(model(images, present.bool()).logits, before, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(images[:1]).logits, before[:1], rtol=1e-6, atol=1e-6)
-    states = {0: [0, 1], 2: [0, 2], 4: [0], 5: [1, 2]}  # RGB there, events there, all there, some missing: the samples
-    for state, moved in states.items():
+    indicators = {0: [0, 1], 2: [0, 2], 4: [0], 5: [1, 2]}  # RGB is there, events are, all are, some are missing
+    for indicator, moved in indicators.items():
         for part in (0, 1):  # scale, shift
-            model.decoder.told.zero_()[part, state] = 0.3
+            model.decoder.film.zero_()[part, indicator] = 0.3
             changed = (model(images, present.bool()).logits - before).abs().amax((1, 2, 3)) > 1e-3
             assert changed.nonzero().flatten().tolist() == moved
 
 
+def test_conditioning_stays_float32_under_autocast():
+    model, present = build_model("segformer_tiny", 7, SENSORS), random_present(5, 4, seed=6)
+    condition_on_sensors(model)
+    with torch.no_grad():
+        model.decoder.film.fill_(0.001)  # bfloat16 knows nothing between 1 and 1.0078
+        model.fusion_logits.copy_(torch.randn(6, 4))
+    expected = model.decoder.scale_and_shift(present), model.fusion_weights(present)
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours, direct in zip((model.decoder.scale_and_shift(present), model.fusion_weights(present)), expected,
+                                strict=True):  # fmt: skip
+            assert torch.equal(ours, direct)
+        out = model(torch.randn(5, 4, 3, 64, 64), present)
+        assert out.logits.dtype == out.fused[0].dtype == torch.bfloat16
+        out.logits.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in (model.decoder.film, model.fusion_logits))
+
+
 @torch.no_grad()
-def test_told_shares_are_a_weighted_mean_of_the_present_sensors():
+def test_fusion_weights_make_a_weighted_mean_of_the_present_sensors():
     model, present = randomised(build_model("segformer_tiny", 7, SENSORS)), random_present(6, 4, seed=5)
-    torch.testing.assert_close(model.shares(present), present / present.sum(1, keepdim=True))
-    tell(model)
-    model.told.copy_(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
-    for there, share in zip(present, model.shares(present), strict=True):
-        states = [*there, there.all(), not there.all()]
-        logits = sum(row for row, holds in zip(model.told, states, strict=True) if holds)
+    torch.testing.assert_close(model.fusion_weights(present), present / present.sum(1, keepdim=True))
+    condition_on_sensors(model)
+    model.fusion_logits.copy_(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    for there, share in zip(present, model.fusion_weights(present), strict=True):
+        indicators = [*there, there.all(), not there.all()]
+        logits = sum(row for row, holds in zip(model.fusion_logits, indicators, strict=True) if holds)
         expected = torch.where(there, logits.exp(), 0)
         torch.testing.assert_close(share, expected / expected.sum())
     images = torch.randn(6, 4, 3, 64, 64).double()
-    out, share = model(poisoned(images, present), present), model.shares(present)
+    out, share = model(poisoned(images, present), present), model.fusion_weights(present)
     for fused, each in zip(out.fused, out.per_modality, strict=True):
         torch.testing.assert_close(fused, torch.einsum("bm,bmchw->bchw", share, each))
 
@@ -267,6 +284,17 @@ def test_loading_says_what_does_not_fit(tmp_path):
         load_pretrained(model, path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_pretrained(model, str(tmp_path / "nothing.pth"))
+
+
+def test_a_conditioned_checkpoint_is_no_start_for_a_plain_model(tmp_path):
+    student, path = build_model("segformer_tiny", 7, SENSORS), str(tmp_path / "student.pt")
+    condition_on_sensors(student)
+    torch.save({"model": student.state_dict()}, path)
+    with pytest.raises(ValueError, match="student.pt .* conditioned on its sensors.*--teacher"):
+        load_pretrained(build_model("segformer_tiny", 7, SENSORS), path)
+    other = build_model("segformer_tiny", 7, SENSORS)
+    condition_on_sensors(other)
+    assert load_pretrained(other, path).unexpected == []
 
 
 def test_own_checkpoints_come_back_whole(tmp_path):

@@ -14,7 +14,7 @@ import predict
 import scenes
 from checkpoint import save_model
 from export import write_file
-from model import build_model, tell
+from model import build_model, condition_on_sensors
 
 SENSORS = ["rgb", "depth", "event", "lidar"]
 CLASSES = [name for name, _ in scenes.CLASSES]
@@ -214,13 +214,13 @@ def test_the_exported_program_takes_any_batch_and_agrees_with_the_mask(run, tmp_
 
 
 @pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-def test_what_a_model_is_told_is_in_the_weights_of_its_program(backbone):
+def test_what_a_model_knows_of_its_sensors_is_in_the_weights_of_its_program(backbone):
     torch.manual_seed(4)
     model = build_model(backbone, 5, SENSORS, 0.0, 0.0)
-    tell(model)
-    for told in (model.decoder.told, getattr(model, "told", None)):
-        if told is not None:
-            torch.nn.init.normal_(told, 0.0, 0.5)
+    condition_on_sensors(model)
+    for learned in (model.decoder.film, getattr(model, "fusion_logits", None)):
+        if learned is not None:
+            torch.nn.init.normal_(learned, 0.0, 0.5)
     spread_logits(model)
     images = torch.randn(2, 4, 3, 64, 32)
     for sensors in ([0, 2], [0, 1, 2, 3]):
@@ -229,7 +229,7 @@ def test_what_a_model_is_told_is_in_the_weights_of_its_program(backbone):
             program = predict.Logits(model, [SENSORS[m] for m in sensors]).eval()
             assert torch.allclose(program(images[:, sensors]), expected, atol=1e-4 * expected.abs().max())
     names = set(dict(program.named_parameters()))
-    assert "model.decoder.told" not in names and ("model.told" in names) == (backbone == "segformer_tiny")
+    assert "model.decoder.film" not in names and ("model.fusion_logits" in names) == (backbone == "segformer_tiny")
 
 
 def test_a_cmnext_for_some_sensors_is_the_masked_model():

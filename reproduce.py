@@ -102,8 +102,13 @@ def call(script: str, flags: list[str], log: pathlib.Path) -> None:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}; see {log}")
 
 
-def train(name: str, script: str, flags: str, seed: int, folders: dict[str, pathlib.Path], o) -> None:
-    """One run, continued if it was interrupted, skipped if it is complete."""
+def train(
+    name: str, script: str, flags: str, seed: int, folders: dict[str, pathlib.Path], earlier: dict, o: argparse.Namespace
+) -> None:
+    """One run, once those it needs are there; continued if it was interrupted, skipped if it is complete."""
+    for other, job in earlier.items():
+        if "{" + other + "}" in flags:
+            job.result()
     out = folders[name]
     out.mkdir(parents=True, exist_ok=True)
     if (out / "complete").exists():
@@ -174,11 +179,12 @@ def main(o: argparse.Namespace) -> int:
     seeds = {s: {run[0]: ROOT / "runs" / "miniature" / o.name / f"seed{s}" / run[0] for g in RUNS for run in g}
              for s in range(o.seeds)}  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
-        for group in RUNS if not o.report_only else ():
-            jobs = [pool.submit(train, *run, seed, folders, o)
-                    for run in group if run[0] in names for seed, folders in seeds.items()]  # fmt: skip
-            for job in jobs:
-                job.result()
+        runs: dict[int, dict] = {seed: {} for seed in seeds}
+        for run in (run for group in RUNS for run in group if run[0] in names and not o.report_only):
+            for seed, folders in seeds.items():  # begun in this order, so what a run waits for is never behind it
+                runs[seed][run[0]] = pool.submit(train, *run, seed, folders, dict(runs[seed]), o)
+        for job in (job for jobs in runs.values() for job in jobs.values()):
+            job.result()
         rows = [row for row in ROWS if row[0] in o.rows]
         jobs = {row[0]: [pool.submit(score, row, folders, o.split) for folders in seeds.values()] for row in rows}
         table = {name: [job.result() for job in found] for name, found in jobs.items()}

@@ -103,8 +103,8 @@ def call(script: str, flags: list[str], log: pathlib.Path) -> None:
 
 
 def train(
-    name: str, script: str, flags: str, seed: int, folders: dict[str, pathlib.Path], earlier: dict, o: argparse.Namespace
-) -> None:
+    name: str, script: str, flags: str, seed: int, folders: dict[str, pathlib.Path], earlier: dict, o
+) -> None:  # fmt: skip
     """One run, once those it needs are there; continued if it was interrupted, skipped if it is complete."""
     for other, job in earlier.items():
         if "{" + other + "}" in flags:

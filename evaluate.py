@@ -10,8 +10,8 @@
     nm         all sensors, salt and pepper and Gaussian noise: low, mid, high
     condition  all sensors, by weather;    case   all sensors, by sensor failure
 
-Under emm and rmm no model is told of the failure, all sensors seem to be there; the switch and the selection of the
-ensemble do know, which is their advantage in those rows.
+Under emm and rmm the failure is not announced: every sensor is declared present to the models. The switch and the
+ensemble's selection do know which sensors work, an advantage in those rows.
 Writes nothing but what --json and --markdown name. Seeded per frame: no batch size, worker or process count changes
 a number. torchrun --nproc_per_node=N evaluate.py ... shares the frames out.
 """

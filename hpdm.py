@@ -13,7 +13,7 @@ learns what the others know and can stand in for them.
 Weights. Published: lambda 50 on a mean over pixels and classes, which is 50 / K on the mean over pixels used here;
 alpha 100 on a mean over classes and channels, summed over modalities and stages. The published prototype code
 divides by the pixel count twice, which makes its prototypes almost zero and alpha almost without effect; here the
-formula is the paper's, and the weights were chosen by measurement (README, results).
+formula is the paper's, and the weights are small ones that cost little: none helped (README, results).
 
 Axes: B samples, M modalities, K classes, C channels of a stage, H W image, h w stage.
 """

@@ -412,7 +412,7 @@ class CMNeXt(nn.Module):
 
 
 def condition_on_sensors(model: nn.Module) -> None:
-    """From here on the model knows which sensors are present, in place; until it is trained on, it answers as before.
+    """Changes the model so that it knows which sensors are present; until it is trained further, it answers as before.
 
     FiLM (arXiv 1709.07871): a scale and a shift of the head's channels after BatchNorm, each the sum of one learned
     vector per present sensor and one for "all are there" or "some are missing". So one model can read complete and

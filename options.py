@@ -232,7 +232,8 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     group.add_argument("--unconditioned-student", action="store_true",
                        help="a student that does not know which sensors are present (model.py)")
     group.add_argument("--complete", type=share, default=0.5,
-                       help="share of complete inputs for the student, on top of the random subsets")
+                       help="share of inputs that are complete in any case, for scores and student; the others are "
+                            "random subsets")
     group.add_argument("--gamma-logits", type=positive(float, zero=True), default=1.0,
                        help="weight of KL(student || selected logits); 0 with --gamma-features 0: no FSM targets")
     group.add_argument("--gamma-features", type=positive(float, zero=True), default=0.1,

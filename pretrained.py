@@ -4,7 +4,7 @@
     print(report.source, len(report.loaded), report.missing, report.unexpected)
 
 Understood: MiT ImageNet weights (SegFormer), M-SegFormer (AnySeg) and CMNeXt (DELIVER) as published, and checkpoints
-written here.  tests/golden proves the first three against the authors' outputs.
+written here.  tests/golden proves the two segmentation models against the authors' outputs.
 """
 
 import re

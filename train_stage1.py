@@ -85,7 +85,7 @@ def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict |
 
 
 def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
-    """Sensors dropped at random per sample, the teacher's logits and prototypes as targets (sections 4.2 and 4.3)."""
+    """Sensors dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2)."""
     o, classes = run.o, len(train.classes)
     teacher.requires_grad_(False).eval()
     robust = copy.deepcopy(teacher).requires_grad_(True)  # the student starts from the teacher

@@ -4,8 +4,9 @@
     python reproduce.py --backbone cmnext_tiny --rows teacher,method,student
 
 Every run is a command line of the training scripts, every row an evaluation on the test split, which nothing else
-reads. Writes runs/miniature/NAME/seed*/..., results/NAME.json and results/NAME.md (mean and standard deviation over the
-seeds), NAME being the backbone. Two runs at a time, a thread each: on two cores that is faster than one with two.
+reads. Writes runs/miniature/BACKBONE/seed*/... and results/miniature.json and .md (mean and standard deviation over the
+seeds); the names of other backbones, lengths and splits say so (miniature-cmnext_tiny.json). Two runs at a time, a
+thread each: on two cores that is faster than one with two.
 """
 
 import argparse
@@ -77,6 +78,8 @@ def options() -> argparse.Namespace:
     known = [row[0] for row in ROWS]
     o.rows = o.rows.split(",") if o.rows else known
     o.name = o.backbone if o.length == 1 else f"{o.backbone}-{o.length:g}"
+    settings = ((o.backbone, "segformer_tiny"), (f"{o.length:g}", "1"), (o.split, "test"))
+    o.table = "-".join(["miniature", *(value for value, usual in settings if value != usual)])
     if unknown := [row for row in o.rows if row not in known]:
         parser.error(f"row {unknown[0]} is unknown; choose of {', '.join(known)}")
     return o
@@ -166,10 +169,10 @@ def report(table: dict[str, list[dict]], o: argparse.Namespace, minutes: float) 
                 spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}")
             lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    (out / f"{o.name}.md").write_text("\n".join(lines) + "\n")
-    (out / f"{o.name}.json").write_text(json.dumps({"about": about, "minutes": round(minutes, 1), "runs": RUNS,
-                                                        "epochs": EPOCHS, "length": o.length, "scenes": SCENES,
-                                                        "scores": table}, indent=1) + "\n")
+    (out / f"{o.table}.md").write_text("\n".join(lines) + "\n")
+    data = {"about": about, "minutes of the last sitting": round(minutes, 1), "runs": RUNS, "epochs": EPOCHS,
+            "length": o.length, "scenes": SCENES, "scores": table}  # fmt: skip
+    (out / f"{o.table}.json").write_text(json.dumps(data, indent=1) + "\n")
     print("\n".join(lines))
 
 

@@ -48,7 +48,7 @@ def test_the_report_gives_mean_and_standard_deviation(tmp_path, monkeypatch, cap
     o = reproduce.options()
     reproduce.report({"teacher": [dict.fromkeys(reproduce.COLUMNS, v) for v in (10.0, 14.0)]}, o, 1.0)
     assert "| teacher | 12.0 ± 2.8 |" in capsys.readouterr().out
-    saved = json.loads((tmp_path / "results" / "segformer_tiny-0.5.json").read_text())
+    saved = json.loads((tmp_path / "results" / "miniature-0.5.json").read_text())
     assert saved["length"] == 0.5 and len(saved["scores"]["teacher"]) == 2
 
 

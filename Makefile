@@ -13,7 +13,7 @@ RUN = .venv/bin/python
 	touch $@
 
 # Two halves side by side, a core each; `pytest` alone runs the same in one process.
-FIRST = $(addprefix tests/test_,kernels.py kernels_compile.py steps.py fsm.py predict.py)
+FIRST = $(addprefix tests/test_,kernels.py kernels_compile.py steps.py fsm.py predict.py evaluate.py)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=target test-first test-rest

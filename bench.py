@@ -4,9 +4,10 @@
     python bench.py --quick                      # B0, 512 pixels, batch 2, float32
     python bench.py --what kernels --json benchmarks/h200.json
 
-Writes nothing but the file named by --json. Columns: milliseconds (median, 20th and 80th percentile), memory at the
-peak beyond the inputs (GPU), the bytes that must move over the time, and that as a part of what a plain copy reached
-in the same run. Each path's result is checked against the transparent loop or the definitions before it is timed.
+Writes nothing but the file named by --json. Columns of the section kernels: milliseconds (median, 20th and 80th
+percentile), memory at the peak beyond the inputs (GPU), the bytes that must move over the time, and that as a part of
+what a plain copy reached in the same run; each path's result is checked against the transparent loop or the definitions
+before it is timed. What the other sections time (bench_step.py) is compared by tests/test_bench.py.
 """
 
 import argparse

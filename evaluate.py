@@ -35,7 +35,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--root", help="folder of the data set")
     group.add_argument("--split", default="val", choices=("train", "val", "test"), help="papers report val")
     group.add_argument("--size", type=positive(int), help="shorter side in pixels; None: the training crop's")
-    group.add_argument("--limit", type=positive(int), help="only the first N frames")
+    group.add_argument("--limit", type=positive(int), help="only N frames, spread evenly")
     group.add_argument("--batch-size", type=positive(int), default=8, help="frames; changes memory and speed only")
     group.add_argument("--workers", type=positive(int, zero=True), default=0, help="loader processes")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -14,7 +14,7 @@ import sys
 
 # Published (paper, section 5): AdamW 6e-5, weight decay 0.01, 10 epochs of warm-up from 0.1, poly 0.9, 200 epochs for
 # the teacher, 120 for the student, 1024 x 1024.  The batch size is not stated there; 8 is the usual choice on DELIVER.
-# Stage 2 has no published recipe at all.  The synthetic one was chosen by measurement (README, results).
+# Stage 2 has no published recipe at all.  The synthetic one was chosen for the time that a demo may take.
 PUBLISHED = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
                  student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0)  # fmt: skip
 RECIPES = {
@@ -76,12 +76,12 @@ def add_data_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
     group.add_argument("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
     group.add_argument("--root", help="folder of the data set, in its published layout (README); None: data/NAME")
     group.add_argument("--modalities", type=names,
-                       help="sensors and their order, by comma; fewer train faster. None: all of the data set")
+                       help="sensors and their order, by comma; fewer train faster. None: all, of MUSES all but radar")
     group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="DELIVER's depth; published models: hha")
     group.add_argument("--label-map", help='folder data: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
     group.add_argument("--size", type=positive(int), default=recipe["size"],
                        help="side of the training crop, pixels, from 32 on; larger sees more, costs its square")
-    group.add_argument("--limit", type=positive(int), help="use only the first N frames of each split; for trials")
+    group.add_argument("--limit", type=positive(int), help="use only N frames of each split, spread evenly; for trials")
     group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
                        help="go on past at most N broken frames (each is listed) instead of stopping at the first")
     workers = 0 if recipe["size"] < 128 else min(4, os.cpu_count() or 1)
@@ -94,7 +94,7 @@ def add_training_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
     group.add_argument("--batch-size", type=positive(int), default=recipe["batch_size"],
                        help="frames per step over all processes; halve --lr when you halve it")
     group.add_argument("--lr", type=positive(float), default=recipe["lr"], help="peak learning rate of AdamW; "
-                       "1e-5..3e-3: with pretrained weights 6e-5, a small model from scratch 1e-3; too high diverges")
+                       "1e-5..3e-3: with pretrained weights 6e-5, a tiny model from scratch 2e-3; too high diverges")
     group.add_argument("--weight-decay", type=positive(float, zero=True), default=0.01, help="none for 1-D parameters")
     group.add_argument("--warmup-epochs", type=positive(float, zero=True), default=recipe["warmup_epochs"],
                        help="linear rise from a tenth of --lr; at most half a phase is used")
@@ -102,7 +102,8 @@ def add_training_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
     group.add_argument("--dropout", type=share, default=0.1, help="of the decoder's channels")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off",
                        help="mixed precision: bf16 on CPUs with AMX and on GPUs from 8.0, fp16 on older GPUs")
-    group.add_argument("--compile", action="store_true", help="torch.compile the models; pays off in runs over an hour")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile the models: takes minutes at the start; the gain was not measured")
     group.add_argument("--eval-every", type=positive(float), default=recipe["eval_every"],
                        help="epochs between validations (fractions allowed); the best model so far is kept")
     group.add_argument("--seed", type=positive(int, zero=True), default=0, help="same seed, same machine: same numbers")
@@ -188,7 +189,7 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add_training_options(parser, recipe)
     group = parser.add_argument_group("stage 1")
     group.add_argument("--epochs", type=positive(float), default=recipe["epochs"],
-                       help="of the teacher, on all sensors; an under-trained teacher makes distillation hurt")
+                       help="of the teacher, on all sensors; all that follows starts from it")
     group.add_argument("--distill-epochs", type=positive(float, zero=True), default=recipe["distill_epochs"],
                        help="of the robust model, sensors dropped at random; 0: the teacher only")
     group.add_argument("--lambda-kl", type=positive(float, zero=True), default=0.3,
@@ -235,7 +236,7 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
                        help="share of inputs that are complete in any case, for scores and student; the others are "
                             "random subsets")
     group.add_argument("--gamma-logits", type=positive(float, zero=True), default=1.0,
-                       help="weight of KL(student || selected logits); 0 with --gamma-features 0: no FSM targets")
+                       help="weight of KL(student || the ensemble's answer); 0 with --gamma-features 0: no FSM targets")
     group.add_argument("--gamma-features", type=positive(float, zero=True), default=0.1,
                        help="weight of the distance to the selected features, 0..10")
     add_run_options(parser, first.stage1 or "runs/stage2")

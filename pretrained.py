@@ -4,7 +4,8 @@
     print(report.source, len(report.loaded), report.missing, report.unexpected)
 
 Understood: MiT ImageNet weights (SegFormer), M-SegFormer (AnySeg) and CMNeXt (DELIVER) as published, and checkpoints
-written here.  tests/golden proves the two segmentation models against the authors' outputs.
+written here (a student that is conditioned on its sensors only into a model that is, too).  tests/golden proves the two
+segmentation models against the authors' outputs.
 """
 
 import re

@@ -181,16 +181,21 @@ def main(o: argparse.Namespace) -> int:
     names = needed(o.rows)
     seeds = {s: {run[0]: ROOT / "runs" / "miniature" / o.name / f"seed{s}" / run[0] for g in RUNS for run in g}
              for s in range(o.seeds)}  # fmt: skip
+    rows = [row for row in ROWS if row[0] in o.rows]
     with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
-        runs: dict[int, dict] = {seed: {} for seed in seeds}
-        for run in (run for group in RUNS for run in group if run[0] in names and not o.report_only):
-            for seed, folders in seeds.items():  # begun in this order, so what a run waits for is never behind it
-                runs[seed][run[0]] = pool.submit(train, *run, seed, folders, dict(runs[seed]), o)
-        for job in (job for jobs in runs.values() for job in jobs.values()):
-            job.result()
-        rows = [row for row in ROWS if row[0] in o.rows]
-        jobs = {row[0]: [pool.submit(score, row, folders, o.split) for folders in seeds.values()] for row in rows}
-        table = {name: [job.result() for job in found] for name, found in jobs.items()}
+        try:
+            runs: dict[int, dict] = {seed: {} for seed in seeds}
+            for run in (run for group in RUNS for run in group if run[0] in names and not o.report_only):
+                for seed, folders in seeds.items():  # begun in this order, so what a run waits for is never behind it
+                    runs[seed][run[0]] = pool.submit(train, *run, seed, folders, dict(runs[seed]), o)
+            for job in concurrent.futures.as_completed(job for jobs in runs.values() for job in jobs.values()):
+                job.result()
+            jobs = {row[0]: [pool.submit(score, row, folders, o.split) for folders in seeds.values()] for row in rows}
+            table = {name: [job.result() for job in found] for name, found in jobs.items()}
+        except (RuntimeError, KeyboardInterrupt) as error:  # the runs get Ctrl-C as well, and save what they have
+            print(f"reproduce.py: {str(error) or 'interrupted.'}\nThe same command goes on from here.", file=sys.stderr)
+            pool.shutdown(cancel_futures=True)  # the runs that are under way end first
+            return 1
     report(table, o, (datetime.datetime.now() - start).total_seconds() / 60)
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import string
+import time
 
 import pytest
 
@@ -57,3 +58,19 @@ def test_an_unknown_row_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         reproduce.options()
     assert "techer" in capsys.readouterr().err
+
+
+def test_after_a_failed_run_no_other_begins(tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def fail(name, script, flags, seed, *_):
+        begun.append((name, seed))
+        time.sleep(0.1)
+        raise RuntimeError(f"{name} {seed} ended with 1")
+
+    monkeypatch.setattr(reproduce, "train", fail)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "--jobs", "1"])
+    assert reproduce.main(reproduce.options()) == 1
+    assert "ended with 1\nThe same command goes on" in capsys.readouterr().err
+    assert len(begun) < 5 and not (tmp_path / "results").exists()

@@ -7,6 +7,7 @@ Then the joint augmentation of training, modality dropping (stage 1), and the co
 Axes: B batch, M modalities, K classes, H W image size. A label of 255 is ignored everywhere.
 """
 import argparse
+import glob
 import os
 import sys
 import zlib
@@ -37,6 +38,7 @@ from layouts import (
 )
 
 SPLITS = ("train", "val", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
 SPARSE = ("event", "lidar", "radar")    # resized by NEAREST: the mean of a point and of nothing is neither
@@ -55,11 +57,15 @@ class Frame(NamedTuple):
 
 
 def find_files(base: Path, pattern: str, ending: str) -> dict[str, Path]:
-    """Frame key -> file, for all files base/pattern whose names end so, with any extension that can be read."""
+    """Frame key -> file, for all files base/pattern whose names end so, with any extension that can be read.
+
+    Follows linked folders, leaves out hidden ones.
+    """
     stem, found = ending.rpartition(".")[0], {}
-    for path in base.glob(f"{pattern}{stem}.*"):
-        key = path.relative_to(base).as_posix()[:-len(stem + path.suffix)]
-        if path.suffix in (".png", ".jpg", ".npy", ".npz") and found.setdefault(key, path) != path:
+    for name in glob.glob(f"{pattern}{stem}.*", root_dir=base, recursive=True):
+        path = base / name
+        key = Path(name).as_posix()[:-len(stem + path.suffix)]
+        if path.suffix.lower() in SUFFIXES and found.setdefault(key, path) != path:
             raise ValueError(f"{path} and {found[key]} are of the same frame; remove one of them")
     return found
 
@@ -103,10 +109,13 @@ class FrameDataset(torch.utils.data.Dataset):
     ignored = IGNORED
 
     def __init__(self, name: str, frames: list[Frame], classes: list[str], palette: np.ndarray, modalities: list[str],
-                 size: int | tuple[int, int] | None, augment: bool, seed: int, table: np.ndarray) -> None:
+                 size: int | tuple[int, int] | None, augment: bool, seed: int, table: np.ndarray,
+                 shrink_only: bool = False) -> None:
+        self.shrink_only = shrink_only
         self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
         self.size, self.augment, self.seed, self.table = size, augment, seed, table
-        self.dtype, self.broken, self.painted = np.uint8, [], {}
+        self.dtype, self.kinds, self.broken, self.painted = np.uint8, [], [], {}
+        self.class_pixels = np.zeros(256, np.int64)     # counted by `open_all`
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -127,6 +136,13 @@ class FrameDataset(torch.utils.data.Dataset):
         reader = read_mcubes if self.name == "mcubes" else read_image
         images = [readers.get((self.name, modality), reader)(path)
                   for modality, path in zip(self.modalities, frame.images, strict=True)]
+        for m, path in enumerate(frame.images):
+            is_float = isinstance(images[m], np.ndarray)
+            if self.kinds and is_float != self.kinds[m]:
+                raise ValueError(f"{path} has {'16 bits or floats' if is_float else '8 bits'}, the first frame's file "
+                                 f"of {self.modalities[m]} not; a modality must be of one kind")
+            if is_float and self.modalities[m] == "rgb" and images[m].max() > 1:
+                raise ValueError(f"{path} has values up to {images[m].max():g}; rgb as floats must be in 0..1")
         if frame.label is None:
             label = np.full(shape_of(images[0]), IGNORED, np.uint8)
         else:
@@ -141,21 +157,34 @@ class FrameDataset(torch.utils.data.Dataset):
                 images[m] = images[m].resize(label.shape[::-1], NEAREST)    # eventlowres: 512 x 512 of 1042 x 1042
         return images, label
 
-    def drop_broken(self, allowed: int) -> None:
+    def open_all(self, allowed: int) -> None:
         """Read every frame once and leave out at most `allowed` broken ones; `broken` holds a sentence for each."""
-        def problem(index: int) -> str | None:
+        def problem(index: int) -> tuple[str | None, np.ndarray | int]:
             try:
-                self.read(index)
+                return None, np.bincount(self.read(index)[1].ravel(), minlength=256)
             except (ValueError, OSError) as error:
-                return str(error)
+                return str(error), 0
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            problems = list(pool.map(problem, range(len(self))))
+            problems, counts = zip(*pool.map(problem, range(len(self))), strict=True)
+        self.class_pixels += sum(counts)
         self.broken = [text for text in problems if text]
         if len(self.broken) > allowed:
             raise ValueError(f"{len(self.broken)} frames are broken, more than --skip-broken {allowed}; the last one: "
                              f"{self.broken[-1]}")
         self.frames = [frame for frame, text in zip(self.frames, problems, strict=True) if not text]
+
+    def learn_kinds(self, lenient: bool) -> None:
+        """Which modalities are 8 bit and which float: as in the first frame, or with `lenient` the first sound one."""
+        for index in range(len(self)):
+            try:
+                self.kinds = [isinstance(image, np.ndarray) for image in self.read(index)[0]]
+            except (ValueError, OSError):
+                if lenient:
+                    continue
+                raise
+            break
+        self.dtype = np.float32 if any(self.kinds) else np.uint8
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
@@ -172,6 +201,7 @@ class FrameDataset(torch.utils.data.Dataset):
             top, left = (int(rng.integers(min(0, s - c), max(0, s - c) + 1)) for s, c in zip(scaled, crop, strict=True))
         else:
             scale = self.size / min(height, width) if isinstance(self.size, int) else 1
+            scale = min(scale, 1) if self.shrink_only else scale
             scaled = self.size if isinstance(self.size, tuple) else (round(height * scale), round(width * scale))
             crop, flip, top, left = scaled, False, 0, 0
         # Only what the crop shows is resized: rows y0..y1 and columns x0..x1 of the scaled frame.
@@ -188,9 +218,6 @@ class FrameDataset(torch.utils.data.Dataset):
                 image = jitter(image, rng)
             if image.dtype == np.uint8 and self.dtype == np.float32:
                 image = image / np.float32(255)
-            elif image.dtype != self.dtype:
-                raise ValueError(f"{self.frames[index].images[m]} has 16 bits or floats, but all of the first frame's "
-                                 f"files have 8 bits; a modality must be of one kind")
             pixels[m, :, rows, columns] = image[:, ::step].transpose(2, 0, 1)   # (3 or 1 -> 3, h, w)
         classes = np.full(crop, IGNORED, np.uint8)  # int64 on the device only: an eighth of the bytes to move
         label = Image.fromarray(label)
@@ -242,12 +269,14 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def open_dataset(name: str, root: str | Path | None = None, split: str = "train", modalities: list[str] | None = None,
                  size: int | tuple[int, int] | None = None, augment: bool = False, seed: int = 0,
                  limit: int | None = None, depth: str = "hha", condition: str | None = None, case: str | None = None,
-                 label_map: dict[int, int] | str | None = None, skip_broken: int = 0) -> FrameDataset:
+                 label_map: dict[int, int] | str | None = None, skip_broken: int = 0,
+                 shrink_only: bool = False) -> FrameDataset:
     """Open a split of a data set; what it yields is said at `FrameDataset`.
 
     modalities: which and in which order; by default all, but for MUSES those of the papers' tables (no radar).
     size: with `augment`, the crop S x S or (H, W). Without, the length S of the shorter side, with the aspect kept, or
         exactly (H, W). None leaves frames as they are. Synthetic scenes are painted at `size` (by default 64).
+    shrink_only: leave frames as they are whose shorter side is below `size`.
     limit: at most so many frames, spread evenly over the sorted list; for synthetic, the number of scenes.
     depth: "hha" or "raw" (DELIVER). condition, case: frames of these only; synthetic paints every scene like that.
     label_map: for the ids of a folder data set, see `label_table`.
@@ -273,7 +302,8 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         root = Path(root) / "multimodal_dataset" if name == "mcubes" else Path(root)
         root = root if root.is_dir() else root.parent
         if name == "folder":
-            folders = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name != "labels")
+            folders = sorted(path.name for path in root.iterdir() if path.name != "labels"
+                             and any((path / split).is_dir() for split in SPLITS))
             layout = layout._replace(sensors={m: (m, ".png") for m in sorted(folders, key=lambda m: m != "rgb")})
         elif depth == "raw" and name == "deliver":
             layout = layout._replace(sensors={**layout.sensors, "depth": ("depth", "_depth_front.png")})
@@ -282,16 +312,19 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
                             else parse_classes(layout.classes.split(",")))
     if modalities is None:
         modalities = [m for m in known if (name, m) != ("muses", "radar")]
-    wrong = [m for m in modalities if m not in known or modalities.count(m) > 1]
-    if wrong or not modalities:
-        raise ValueError(f"modality {wrong[0] if wrong else 'list'!r} is unknown, empty or given twice; "
-                         f"{name} has {', '.join(known)}")
+    elif not modalities:
+        raise ValueError("the list of modalities is empty; name at least one, or give None for all")
+    where = f"{name} at {root}" if name == "folder" else name
+    if unknown := [m for m in modalities if m not in known]:
+        raise ValueError(f"modality {unknown[0]!r} is unknown; {where} has {', '.join(known) or 'none'}")
+    if twice := [m for m in modalities if modalities.count(m) > 1]:
+        raise ValueError(f"modality {twice[0]!r} is given twice")
     if name == "synthetic":     # condition and failure as scenes.paint chooses them by itself
         frames = [Frame(f"{split}/{i:06d}", condition or scenes.CONDITIONS[i % 5],
                         case or (scenes.CASES[i // 30 % 5] if i // 5 % 6 == 5 else "none"))
                   for i in range(limit or SYNTHETIC_COUNT[split])]
     else:
-        frames = find_frames(name, layout, root, split, modalities)
+        frames = find_frames(name, layout, root, split, modalities) if modalities else []
         if not frames:
             raise FileNotFoundError(f"{root} has no {split} frames of {layout.title}; expected {layout.expected}; "
                                     f"{layout.source}")
@@ -303,11 +336,13 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         count = min(limit or len(frames), len(frames))
         frames = [frames[i * len(frames) // count] for i in range(count)]
     table = label_table(label_map or ("shift:-1" if name == "deliver" else "shift:0"), len(classes))
-    dataset = FrameDataset(name, frames, classes, palette, modalities, size, augment, seed, table)
+    dataset = FrameDataset(name, frames, classes, palette, modalities, size, augment, seed, table, shrink_only)
+    if name != "synthetic":
+        dataset.learn_kinds(lenient=skip_broken > 0)
     if skip_broken:
-        dataset.drop_broken(skip_broken)
-    if name != "synthetic" and dataset.frames and any(isinstance(image, np.ndarray) for image in dataset.read(0)[0]):
-        dataset.dtype = np.float32      # the first frame decides
+        dataset.open_all(skip_broken)
+        if not dataset.frames and skip_broken < sys.maxsize:    # that is --check, which reports them
+            raise ValueError(f"all {split} frames are broken; the last one: {dataset.broken[-1]}")
     return dataset
 
 
@@ -379,7 +414,10 @@ def check(options: argparse.Namespace) -> int:
         except FileNotFoundError as missing:    # a split may be absent, but not all three
             error = missing
             continue
-        lines.append(f"{split}: {len(dataset) + len(dataset.broken)} frames, {len(dataset.broken)} broken")
+        never = [c for c, pixels in zip(dataset.classes, dataset.class_pixels, strict=False) if not pixels]
+        what = f"; never in a label: {', '.join(never)}" if 0 < len(never) < len(dataset.classes) else ""
+        what = "; not one labelled pixel" if len(never) == len(dataset.classes) else what
+        lines.append(f"{split}: {len(dataset) + len(dataset.broken)} frames, {len(dataset.broken)} broken{what}")
         broken += dataset.broken
     if not lines:
         raise error

@@ -87,7 +87,14 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     """A folder data set's classes.txt: the class of label 0 in the first line, and so on."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; write a class a line, 'name' or 'name r g b', in label order")
-    names, palette = parse_classes(path.read_text(encoding="utf-8").splitlines())
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no UTF-8 text; save it as such") from None
+    for line in lines:
+        if line.startswith("#") or any(word.isdecimal() and int(word) > 255 for word in line.split()[-3:]):
+            raise ValueError(f"{path} has the line {line!r}; expected 'name' or 'name r g b' with r, g, b in 0..255")
+    names, palette = parse_classes(lines)
     if not 0 < len(names) < 256:
         raise ValueError(f"{path} has {len(names)} classes; expected 1 to 255, one a line")
     for name in names:
@@ -138,9 +145,9 @@ def read_file(path: Path) -> Picture:
         raise FileNotFoundError(f"{path} is missing, though its frame has other files; restore it, choose --modalities "
                                 f"without it, or let --skip-broken leave the frame out")
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             return np.load(path, allow_pickle=False)
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 return archive[archive.files[0]]
         with Image.open(path, formats=("PNG", "JPEG")) as image:
@@ -172,9 +179,11 @@ def read_image(path: Path) -> Picture:
         return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     if image.dtype == np.uint16:
         return image.astype(np.float32) / 65535
+    with np.errstate(over="ignore"):        # what float32 cannot hold becomes infinite, and is found below
+        image = image.astype(np.float32)
     if not np.isfinite(image).all():
         raise ValueError(f"{path} has NaN or infinite values; replace them, for example by 0")
-    return image.astype(np.float32)
+    return image
 
 
 def read_float(path: Path) -> np.ndarray:
@@ -206,9 +215,11 @@ def read_mcubes(path: Path) -> np.ndarray:
 
 def read_label(path: Path, table: np.ndarray, red: bool) -> np.ndarray:
     """A label file as (H, W) uint8 classes by `label_table`; `red`: the ids are in a colour image's red channel."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise ValueError(f"{path} is a JPEG, whose compression changes class ids; write labels as PNG")
     ids = read_file(path)
     ids = np.asarray(ids.getchannel(0) if red and isinstance(ids, Image.Image) else ids)
-    if ids.ndim != 2 or ids.dtype.kind != "u":
+    if ids.ndim != 2 or ids.dtype not in ("u1", "u2"):
         raise ValueError(f"{path} is no label map; expected class ids of 8 or 16 bit in one channel")
     label = table.take(ids)                 # (H, W), in int16: no id can wrap around
     if label.min() < 0:

@@ -648,3 +648,92 @@ def test_export_command_writes_what_check_accepts(tmp_path, monkeypatch, capsys)
     status, _ = run(monkeypatch, capsys, "--export", tmp_path / "new", "--layout", "mcubes", "--count", 4, "--size", 16)
     assert status == 0
     assert run(monkeypatch, capsys, "--check", "--data", "mcubes", "--root", tmp_path / "new")[0] == 0
+
+
+def test_what_is_no_sensor_is_left_out_and_linked_folders_and_upper_case_endings_are_found(mini, tmp_path):
+    root = mini("folder")
+    before = open_dataset("folder", root, "train")
+    pictures = before[0][:2]
+    (root / "calib").mkdir()
+    (root / "rgb/train/.ipynb_checkpoints").mkdir()
+    first = before.frames[0].images[before.modalities.index("rgb")]
+    shutil.copy(first, root / "rgb/train/.ipynb_checkpoints" / first.name)
+    first.rename(first.with_suffix(".PNG"))
+    for folder in (*before.modalities, "labels"):
+        (root / folder / "train").rename(tmp_path / folder)
+        (root / folder / "train").mkdir()
+        (root / folder / "train/linked").symlink_to(tmp_path / folder)
+    after = open_dataset("folder", root, "train")
+    assert after.modalities == before.modalities and len(after) == len(before)
+    assert all(torch.equal(a, b) for a, b in zip(after[0][:2], pictures, strict=True))
+
+
+def test_a_modality_is_of_one_kind_and_float_colours_in_range(mini):
+    root = mini("folder")
+    frames = open_dataset("folder", root, "train", ["rgb", "depth"]).frames
+    Image.fromarray(np.zeros((SIZE, SIZE), np.uint8)).save(frames[1].images[1])
+    with fails(ValueError, frames[1].images[1], "one kind"):
+        open_dataset("folder", root, "train", ["rgb", "depth"])[1]
+    for frame in frames:
+        frame.images[0].unlink()
+        np.save(frame.images[0].with_suffix(".npy"), np.full((SIZE, SIZE, 3), 255.0))
+    with fails(ValueError, frames[0].images[0].with_suffix(".npy"), "255", "0..1"):
+        open_dataset("folder", root, "train", ["rgb"])
+
+
+def test_labels_that_cannot_be_trusted_are_refused(mini):
+    root = mini("folder")
+    label = open_dataset("folder", root, "train").frames[0].label
+    Image.open(label).save(label.with_suffix(".jpg"))
+    label.unlink()
+    with fails(ValueError, label.with_suffix(".jpg"), "PNG"):
+        open_dataset("folder", root, "train")[0]
+    label.with_suffix(".jpg").unlink()
+    np.save(label.with_suffix(".npy"), np.full((SIZE, SIZE), 70000, np.uint32))
+    with fails(ValueError, label.with_suffix(".npy"), "8 or 16 bit"):
+        open_dataset("folder", root, "train")[0]
+
+
+def test_floats_beyond_float32_count_as_infinite(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((4, 4), 1e300))
+    with fails(ValueError, "a.npy", "NaN or infinite"):
+        layouts.read_image(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("text, found", [("bg 300 0 0", "300"), ("# classes", "# classes")])
+def test_a_line_of_classes_txt_that_cannot_be_meant_is_named(tmp_path, text, found):
+    (tmp_path / "classes.txt").write_text(f"sky\n{text}\n")
+    with fails(ValueError, "classes.txt", found):
+        layouts.read_classes(tmp_path / "classes.txt")
+
+
+def test_classes_txt_may_begin_with_a_byte_order_mark_but_must_be_utf_8(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("\ufeffhöhe".encode())
+    assert layouts.read_classes(tmp_path / "classes.txt")[0] == ["höhe"]
+    (tmp_path / "classes.txt").write_bytes("höhe".encode("latin-1"))
+    with fails(ValueError, "classes.txt", "UTF-8"):
+        layouts.read_classes(tmp_path / "classes.txt")
+
+
+def test_nothing_is_left_when_all_frames_are_broken(mini):
+    root = mini("folder")
+    for frame in open_dataset("folder", root, "val").frames:
+        frame.label.write_bytes(b"no picture")
+    with fails(ValueError, "all val frames are broken"):
+        open_dataset("folder", root, "val", skip_broken=99)
+
+
+def test_check_names_the_classes_that_never_occur(mini, capsys, monkeypatch):
+    root = mini("folder")
+    with open(root / "classes.txt", "a") as file:
+        file.write("unicorn\n")
+    monkeypatch.setattr(sys, "argv", ["data.py", "--data", "folder", "--root", str(root), "--check"])
+    assert data.main() == 0
+    assert "0 broken; never in a label:" in (text := capsys.readouterr().out) and "unicorn" in text
+
+
+def test_frames_are_only_shrunk_if_asked(mini):
+    root = mini("folder")
+    assert open_dataset("folder", root, "val", size=2 * SIZE, shrink_only=True)[0][1].shape == (SIZE, SIZE)
+    assert open_dataset("folder", root, "val", size=2 * SIZE)[0][1].shape == (2 * SIZE, 2 * SIZE)
+    assert open_dataset("folder", root, "val", size=SIZE // 2, shrink_only=True)[0][1].shape == (SIZE // 2, SIZE // 2)

@@ -100,6 +100,8 @@ def load_model(
     overrides: entries of meta to replace, for training on with another drop_path or dropout.
     """
     state = read(pathlib.Path(path))
+    if isinstance(state, dict) and "phase" in state:
+        raise ValueError(f"{path} is the state of a training run; give a model of that folder, e.g. student.pt.")
     if not isinstance(state, dict) or state.get("format") != "rmmss 1":
         raise ValueError(f"{path} was not written by this project; published weights go through --pretrained.")
     require(path, state["meta"], expect or {})
@@ -129,6 +131,6 @@ def require(path: pathlib.Path | str, found: dict, expect: dict) -> None:
 def describe(o, dataset, backbone: str) -> dict:
     """What a model's checkpoint says of itself."""
     return {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes),
-            "palette": [[int(v) for v in colour] for colour in dataset.palette], "size": o.size, "data": o.data,
-            "root": o.root, "depth": o.depth, "label_map": o.label_map, "drop_path": o.drop_path,
+            "palette": [[int(v) for v in colour] for colour in dataset.palette], "size": o.size, "val_size": o.val_size,
+            "data": o.data, "root": o.root, "depth": o.depth, "label_map": o.label_map, "drop_path": o.drop_path,
             "dropout": o.dropout}  # fmt: skip

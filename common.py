@@ -93,7 +93,8 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW without weight decay for 1-D parameters (norms and biases), as published."""
+    """AdamW without weight decay for 1-D parameters (norms and biases), as published. Those that are stacked, a row for
+    each sensor, count as matrices."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
@@ -134,7 +135,18 @@ def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) ->
         with autocast(run.device, run.o.amp):
             for i, logits in enumerate(predict(normalise(images.to(run.device, non_blocking=True)), subsets)):
                 matrices[i] += metrics.confusion(logits.argmax(1), labels, k)
-    return [metrics.scores(matrix) for matrix in run.total(matrices)]
+    matrices = run.total(matrices)
+    if not matrices.any():
+        raise ValueError(f"not one pixel of the {len(dataset)} validation frames has a label; look at them with "
+                         "python data.py --check.")  # fmt: skip
+    return [metrics.scores(matrix) for matrix in matrices]
+
+
+def summarise(results: list[dict]) -> dict[str, float]:
+    """Scores of all subsets, the complete one last -> mIoU (published rule) of all, the complete one, the others."""
+    *missing, full = (scores["miou_published"] for scores in results)
+    values = {"miou": (full + sum(missing)) / len(results), "miou_full": full}
+    return {**values, "miou_missing": sum(missing) / len(missing)} if missing else values
 
 
 def predictor(model: nn.Module) -> Callable:

@@ -23,10 +23,9 @@ PROTOCOLS = ("any", "emm", "rmm", "nm", "condition", "case")
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    from options import RECIPES, Help, names, positive
+    from options import RECIPES, Parser, device, names, positive
 
-    parser = argparse.ArgumentParser("evaluate.py", description=__doc__.split("\n")[0], formatter_class=Help,
-                                     allow_abbrev=False)  # fmt: skip
+    parser = Parser("evaluate.py", __doc__)
     parser.add_argument("checkpoint", nargs="+", help="model files, or run folders: all that they hold")
     parser.add_argument("--only", type=names, help="of all the rows that run folders give, these, by comma")
     parser.add_argument("--protocol", type=names, default=["any"], help=f"by comma, of {', '.join(PROTOCOLS)}, or all")
@@ -34,11 +33,15 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--data", choices=RECIPES)
     group.add_argument("--root", help="folder of the data set")
     group.add_argument("--split", default="val", choices=("train", "val", "test"), help="papers report val")
-    group.add_argument("--size", type=positive(int), help="shorter side in pixels; None: the training crop's")
+    group.add_argument("--size", type=positive(int),
+                       help="shorter side in pixels. None: as in validation, at most --val-size of the training")
+    group.add_argument("--label-map", help="folder data: label ids to classes, as in training")
+    group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
+                       help="go on past at most N broken frames, each is listed")
     group.add_argument("--limit", type=positive(int), help="only N frames, spread evenly")
     group.add_argument("--batch-size", type=positive(int), default=8, help="frames; changes memory and speed only")
     group.add_argument("--workers", type=positive(int, zero=True), default=0, help="loader processes")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
     group.add_argument("--seed", type=positive(int, zero=True), default=0, help="of the rmm and nm corruptions")
     group = parser.add_argument_group("test-time augmentation", "as some papers report; say so beside the numbers")
@@ -60,6 +63,13 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         o.scales = [positive(float)(s) for s in o.scales.split(",")]
     except ValueError:
         parser.error(f"--scales {o.scales} must be numbers above 0, by comma, e.g. 0.5,1,1.5.")
+    if o.size and o.size < 32:
+        parser.error(f"--size {o.size} is too small: at least 32.")
+    for flag, path, ending in (("--json", o.json, ".json"), ("--markdown", o.markdown, ".md")):
+        if path and (not path.endswith(ending) or pathlib.Path(path).name == "config.json"):
+            parser.error(f"{flag} {path} must end in {ending}, and be no run's config.json.")
+        if path and not pathlib.Path(path).parent.is_dir():  # now, not after an hour of evaluation
+            parser.error(f"{flag} {path}: its folder does not exist.")
     if o.tile and o.tile < 32:
         parser.error(f"--tile {o.tile} is too small: at least 32.")
     return o
@@ -70,7 +80,7 @@ if __name__ == "__main__":
 
 import json  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -93,14 +103,23 @@ EMM_ODDS = (0.2, 0.1, 0.05)
 def main(o) -> None:
     o.deterministic, o.tensorboard, o.out = False, False, "."
     run = runner.Run(o, "evaluate.py")
-    rows, meta = load_rows(o.checkpoint, run.device, o.fsm_level, o.fsm_rule)
+    same = ["classes", "modalities", "depth"]
+    same += [name for name, given in (("label_map", o.label_map), ("size", o.size), ("val_size", o.size)) if not given]
+    rows, meta = load_rows(o.checkpoint, run.device, o.fsm_level, o.fsm_rule, same)
     if unknown := sorted(set(o.only or ()) - set(rows)):
         raise ValueError(f"--only {unknown[0]}: {o.checkpoint[0]} gives no such row, but {', '.join(rows)}.")
     rows = {name: predict for name, predict in rows.items() if not o.only or name in o.only}
-    root = o.root or (meta["root"] if o.data in (None, meta["data"]) else ROOTS.get(o.data))
-    dataset = open_dataset(o.data or meta["data"], root=root, split=o.split,
-                           modalities=meta["modalities"], size=o.size or meta["size"], limit=o.limit, seed=0,
-                           depth=meta["depth"], label_map=meta["label_map"])  # fmt: skip
+    data = o.data or meta["data"]
+    if data == "synthetic" and o.root:
+        raise ValueError(f"--root {o.root} means nothing to painted scenes: add --data folder, or the data set's name.")
+    trained_here = data == meta["data"]
+    size = o.size or (meta["size"] if data == "synthetic" else meta.get("val_size", meta["size"]))
+    dataset = open_dataset(data, root=o.root or (meta["root"] if trained_here else ROOTS.get(data)), split=o.split,
+                           modalities=meta["modalities"], size=size, limit=o.limit, seed=0, depth=meta["depth"],
+                           label_map=o.label_map or (meta["label_map"] if trained_here else None),
+                           skip_broken=o.skip_broken, shrink_only=not o.size)  # fmt: skip
+    for problem in dataset.broken:
+        run.say(f"left out: {problem}")
     if list(dataset.classes) != meta["classes"]:
         raise ValueError(f"{o.checkpoint[0]} knows the classes {', '.join(meta['classes'])}; "
                          f"{dataset.name} has {', '.join(dataset.classes)}.")  # fmt: skip
@@ -108,7 +127,8 @@ def main(o) -> None:
     if run.rank:
         return
     text = "\n\n".join(tables(results, dataset, o.protocol))
-    about = (f"{dataset.name} {o.split}, {len(dataset)} frames, size {o.size or meta['size']}; mIoU in per cent, "
+    limit = "" if o.size or data == "synthetic" else "at most "
+    about = (f"{dataset.name} {o.split}, {len(dataset)} frames, size {limit}{size}; mIoU in per cent, "
              "absent classes count as 0 (published rule); last column: mean over the classes that occur")  # fmt: skip
     run.say(f"{about}\n\n{text}")
     if o.markdown:
@@ -120,9 +140,13 @@ def main(o) -> None:
 
 
 def load_rows(
-    paths: list[str], device: torch.device, level: str = "both", rule: str | None = None
-) -> tuple[dict[str, Callable], dict]:
-    """Row name -> predict(images, subsets, degraded); a folder gives a row per model, the switch and the ensemble."""
+    paths: list[str], device: torch.device, level: str = "both", rule: str | None = None,
+    same: Sequence[str] = ("classes", "modalities"),
+) -> tuple[dict[str, Callable], dict]:  # fmt: skip
+    """Row name -> predict(images, subsets, degraded); a folder gives a row per model, the switch and the ensemble.
+
+    same: what all checkpoints must have been trained with, since all are evaluated on the same images.
+    """
     rows, first = {}, None
     for path in map(pathlib.Path, paths):
         files = [path] if not path.is_dir() else [f for p in common.PHASES if (f := path / f"{p}.pt").exists()]
@@ -133,7 +157,7 @@ def load_rows(
             if "rule" in read(file).get("meta", {}):  # the selection: no model of its own
                 models["fsm"] = load_fsm(file, device)
                 continue
-            expect = first and {k: first[k] for k in ("classes", "modalities")}
+            expect = first and {k: first.get(k) for k in same}
             models[file.stem], meta = load_model(file, device, expect)
             first = first or meta
         if "fsm" in models and not {"teacher", "robust"} <= set(models):
@@ -257,7 +281,10 @@ def evaluate(predict: Callable, dataset, protocols: list[str], run) -> dict[str,
                         if rows:
                             count(protocol, group, logits, rows)
     results: dict[str, dict] = {protocol: {} for protocol in protocols}
-    for (protocol, column), matrix in zip(columns, run.total(torch.stack(list(matrices.values()))), strict=True):
+    totals = run.total(torch.stack(list(matrices.values())))
+    if not totals.any():
+        raise ValueError(f"not one pixel of the {len(dataset)} frames has a label; choose another --split or --root.")
+    for (protocol, column), matrix in zip(columns, totals, strict=True):
         results[protocol][column] = metrics.scores(matrix)
     return results
 
@@ -281,7 +308,8 @@ def summary(protocol: str, scores: dict[str, dict], modalities: list[str], rule:
         return sum(values[c] for c in columns) / len(columns) if columns else float("nan")
 
     if protocol == "any":
-        return {**values, "full": values[full], "missing": mean(missing), "mean": mean(names)}
+        missing = {"missing": mean(missing)} if missing else {}
+        return {**values, "full": values[full], **missing, "mean": mean(names)}
     if protocol == "emm":
         table = {**values, "mean": mean(names)}
         for p in EMM_ODDS:

@@ -70,7 +70,8 @@ class FSM(nn.Module):
 
     def sensor_bias_of(self, level: int, present: Tensor) -> Tensor:
         """What the scores of a level know of the sensors -> (B, S): which are there, all are, or some are missing."""
-        return sensor_indicators(present).to(self.sensor_bias.dtype) @ self.sensor_bias[level].t()
+        with torch.autocast(present.device.type, enabled=False):  # it would round the biases
+            return sensor_indicators(present).to(self.sensor_bias.dtype) @ self.sensor_bias[level].t()
 
     def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> tuple[Tensor, Tensor]:
         """S x (B, C, h, w) -> selected (B, C, h, w), share (S,)."""

@@ -169,6 +169,8 @@ def shared_features(
     """What all subsets share -> features 4 x (B, V, C_i, h_i, w_i), V = M, or 2 M with `degraded`; the weight of each
     map in each subset's mean (S, V), on the CPU; the sensors that each subset is declared to have (S, M), with
     `degraded` all of them, because those protocols do not announce the failure."""
+    if model.training:
+        raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
     present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
     declared = present if degraded is None else torch.ones_like(present)
     weights = model.fusion_weights(declared).cpu()  # before the encoder is queued, so that nothing waits for it

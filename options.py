@@ -30,9 +30,19 @@ ROOTS = {"deliver": "data/DELIVER", "muses": "data/MUSES", "mcubes": "data/MCube
 FREE = {"resume", "config", "out", "root", "workers", "device", "max_minutes", "save_every", "tensorboard"}
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=120)
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong option with one sentence, where argparse would put all of the usage before it."""
+
+    def __init__(self, script: str, doc: str):
+        super().__init__(script, description=doc, formatter_class=Help, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def positive(kind: type, zero: bool = False):
@@ -81,6 +91,9 @@ def add_data_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
     group.add_argument("--label-map", help='folder data: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
     group.add_argument("--size", type=positive(int), default=recipe["size"],
                        help="side of the training crop, pixels, from 32 on; larger sees more, costs its square")
+    group.add_argument("--val-size", type=positive(int), default=1024,
+                       help="larger frames are shrunk to this shorter side in validation and evaluation; training "
+                            "crops show them at 0.5 to 2 times their own size. Painted scenes: --size")
     group.add_argument("--limit", type=positive(int), help="use only N frames of each split, spread evenly; for trials")
     group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
                        help="go on past at most N broken frames (each is listed) instead of stopping at the first")
@@ -160,6 +173,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
                     flag = f"--{name.replace('_', '-')} {getattr(o, name)}"
                     parser.error(f"{flag} contradicts {file}, which says {value}: leave it out, "
                                  f"or start a new run with --config {file} --out DIR.")  # fmt: skip
+    if o.config and not early(argv, "--out").out:
+        parser.error(f"--config {o.config} repeats a run: give it a folder of its own with --out DIR.")
+    if o.data == "synthetic" and o.root:
+        parser.error(f"--root {o.root} means nothing to painted scenes: add --data folder, or the data set's name.")
     if o.data == "folder" and not o.root:
         parser.error("--data folder needs --root, the folder that holds classes.txt.")
     if o.size < 32:
@@ -170,15 +187,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     return o
 
 
-def make_parser(script: str, doc: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(script, description=doc, formatter_class=Help, allow_abbrev=False)
-
-
 def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     first = early(argv, "--data", "--teacher")
     data, recipe = first.data, RECIPES.get(first.data, RECIPES["synthetic"])
-    parser = make_parser("train_stage1.py", doc)
+    parser = Parser("train_stage1.py", doc)
     add_data_options(parser, recipe)
     group = parser.add_argument_group("model")
     group.add_argument("--backbone", default=None if first.teacher else recipe["backbone"],
@@ -210,7 +223,9 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
 def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     first = early(argv, "--data", "--stage1")
-    parser = make_parser("train_stage2.py", doc)
+    if first.stage1 and first.stage1.endswith(".pt"):
+        first.stage1 = str(pathlib.Path(first.stage1).parent)
+    parser = Parser("train_stage2.py", doc)
     stage1 = read_config(parser, first.stage1, "train_stage1.py")[1] if first.stage1 else {}
     recipe = RECIPES.get(first.data or stage1.get("data"), RECIPES["synthetic"])
     add_data_options(parser, recipe)
@@ -240,9 +255,12 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     group.add_argument("--gamma-features", type=positive(float, zero=True), default=0.1,
                        help="weight of the distance to the selected features, 0..10")
     add_run_options(parser, first.stage1 or "runs/stage2")
-    inherited = ("data", "root", "modalities", "depth", "label_map", "size", "limit", "batch_size", "lr", "amp", "seed")
+    inherited = ("data", "root", "modalities", "depth", "label_map", "size", "val_size", "limit", "skip_broken",
+                 "batch_size", "lr", "amp", "seed")  # fmt: skip
     parser.set_defaults(**{name: stage1[name] for name in inherited if name in stage1})
     o = parse(parser, argv)
+    if o.stage1 and o.stage1.endswith(".pt"):  # a file of the run folder
+        o.stage1 = str(pathlib.Path(o.stage1).parent)
     if bool(o.stage1) == bool(o.teacher or o.robust):
         parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
     if not o.stage1 and not (o.teacher and o.robust):

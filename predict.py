@@ -33,10 +33,9 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    from options import RECIPES, Help, names, positive
+    from options import RECIPES, Parser, names, positive
 
-    parser = argparse.ArgumentParser("predict.py", description=__doc__.split("\n")[0], formatter_class=Help,
-                                     allow_abbrev=False)  # fmt: skip
+    parser = Parser("predict.py", __doc__)
     parser.add_argument("checkpoint", help="model file, or run folder for its final model")
     group = parser.add_argument_group("input", "your files, or a data set (None: what the checkpoint was trained on)")
     group.add_argument("--input", nargs="+", type=sensor_file, metavar="SENSOR=PATH",
@@ -44,8 +43,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
                             "missing")  # fmt: skip
     group.add_argument("--data", choices=RECIPES)
     group.add_argument("--root", help="folder of the data set")
-    group.add_argument("--split", default="val", choices=("train", "val", "test"))
-    group.add_argument("--count", type=positive(int), default=8, help="frames, spread over the split")
+    group.add_argument("--split", choices=("train", "val", "test"), help="None: val")
+    group.add_argument("--count", type=positive(int), help="frames, spread over the split. None: 8")
     group.add_argument("--sensors", type=names, help="use only these, by comma, the others count as missing. None: all")
     group.add_argument("--size", type=image_size,
                        help="shorter side, or HxW, that the network sees; outputs keep the frame's. None: the frame's, "
@@ -60,10 +59,14 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
                             "(B, classes, H, W), B free; compared with the model after writing")  # fmt: skip
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     o = parser.parse_args(argv)
-    if o.input and (o.data or o.panel or o.sensors):
-        parser.error("--input says by itself which frames and sensors: leave out --data, --sensors and --panel.")
+    if o.input and (o.data or o.root or o.split or o.count or o.panel or o.sensors):
+        parser.error("--input says by itself which frames and sensors: leave out --data, --root, --split, --count, "
+                     "--sensors and --panel.")  # fmt: skip
+    o.split, o.count = o.split or "val", o.count or 8
     if o.input and len({sensor for sensor, _ in o.input}) < len(o.input):
         parser.error("--input names a sensor twice; give each sensor one file, or one folder for several frames.")
+    if o.panel and not o.panel.lower().endswith((".png", ".jpg")):
+        parser.error(f"--panel {o.panel} must end in .png or .jpg.")
     if o.export and not o.export.endswith(".pt2"):
         parser.error(f"--export {o.export} must end in .pt2, the file type of torch.export.")
     if not (o.out or o.panel or o.export):
@@ -123,7 +126,11 @@ def main(o) -> None:
     if o.out:
         folder = pathlib.Path(o.out)
         folder.mkdir(parents=True, exist_ok=True)
+        written = set()
         for sample in samples(o, meta, o.sensors or meta["modalities"]):
+            if sample.name in written:
+                raise ValueError(f"two frames would both be written to {folder} as {sample.name}_*; rename one.")
+            written.add(sample.name)
             ids = segment(list(models.values())[-1].to(device), sample, sample.given)
             write_pictures(folder, sample, ids, meta)
             missing = [m for m in meta["modalities"] if m not in sample.given]
@@ -189,7 +196,13 @@ def input_frames(given: list[tuple[str, str]]) -> dict[str, dict[str, pathlib.Pa
         raise ValueError(f"--input mixes files and folders ({folders[0]} is a folder); give one kind for all sensors.")
     frames: dict[str, dict[str, pathlib.Path]] = {}
     for sensor, folder in paths.items():
-        for path in sorted(folder.iterdir()):
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        if others := [path.name for path in files if path.suffix.lower() not in SUFFIXES]:
+            print(f"{folder}: left out {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}, which end in "
+                  f"none of {', '.join(SUFFIXES)}", file=sys.stderr)  # fmt: skip
+        if len(others) == len(files):
+            raise ValueError(f"--input {sensor}={folder} holds no file that ends in {', '.join(SUFFIXES)}.")
+        for path in files:
             if path.suffix.lower() in SUFFIXES and frames.setdefault(path.stem, {}).setdefault(sensor, path) != path:
                 raise ValueError(f"{path} and {frames[path.stem][sensor]} are of the same frame; remove one of them.")
     if not frames or len(paths) > 1 and max(map(len, frames.values())) == 1:
@@ -307,7 +320,7 @@ class Logits(nn.Module):
             decoder.bn.weight.mul_(scale)
             decoder.film = None
             if isinstance(model, MSegFormer):
-                logits = torch.zeros(len(sensors) + 2, len(sensors))
+                logits = model.fusion_logits.new_zeros(len(sensors) + 2, len(sensors))
                 logits[-2] = model.fusion_weights(present)[0, columns].log()  # the row of "all sensors are there"
                 self.model.fusion_logits = nn.Parameter(logits)
 

@@ -77,6 +77,7 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
         raise FileNotFoundError(f"checkpoint {path} does not exist.") from None
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint of tensors ({type(error).__name__}).") from error
+    sensors = state.get("meta", {}).get("modalities") if isinstance(state, dict) else None
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -97,6 +98,9 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     if "decoder.film" in state and "decoder.film" not in own:
         raise ValueError(f"{path} holds a model conditioned on its sensors, which a plain one cannot continue; "
                          "give it as --teacher, or load it with checkpoint.load_model.")  # fmt: skip
+    if source == "this project" and sensors and (is_cmnext or "decoder.film" in state) and sensors != model.modalities:
+        raise ValueError(f"{path} has weights of their own for each of {', '.join(sensors)}, in this order; "
+                         f"this model has {', '.join(model.modalities)}.")  # fmt: skip
     part = "" if source == "this project" else r"^(backbone|decode_head|encoder|decoder)\."
 
     fitted, unexpected = {}, []

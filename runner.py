@@ -106,9 +106,11 @@ class Run:
         used = [f"{phase}.pt" for phase in phases]
         if resume and phases[0] == "teacher" and o.teacher:
             used.remove("teacher.pt")  # copied there before the first checkpoint
-        elif not resume and (not own_stage1 or self.script in config):
-            used += ["last.pt", "log.jsonl", "config.json"]
+        elif not resume and not own_stage1:
+            used += ["last.pt", "last.previous.pt", "log.jsonl"]
         used = [name for name in used if (folder / name).exists()]
+        if own_stage1 and not resume and (begun := load_last(folder)) and begun["script"] == self.script:
+            used.append("last.pt")
         if used and not state:
             ways = f"continue it with --resume {folder}, or " if not resume else "but no last.pt to continue from; "
             raise ValueError(f"{folder} is not empty ({used[0]}): {ways}choose another folder with --out.")
@@ -211,8 +213,8 @@ class Progress:
 
     def state(self) -> dict:
         return {"script": self.run.script, "phase": self.phase, "step": self.step, "best": self.best,
-                "meta": self.meta, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict()}  # fmt: skip
+                "steps": self.steps, "meta": self.meta, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}  # fmt: skip
 
     def batches(self, dataset) -> Iterator[tuple[int, tuple]]:
         run, o = self.run, self.run.o
@@ -302,6 +304,19 @@ class Progress:
         self.run.log(phase=self.phase, step=self.step + 1, epoch=(self.step + 1) / self.per_epoch, **values)
         shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
         self.run.say(f"{chr(10) if sys.stdout.isatty() else ''}{self.phase} step {self.step + 1}: {shown}")
+
+
+def require_complete(folder: str) -> None:
+    """Refuses a run of stage 1 that was interrupted, or has no robust model: stage 2 would take over its folder."""
+    state = load_last(pathlib.Path(folder))
+    if state and state["script"] == "train_stage1.py":
+        phase, step, steps = state["phase"], state["step"], state.get("steps", state["step"])
+        if step < steps:
+            raise ValueError(f"stage 1 in {folder} stopped at step {step} of {steps} of phase {phase}: finish it with "
+                             f"train_stage1.py --resume {folder}, or name its files with --teacher and --robust.")
+        if phase == "teacher":
+            raise ValueError(f"stage 1 in {folder} has a teacher only: distil a robust model from it with "
+                             f"train_stage1.py --teacher {folder}/teacher.pt --out DIR.")  # fmt: skip
 
 
 def tensorboard_writer(folder: pathlib.Path):

@@ -237,10 +237,8 @@ class Decoder(nn.Module):
         present (S, M): the sensors that each is said to be of, for the FiLM.
         Up to the ReLU all is linear, BatchNorm with its running statistics too. So a mean costs one weighted sum, a
         ReLU and the classifier. A few rows at a time: what stays in a CPU's cache is several times faster, and a GPU
-        need not hold the wide maps of all means at once. Raises ValueError in training mode; gives no gradients.
+        need not hold the wide maps of all means at once. Gives no gradients.
         """
-        if self.training:
-            raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
         b, v, _, h, w = features[0].shape
         few = 64 if share.is_cuda else 4
         scale, shift = (None, None) if self.film is None else self.scale_and_shift(present)[:, :, None, None]

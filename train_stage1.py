@@ -29,10 +29,13 @@ from model import build_model, load_pretrained
 
 def main(o) -> None:
     run = runner.Run(o, "train_stage1.py")
-    kwargs = dict(root=o.root, modalities=o.modalities, size=o.size, seed=o.seed, limit=o.limit, depth=o.depth,
+    kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
-    train = open_dataset(o.data, split="train", augment=True, **kwargs)
-    val = open_dataset(o.data, split="val", **kwargs)
+    train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
+    val_size = o.size if o.data == "synthetic" else o.val_size
+    val = open_dataset(o.data, split="val", size=val_size, shrink_only=True, **kwargs)
+    for problem in (*train.broken, *val.broken):
+        run.say(f"left out: {problem}")
     state = run.claim(("teacher", "robust"))
     meta = describe(o, train, o.backbone)
 
@@ -56,8 +59,10 @@ def main(o) -> None:
 
     if o.distill_epochs:
         train_robust(run, teacher, train, val, meta, state if state and state["phase"] == "robust" else None)
-    run.say(f"stage 1 is complete, its models are in {run.folder}.\n"
-            f"Next: python train_stage2.py --stage1 {run.folder}")  # fmt: skip
+    then = f"train_stage2.py --stage1 {run.folder}"
+    if not o.distill_epochs:
+        then = f"train_stage1.py --teacher {run.folder}/teacher.pt --out DIR"
+    run.say(f"stage 1 is complete, its models are in {run.folder}.\nNext: python {then}")
 
 
 def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
@@ -127,10 +132,8 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
         scaler.update()
         optimizer.zero_grad()
         if progress.validation_due():
-            results = common.validate(common.predictor(robust), val, subsets, run)
-            *missing, full = (r["miou_published"] for r in results)
-            mean = (full + sum(missing)) / len(subsets)
-            progress.validated(mean, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
+            scores = common.summarise(common.validate(common.predictor(robust), val, subsets, run))
+            progress.validated(scores["miou"], **scores)
 
 
 if __name__ == "__main__":

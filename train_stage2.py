@@ -31,10 +31,15 @@ from model import condition_on_sensors
 
 def main(o) -> None:
     run = runner.Run(o, "train_stage2.py")
-    kwargs = dict(root=o.root, modalities=o.modalities, size=o.size, seed=o.seed, limit=o.limit, depth=o.depth,
+    kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
-    train = open_dataset(o.data, split="train", augment=True, **kwargs)
-    val = open_dataset(o.data, split="val", **kwargs)
+    train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
+    val_size = o.size if o.data == "synthetic" else o.val_size
+    val = open_dataset(o.data, split="val", size=val_size, shrink_only=True, **kwargs)
+    for problem in (*train.broken, *val.broken):
+        run.say(f"left out: {problem}")
+    if o.stage1:
+        runner.require_complete(o.stage1)
     state = run.claim(("fsm", "student"))
 
     expect = {"classes": list(train.classes), "modalities": list(train.modalities)}
@@ -45,6 +50,9 @@ def main(o) -> None:
         kinds = f"{teacher_meta['backbone']} and {robust_meta['backbone']}"
         raise ValueError(f"teacher and robust model are {kinds}; "
                          "features can be selected only between models of one backbone.")  # fmt: skip
+    if o.student_epochs and o.unconditioned_student and robust.decoder.film is not None:
+        raise ValueError(f"--unconditioned-student: {o.robust or o.stage1} holds a robust model that is conditioned "
+                         "on its sensors already; start from another one.")  # fmt: skip
     teacher.requires_grad_(False)
     robust.requires_grad_(False)
     meta = describe(o, train, robust_meta["backbone"])
@@ -93,9 +101,8 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
         optimizer.zero_grad()
         if progress.validation_due():
             predict = ensemble_predictor(fsm, teacher, robust)
-            *missing, full = (r["miou_published"] for r in common.validate(predict, val, subsets, run))
-            mean = (full + sum(missing)) / len(subsets)
-            progress.validated(mean, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
+            scores = common.summarise(common.validate(predict, val, subsets, run))
+            progress.validated(scores["miou"], **scores)
 
 
 def train_student(
@@ -109,9 +116,6 @@ def train_student(
     student = copy.deepcopy(robust)
     if not o.unconditioned_student:
         condition_on_sensors(student)
-    elif student.decoder.film is not None:
-        raise ValueError(f"--unconditioned-student: {o.robust or o.stage1} holds a robust model that is conditioned "
-                         "on its sensors already; start from another one.")  # fmt: skip
     student.requires_grad_(True)
     model, subsets = run.parallel(student), common.all_subsets(len(train.modalities))
     optimizer, scaler = common.adamw(student, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
@@ -142,10 +146,8 @@ def train_student(
         scaler.update()
         optimizer.zero_grad()
         if progress.validation_due():
-            results = common.validate(common.predictor(student), val, subsets, run)
-            *missing, full = (r["miou_published"] for r in results)
-            mean = (full + sum(missing)) / len(subsets)
-            progress.validated(mean, miou=mean, miou_full=full, miou_missing=sum(missing) / max(1, len(missing)))
+            scores = common.summarise(common.validate(common.predictor(student), val, subsets, run))
+            progress.validated(scores["miou"], **scores)
 
 
 if __name__ == "__main__":

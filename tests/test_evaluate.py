@@ -407,12 +407,52 @@ def test_what_cannot_be_evaluated_is_named(run_folder, tmp_path):
         ("--tile 16", "at least 32"),
         ("--batch 4", "unrecognized arguments: --batch 4"),
         ("--limit 0", "--limit"),
+        ("--size 16", "at least 32"),
+        ("--device gpu", "must be auto, cpu, cuda or cuda:N"),
+        ("--markdown student.pt", "must end in .md"),
+        ("--json run/config.json", "be no run's config.json"),
+        ("--json nowhere/a.json", "its folder does not exist"),
     ],
 )
 def test_a_wrong_option_stops_with_a_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluate.options(["student.pt", *arguments.split()])
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_models_that_were_trained_on_other_images_are_not_compared(run_folder, tmp_path):
+    state = torch.load(run_folder / "student.pt", weights_only=True)
+    checkpoint.save_model(tmp_path / "other.pt", random_model("segformer_tiny"), {**state["meta"], "size": 64})
+    paths, cpu = [str(run_folder / "student.pt"), str(tmp_path / "other.pt")], torch.device("cpu")
+    assert len(evaluate.load_rows(paths, cpu)[0]) == 2
+    with pytest.raises(ValueError, match="other.pt was trained with size 64, but here it is 32"):
+        evaluate.load_rows(paths, cpu, same=("classes", "modalities", "size"))
+
+
+def test_frames_without_a_label_give_no_scores():
+    class Unlabelled:
+        modalities, classes, frames = SENSORS, list("abcde")[:K], []
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return torch.zeros(4, 3, 32, 32), torch.full((32, 32), 255, dtype=torch.uint8), "x"
+
+    o = SimpleNamespace(batch_size=1, workers=0, amp="off", seed=0, data="synthetic")
+    run = SimpleNamespace(o=o, rank=0, world=1, device=torch.device("cpu"), total=lambda x: x)
+    predict = common.predictor(random_model("segformer_tiny"))
+    with pytest.raises(ValueError, match="not one pixel of the 2 frames has a label"):
+        evaluate.evaluate(predict, Unlabelled(), ["any"], run)
+    with pytest.raises(ValueError, match="not one pixel of the 2 validation frames has a label"):
+        common.validate(predict, Unlabelled(), [(0,)], run)
+
+
+def test_a_model_of_one_sensor_has_no_mean_over_missing_ones():
+    assert common.summarise([{"miou_published": 7.0}]) == {"miou": 7.0, "miou_full": 7.0}
+    assert evaluate.summary("any", {"R": {"miou_published": 7.0}}, ["rgb"]) == {"R": 7.0, "full": 7.0, "mean": 7.0}
+    scores = common.summarise([{"miou_published": v} for v in (1.0, 3.0, 8.0)])
+    assert scores == {"miou": 4.0, "miou_full": 8.0, "miou_missing": 2.0}
 
 
 def test_all_stands_for_every_protocol():

@@ -297,6 +297,17 @@ def test_a_conditioned_checkpoint_is_no_start_for_a_plain_model(tmp_path):
     assert load_pretrained(other, path).unexpected == []
 
 
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_weights_of_sensors_in_another_order_are_refused(tmp_path, backbone):
+    model, turned = (build_model(backbone, 7, sensors) for sensors in (SENSORS, [SENSORS[0], *SENSORS[:0:-1]]))
+    for each in (model, turned):
+        condition_on_sensors(each)
+    torch.save({"model": model.state_dict(), "meta": {"modalities": SENSORS}}, path := str(tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match="a.pt has weights of their own for each of rgb, depth"):
+        load_pretrained(turned, path)
+    assert load_pretrained(model, path).missing == []
+
+
 def test_own_checkpoints_come_back_whole(tmp_path):
     path = str(tmp_path / "own.pt")
     first, second = (build_model("cmnext_tiny", 7, SENSORS) for _ in range(2))

@@ -125,12 +125,14 @@ def test_folders_are_matched_by_stem_and_a_frame_may_lack_a_sensor(run, tmp_path
     (["rgb={}/a.png", "depth={}"], "mixes files and folders"),
     (["rgb={}", "depth={}/other"], "have no file stem in common"),
     (["rgb={}/text.png"], "text.png cannot be read"),
+    (["rgb={}/empty"], "empty holds no file that ends in .png"),
 ])  # fmt: skip
 def test_bad_input_is_told_in_a_sentence_that_names_it(run, files, inputs, sentence):
     folder, _, _ = files
     write_file(folder / "c.png", np.zeros((40, 50), np.uint8))
     write_file(folder / "text.png", "no picture")
     write_file(folder / "other/z.png", np.zeros((40, 50), np.uint8))
+    (folder / "empty").mkdir()
     with pytest.raises((ValueError, OSError), match=sentence):
         call(run, "--input", *(text.format(folder) for text in inputs), "--out", folder / "out")
 
@@ -141,6 +143,8 @@ def test_bad_input_is_told_in_a_sentence_that_names_it(run, files, inputs, sente
     (["--input", "rgb=a.png", "--data", "deliver"], "leave out --data"),
     (["--export", "student.onnx"], "must end in .pt2"),
     (["--size", "8"], "at least 32"),
+    (["--input", "rgb=a.png", "--count", "2"], "leave out --data, --root, --split, --count"),
+    (["--panel", "a.bmpx"], "must end in .png or .jpg"),
 ])  # fmt: skip
 def test_contradictory_options_stop_before_anything_is_read(capsys, arguments, sentence):
     with pytest.raises(SystemExit) as stop:
@@ -154,6 +158,13 @@ def test_help_answers_without_loading_torch():
             "except SystemExit as stop: sys.exit(stop.code or 'torch' in sys.modules)")  # fmt: skip
     folder = predict.__file__.rpartition("/")[0]
     assert subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True).returncode == 0
+
+
+def test_files_that_are_no_pictures_are_named(run, tmp_path, capsys):
+    write_file(tmp_path / "rgb/x.png", np.zeros((40, 50, 3), np.uint8))
+    write_file(tmp_path / "rgb/notes.txt", "at noon")
+    call(run, "--input", f"rgb={tmp_path / 'rgb'}", "--out", tmp_path / "out")
+    assert "left out notes.txt, which end in none of .png" in capsys.readouterr().err
 
 
 def test_a_data_set_with_some_sensors_left_out(run, tmp_path):

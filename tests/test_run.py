@@ -174,7 +174,7 @@ def test_a_corrupt_last_checkpoint_costs_only_the_steps_since_the_one_before(who
     assert differences(whole / "1", tmp_path) == []
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_when_resumed(whole, tmp_path, monkeypatch, capfd):
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_or_without_resume(whole, tmp_path, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
 
@@ -184,9 +184,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_when_resumed(whol
             during(patch, phase, 0, crash, of="save")
             assert train(stage, start(stage, whole, out)) == 130
         assert os.listdir(out) == ["config.json"]
-        assert train(stage, start(stage, whole, out)) == 2  # without --resume it is a used folder
-        assert "--resume" in capfd.readouterr().err
-        assert train(stage, ["--resume", str(out)]) == 0
+        assert train(stage, start(stage, whole, out) if stage == 1 else ["--resume", str(out)]) == 0
         assert differences(whole / str(stage), out) == []
 
 
@@ -228,6 +226,25 @@ def test_a_folder_whose_checkpoint_was_deleted_is_not_trained_again(whole, tmp_p
     assert "no last.pt to continue from" in said(capfd)
 
 
+@pytest.mark.parametrize("phase, step, sentence", [
+    ("robust", 1, "stopped at step 1 of 4 of phase robust: finish it with train_stage1.py --resume"),
+    ("teacher", 4, "has a teacher only"),
+])  # fmt: skip
+def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(whole, tmp_path, capfd, phase, step, sentence):
+    shutil.copytree(whole / "1", tmp_path / "run")
+    last = tmp_path / "run/last.pt"
+    torch.save({**torch.load(last, weights_only=True), "phase": phase, "step": step, "steps": 4}, last)
+    before = last.read_bytes()
+    assert train(2, [*SMALL, *STAGE2, "--stage1", str(tmp_path / "run")]) == 2
+    assert sentence in said(capfd) and last.read_bytes() == before
+
+
+def test_a_start_that_failed_does_not_take_the_folder(whole, tmp_path, capfd):
+    for _ in range(2):
+        assert train(1, start(1, whole, tmp_path, "--teacher", "nowhere.pt")) == 2
+        assert "nowhere.pt does not exist" in said(capfd)
+
+
 def test_config_json_alone_repeats_a_run(whole, tmp_path):
     assert train(1, ["--config", str(whole / "1" / "config.json"), "--out", str(tmp_path / "1")]) == 0
     assert differences(whole / "1", tmp_path / "1") == []
@@ -253,6 +270,8 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
     (1, ["--device", "gpu"], "argument --device: 'gpu' must be auto, cpu, cuda or cuda:N"),
     (1, ["--size", "16"], "--size 16 is too small"),
     (1, ["--data", "folder"], "--data folder needs --root"),
+    (1, ["--root", "x"], "--root x means nothing to painted scenes: add --data"),
+    (1, ["--config", "WHOLE/1/config.json"], "give it a folder of its own with --out DIR"),
     (1, ["--label-map", "0=1"], "--label-map is for --data folder"),
     (1, ["--teacher", "a.pt", "--pretrained", "b.pth"], "--teacher and --pretrained contradict"),
     (1, ["--resume", "nowhere"], "nowhere/config.json holds no options of train_stage1.py"),

@@ -13,8 +13,6 @@ student (or its robust model while there is none); --panel shows its teacher as 
 
 import argparse
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
-
 
 def sensor_file(text: str) -> tuple[str, str]:
     """An argparse type: 'sensor=path'."""
@@ -92,7 +90,7 @@ from torch import Tensor, nn  # noqa: E402
 import panel  # noqa: E402
 import runner  # noqa: E402
 from checkpoint import load_model, read  # noqa: E402
-from data import IGNORED, SPARSE, Frame, FrameDataset, normalise, open_dataset  # noqa: E402
+from data import IGNORED, SPARSE, SUFFIXES, Frame, FrameDataset, normalise, open_dataset  # noqa: E402
 from model import CMNeXt, MSegFormer, present_of  # noqa: E402
 from options import ROOTS  # noqa: E402
 from segformer import MIN_SIDE, upsample  # noqa: E402

@@ -26,8 +26,8 @@ test-rest:
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(RUN) train_stage1.py --out runs/demo --limit 600 --eval-every 20 --epochs 40 --distill-epochs 16
-	$(RUN) train_stage2.py --stage1 runs/demo --eval-every 20 --fsm-epochs 2 --student-epochs 12
+	$(RUN) train_stage1.py --out runs/demo --limit 600 --eval-every 20 --epochs 32 --distill-epochs 14
+	$(RUN) train_stage2.py --stage1 runs/demo --eval-every 20 --fsm-epochs 2 --student-epochs 10
 	$(RUN) evaluate.py runs/demo --json runs/demo/results.json --markdown runs/demo/results.md
 	$(RUN) predict.py runs/demo --data synthetic --count 4 --panel runs/demo/panel.png
 

@@ -287,6 +287,8 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
     for what, value, known in choices:
         if value not in known:
             raise ValueError(f"{what} {value!r} is unknown; choose one of {', '.join(known)}")
+    if name == "synthetic" and root is not None:
+        raise ValueError(f"--root {root} means nothing to painted scenes: add --data folder, or the data set's name")
     if label_map is not None and name != "folder":
         raise ValueError(f"a label map is for folder data sets only; the ids of {name} are fixed")
     if limit is not None and limit < 1:
@@ -414,8 +416,8 @@ def check(options: argparse.Namespace) -> int:
         except FileNotFoundError as missing:    # a split may be absent, but not all three
             error = missing
             continue
-        never = [c for c, pixels in zip(dataset.classes, dataset.class_pixels, strict=False) if not pixels]
-        what = f"; never in a label: {', '.join(never)}" if 0 < len(never) < len(dataset.classes) else ""
+        never = [name for c, name in enumerate(dataset.classes) if not dataset.class_pixels[c]]
+        what = f"; never in a label: {', '.join(never)}" if never else ""
         what = "; not one labelled pixel" if len(never) == len(dataset.classes) else what
         lines.append(f"{split}: {len(dataset) + len(dataset.broken)} frames, {len(dataset.broken)} broken{what}")
         broken += dataset.broken

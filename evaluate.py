@@ -110,8 +110,6 @@ def main(o) -> None:
         raise ValueError(f"--only {unknown[0]}: {o.checkpoint[0]} gives no such row, but {', '.join(rows)}.")
     rows = {name: predict for name, predict in rows.items() if not o.only or name in o.only}
     data = o.data or meta["data"]
-    if data == "synthetic" and o.root:
-        raise ValueError(f"--root {o.root} means nothing to painted scenes: add --data folder, or the data set's name.")
     trained_here = data == meta["data"]
     size = o.size or (meta["size"] if data == "synthetic" else meta.get("val_size", meta["size"]))
     dataset = open_dataset(data, root=o.root or (meta["root"] if trained_here else ROOTS.get(data)), split=o.split,

@@ -74,6 +74,11 @@ def share(text: str) -> float:
     return value
 
 
+def run_folder(text: str) -> str:
+    """An argparse type: a run's folder, which may be named by one of its .pt files too."""
+    return str(pathlib.Path(text).parent) if text.endswith(".pt") else text
+
+
 def device(text: str) -> str:
     """An argparse type: auto, cpu, cuda or cuda:N."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
@@ -175,8 +180,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
                                  f"or start a new run with --config {file} --out DIR.")  # fmt: skip
     if o.config and not early(argv, "--out").out:
         parser.error(f"--config {o.config} repeats a run: give it a folder of its own with --out DIR.")
-    if o.data == "synthetic" and o.root:
-        parser.error(f"--root {o.root} means nothing to painted scenes: add --data folder, or the data set's name.")
     if o.data == "folder" and not o.root:
         parser.error("--data folder needs --root, the folder that holds classes.txt.")
     if o.size < 32:
@@ -223,14 +226,14 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
 def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     first = early(argv, "--data", "--stage1")
-    if first.stage1 and first.stage1.endswith(".pt"):
-        first.stage1 = str(pathlib.Path(first.stage1).parent)
+    first.stage1 = first.stage1 and run_folder(first.stage1)
     parser = Parser("train_stage2.py", doc)
     stage1 = read_config(parser, first.stage1, "train_stage1.py")[1] if first.stage1 else {}
     recipe = RECIPES.get(first.data or stage1.get("data"), RECIPES["synthetic"])
     add_data_options(parser, recipe)
     group = parser.add_argument_group("models")
-    group.add_argument("--stage1", metavar="RUN", help="run folder of stage 1, for its teacher.pt and robust.pt")
+    group.add_argument("--stage1", type=run_folder, metavar="RUN",
+                       help="run folder of stage 1, for its teacher.pt and robust.pt")
     group.add_argument("--teacher", help="the full-modality teacher, instead of --stage1")
     group.add_argument("--robust", help="the robust model, instead of --stage1")
     add_training_options(parser, recipe)
@@ -259,8 +262,6 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
                  "batch_size", "lr", "amp", "seed")  # fmt: skip
     parser.set_defaults(**{name: stage1[name] for name in inherited if name in stage1})
     o = parse(parser, argv)
-    if o.stage1 and o.stage1.endswith(".pt"):  # a file of the run folder
-        o.stage1 = str(pathlib.Path(o.stage1).parent)
     if bool(o.stage1) == bool(o.teacher or o.robust):
         parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
     if not o.stage1 and not (o.teacher and o.robust):

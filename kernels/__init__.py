@@ -1,7 +1,7 @@
 """The fused operations of RMMSS: the public calls, their checks, and the choice between Triton and PyTorch.
 
-CUDA tensors take the Triton kernels (`prototype.py`, `feature_score.py`), all others the plain definitions in
-`reference.py`. The environment variable RMMSS_KERNELS, read at every call, overrules that:
+CUDA tensors take the Triton kernels (`prototype.py`, `cosine.py`, `feature_score.py`), all others the plain definitions
+in `reference.py`. The environment variable RMMSS_KERNELS, read at every call, overrules that:
 
     RMMSS_KERNELS=reference   the definitions everywhere
     RMMSS_KERNELS=triton      Triton everywhere; on CPU tensors only with TRITON_INTERPRET=1
@@ -27,12 +27,13 @@ from torch import Tensor
 from . import reference
 
 try:  # here, ahead of the functions below: importing the file feature_score.py later would hide the one of its name
+    from . import cosine as _cosine
     from . import feature_score as _feature_score
     from . import prototype as _prototype
 except ModuleNotFoundError as error:  # macOS and Windows have no Triton: the definitions serve them
     if error.name != "triton":
         raise
-    _feature_score = _prototype = None
+    _cosine = _feature_score = _prototype = None
 
 __all__ = [
     "feature_score",
@@ -100,7 +101,7 @@ def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor)
     if prototypes.ndim != 4 or (prototypes.shape[0], prototypes.shape[1], prototypes.shape[3]) != (B, M, C):
         raise ValueError(f"prototypes are {tuple(prototypes.shape)}: give (B, M, K, C) = ({B}, {M}, K, {C}).")
     _check_device(features, prototypes)
-    return _call(_prototype, "pixel_prototype_cosine", features, features, labels, prototypes)
+    return _call(_cosine, "pixel_prototype_cosine", features, features, labels, prototypes)
 
 
 def feature_score(features: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:

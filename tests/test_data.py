@@ -732,6 +732,11 @@ def test_check_names_the_classes_that_never_occur(mini, capsys, monkeypatch):
     assert "0 broken; never in a label:" in (text := capsys.readouterr().out) and "unicorn" in text
 
 
+def test_painted_scenes_have_no_root():
+    with fails(ValueError, "--root x", "--data folder"):
+        open_dataset("synthetic", "x")
+
+
 def test_frames_are_only_shrunk_if_asked(mini):
     root = mini("folder")
     assert open_dataset("folder", root, "val", size=2 * SIZE, shrink_only=True)[0][1].shape == (SIZE, SIZE)

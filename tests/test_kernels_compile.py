@@ -44,7 +44,7 @@ def compiled():
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_every_kernel_is_compiled(compiled, capability):
-    source = "".join((ROOT / "kernels" / name).read_text() for name in ("prototype.py", "feature_score.py"))
+    source = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
     names = set(re.findall(r"def (\w+_kernel)\(", source))
     assert {record["kernel"] for record in compiled[capability]} == names
 
@@ -136,7 +136,7 @@ def launch_prototype():
     """Every tile of pool_kernel, plain, with a teacher and with a factor; the others aligned and not."""
     import torch
 
-    from kernels import prototype
+    from kernels import cosine, prototype
 
     def maps(M, C, P, dtype, B=2):
         x = torch.zeros(B, M, C, P, dtype=dtype, requires_grad=True)
@@ -157,7 +157,7 @@ def launch_prototype():
     ):
         x, labels, present = maps(M, C, P, dtype, B)
         prototypes, _ = prototype.PrototypePool.apply(x, labels, K)
-        prototype.PixelPrototypeCosine.apply(x, labels, prototypes).sum().backward()
+        cosine.PixelPrototypeCosine.apply(x, labels, prototypes).sum().backward()
         match = torch.zeros(B, M, dtype=torch.int64)
         prototype.PrototypeDistance.apply(x, x.detach(), labels, present, match, K).backward()
 

@@ -239,6 +239,11 @@ def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(whole, tmp_path
     assert sentence in said(capfd) and last.read_bytes() == before
 
 
+def test_a_run_may_be_named_by_one_of_its_files(whole):
+    o = options.stage2_options("", ["--stage1", str(whole / "1/teacher.pt")])
+    assert o.stage1 == o.out == str(whole / "1")
+
+
 def test_a_start_that_failed_does_not_take_the_folder(whole, tmp_path, capfd):
     for _ in range(2):
         assert train(1, start(1, whole, tmp_path, "--teacher", "nowhere.pt")) == 2
@@ -270,7 +275,6 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
     (1, ["--device", "gpu"], "argument --device: 'gpu' must be auto, cpu, cuda or cuda:N"),
     (1, ["--size", "16"], "--size 16 is too small"),
     (1, ["--data", "folder"], "--data folder needs --root"),
-    (1, ["--root", "x"], "--root x means nothing to painted scenes: add --data"),
     (1, ["--config", "WHOLE/1/config.json"], "give it a folder of its own with --out DIR"),
     (1, ["--label-map", "0=1"], "--label-map is for --data folder"),
     (1, ["--teacher", "a.pt", "--pretrained", "b.pth"], "--teacher and --pretrained contradict"),

@@ -92,7 +92,9 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no UTF-8 text; save it as such") from None
     for line in lines:
-        if line.startswith("#") or any(word.isdecimal() and int(word) > 255 for word in line.split()[-3:]):
+        colour = line.split()[1:][-3:]
+        coloured = len(colour) == 3 and all(word.isdecimal() for word in colour)
+        if line.startswith("#") or coloured and max(map(int, colour)) > 255:
             raise ValueError(f"{path} has the line {line!r}; expected 'name' or 'name r g b' with r, g, b in 0..255")
     names, palette = parse_classes(lines)
     if not 0 < len(names) < 256:

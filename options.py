@@ -187,6 +187,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     if o.label_map and o.data != "folder":
         parser.error(f"--label-map is for --data folder; {o.data} has its own label ids.")
     o.root = o.root or ROOTS.get(o.data)
+    o.val_size = o.size if o.data == "synthetic" else o.val_size  # they are painted at any size
     return o
 
 

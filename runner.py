@@ -315,8 +315,8 @@ def require_complete(folder: str) -> None:
             raise ValueError(f"stage 1 in {folder} stopped at step {step} of {steps} of phase {phase}: finish it with "
                              f"train_stage1.py --resume {folder}, or name its files with --teacher and --robust.")
         if phase == "teacher":
-            raise ValueError(f"stage 1 in {folder} has a teacher only: distil a robust model from it with "
-                             f"train_stage1.py --teacher {folder}/teacher.pt --out DIR.")  # fmt: skip
+            raise ValueError(f"stage 1 in {folder} has a teacher only: go on with train_stage1.py --resume {folder}, "
+                             f"or, if it was to end there, train_stage1.py --teacher {folder}/teacher.pt --out DIR.")
 
 
 def tensorboard_writer(folder: pathlib.Path):

@@ -34,8 +34,7 @@ def main(o) -> None:
     kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
     train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
-    val_size = o.size if o.data == "synthetic" else o.val_size
-    val = open_dataset(o.data, split="val", size=val_size, shrink_only=True, **kwargs)
+    val = open_dataset(o.data, split="val", size=o.val_size, shrink_only=True, **kwargs)
     for problem in (*train.broken, *val.broken):
         run.say(f"left out: {problem}")
     if o.stage1:

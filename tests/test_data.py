@@ -708,8 +708,8 @@ def test_a_line_of_classes_txt_that_cannot_be_meant_is_named(tmp_path, text, fou
 
 
 def test_classes_txt_may_begin_with_a_byte_order_mark_but_must_be_utf_8(tmp_path):
-    (tmp_path / "classes.txt").write_bytes("\ufeffhöhe".encode())
-    assert layouts.read_classes(tmp_path / "classes.txt")[0] == ["höhe"]
+    (tmp_path / "classes.txt").write_bytes("\ufeffhöhe\nroute 300".encode())
+    assert layouts.read_classes(tmp_path / "classes.txt")[0] == ["höhe", "route 300"]
     (tmp_path / "classes.txt").write_bytes("höhe".encode("latin-1"))
     with fails(ValueError, "classes.txt", "UTF-8"):
         layouts.read_classes(tmp_path / "classes.txt")

@@ -32,10 +32,10 @@ demo: .venv/installed
 	$(RUN) predict.py runs/demo --data synthetic --count 4 --panel runs/demo/panel.png
 
 bench: .venv/installed
-	$(RUN) bench.py
+	$(RUN) -m benchmarks.bench_kernels
 
 reproduce: .venv/installed
-	$(RUN) reproduce.py
+	$(RUN) -m benchmarks.reproduce
 
 lint:
 	ruff check .

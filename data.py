@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import scenes
-from export import export
-from layouts import (
+from datasets import synthetic
+from datasets.export import export
+from datasets.layouts import (
     DATASETS,
     IGNORED,
     LAYOUTS,
@@ -92,7 +92,7 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
         *images, label = (found.get(key, base / (key + ending)) for base, ending, found in indexed)
         folders = key.split("/")[:-1]
         if name == "deliver":   # condition/split/sequence; a failure is part of the sequence's name
-            condition, case = folders[0], next((c for c in scenes.CASES if c in folders[2].lower()), "none")
+            condition, case = folders[0], next((c for c in synthetic.CASES if c in folders[2].lower()), "none")
         else:                   # split/condition/case, as far as there are such folders
             condition, case = (*folders[1:3], "none", "none")[:2]
         frames.append(Frame(key, condition, case, tuple(images), None if unlabelled else label))
@@ -126,7 +126,7 @@ class FrameDataset(torch.utils.data.Dataset):
         if self.name == "synthetic":
             if index not in self.painted:
                 split, number = frame.name.split("/")
-                scene = scenes.paint(0, split, int(number), self.size or 64, frame.condition, frame.case)
+                scene = synthetic.paint(0, split, int(number), self.size or 64, frame.condition, frame.case)
                 painted = [Image.fromarray(scene[modality]) for modality in self.modalities], scene["label"]
                 if len(self) * scene["label"].size * (3 * len(self.modalities) + 1) > CACHE_BYTES:
                     return painted
@@ -294,7 +294,7 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} leaves no frame; use 1 or more")
     if name == "synthetic":
-        classes, palette = [name for name, _ in scenes.CLASSES], np.array([rgb for _, rgb in scenes.CLASSES], np.uint8)
+        classes, palette = [name for name, _ in synthetic.CLASSES], np.array([rgb for _, rgb in synthetic.CLASSES], np.uint8)
         known = ["rgb", "depth", "event", "lidar"]
     else:
         layout = LAYOUTS[name]
@@ -321,9 +321,9 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         raise ValueError(f"modality {unknown[0]!r} is unknown; {where} has {', '.join(known) or 'none'}")
     if twice := [m for m in modalities if modalities.count(m) > 1]:
         raise ValueError(f"modality {twice[0]!r} is given twice")
-    if name == "synthetic":     # condition and failure as scenes.paint chooses them by itself
-        frames = [Frame(f"{split}/{i:06d}", condition or scenes.CONDITIONS[i % 5],
-                        case or (scenes.CASES[i // 30 % 5] if i // 5 % 6 == 5 else "none"))
+    if name == "synthetic":     # condition and failure as synthetic.paint chooses them by itself
+        frames = [Frame(f"{split}/{i:06d}", condition or synthetic.CONDITIONS[i % 5],
+                        case or (synthetic.CASES[i // 30 % 5] if i // 5 % 6 == 5 else "none"))
                   for i in range(limit or SYNTHETIC_COUNT[split])]
     else:
         frames = find_frames(name, layout, root, split, modalities) if modalities else []

@@ -23,7 +23,7 @@ PROTOCOLS = ("any", "emm", "rmm", "nm", "condition", "case")
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    from options import RECIPES, Parser, device, names, positive
+    from engine.options import RECIPES, Parser, device, names, positive
 
     parser = Parser("evaluate.py", __doc__)
     parser.add_argument("checkpoint", nargs="+", help="model files, or run folders: all that they hold")
@@ -86,14 +86,16 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import common  # noqa: E402
 import metrics  # noqa: E402
-import runner  # noqa: E402
-from checkpoint import load_model, read  # noqa: E402
 from data import normalise, open_dataset, random_missing, sensor_noise  # noqa: E402
+from engine import (
+    loop,  # noqa: E402
+    runs,  # noqa: E402
+)
+from engine.checkpoint import load_model, read  # noqa: E402
+from engine.options import ROOTS  # noqa: E402
 from fsm import ensemble_predictor, load_fsm, switch_predictor  # noqa: E402
 from model import present_of  # noqa: E402
-from options import ROOTS  # noqa: E402
 
 RMM_RATES = (0.25, 0.5, 0.75)
 NM_LEVELS = ("low", "mid", "high")
@@ -102,7 +104,7 @@ EMM_ODDS = (0.2, 0.1, 0.05)
 
 def main(o) -> None:
     o.deterministic, o.tensorboard, o.out = False, False, "."
-    run = runner.Run(o, "evaluate.py")
+    run = runs.Run(o, "evaluate.py")
     same = ["classes", "modalities", "depth"]
     same += [name for name, given in (("label_map", o.label_map), ("size", o.size), ("val_size", o.size)) if not given]
     rows, meta = load_rows(o.checkpoint, run.device, o.fsm_level, o.fsm_rule, same)
@@ -133,7 +135,7 @@ def main(o) -> None:
         text = "\n\n".join([about, *tables(results, dataset, o.protocol, markdown=True)])
         pathlib.Path(o.markdown).write_text(text + "\n")
     if o.json:
-        pathlib.Path(o.json).write_text(json.dumps({"about": about, "options": vars(o), "versions": common.versions(),
+        pathlib.Path(o.json).write_text(json.dumps({"about": about, "options": vars(o), "versions": loop.versions(),
                                                     "classes": meta["classes"], "results": results}, indent=1) + "\n")
 
 
@@ -147,7 +149,7 @@ def load_rows(
     """
     rows, first = {}, None
     for path in map(pathlib.Path, paths):
-        files = [path] if not path.is_dir() else [f for p in common.PHASES if (f := path / f"{p}.pt").exists()]
+        files = [path] if not path.is_dir() else [f for p in loop.PHASES if (f := path / f"{p}.pt").exists()]
         if not files:
             raise FileNotFoundError(f"{path} holds no teacher.pt, robust.pt, fsm.pt or student.pt.")
         models = {}
@@ -164,13 +166,13 @@ def load_rows(
             del models["fsm"]
             print(f"{path}: no row for the FSM ensemble, its teacher.pt and robust.pt lie elsewhere", file=sys.stderr)
         prefix = f"{path.name}/" if len(paths) > 1 and path.is_dir() else ""
-        found = {name: common.predictor(models[name]) for name in ("teacher", "robust") if name in models}
+        found = {name: loop.predictor(models[name]) for name in ("teacher", "robust") if name in models}
         if {"teacher", "robust"} <= set(models):
             found["switch"] = switch_predictor(models["teacher"], models["robust"])
         if "fsm" in models:
             sources = models["teacher"], models["robust"]
             found["FSM ensemble"] = ensemble_predictor(models["fsm"], *sources, level, rule)
-        found |= {name: common.predictor(models[name]) for name in models if name not in ("teacher", "robust", "fsm")}
+        found |= {name: loop.predictor(models[name]) for name in models if name not in ("teacher", "robust", "fsm")}
         for name, predict in found.items():
             row = prefix + name
             if row in rows:  # another file or folder of this name was given, too
@@ -234,7 +236,7 @@ def tile_starts(side: int, tile: int) -> list[int]:
 def evaluate(predict: Callable, dataset, protocols: list[str], run) -> dict[str, dict[str, dict]]:
     """protocol -> column -> metrics.scores, over this data set."""
     m, k, o = len(dataset.modalities), len(dataset.classes), run.o
-    subsets, full = common.all_subsets(m), tuple(range(m))
+    subsets, full = loop.all_subsets(m), tuple(range(m))
     label = {s: subset_name(s, dataset.modalities) for s in subsets}
     grouped = [p for p in ("condition", "case") if p in protocols]
     groups = {p: sorted({getattr(frame, p) for frame in dataset.frames}) for p in grouped}
@@ -248,7 +250,7 @@ def evaluate(predict: Callable, dataset, protocols: list[str], run) -> dict[str,
     batches = [list(range(i, min(i + o.batch_size, len(dataset)))) for i in range(0, len(dataset), o.batch_size)]
     batches = batches[run.rank :: run.world]
     for indices, (images, labels, names) in zip(
-        batches, common.loader(dataset, batches, o.workers, run.device), strict=True
+        batches, loop.loader(dataset, batches, o.workers, run.device), strict=True
     ):
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
@@ -256,7 +258,7 @@ def evaluate(predict: Callable, dataset, protocols: list[str], run) -> dict[str,
         def count(protocol: str, column: str, logits: Tensor, rows=slice(None), labels=labels) -> None:
             matrices[protocol, column] += metrics.confusion(logits[rows].argmax(1), labels[rows], k)
 
-        with common.autocast(run.device, o.amp):
+        with loop.autocast(run.device, o.amp):
             if "any" in protocols:
                 for s, logits in zip(subsets, predict(images, subsets), strict=True):
                     count("any", label[s], logits)
@@ -298,7 +300,7 @@ def subset_name(subset: tuple[int, ...], modalities: list[str]) -> str:
 def summary(protocol: str, scores: dict[str, dict], modalities: list[str], rule: str = "miou_published") -> dict:
     """The columns of a protocol's table -> value in per cent."""
     values = {column: s[rule] for column, s in scores.items()}
-    subsets = common.all_subsets(len(modalities))
+    subsets = loop.all_subsets(len(modalities))
     names = [subset_name(s, modalities) for s in subsets]
     full, missing = names[-1], names[:-1]
 
@@ -356,4 +358,4 @@ def tables(results: dict, dataset, protocols: list[str], markdown: bool = False)
 
 
 if __name__ == "__main__":
-    sys.exit(runner.guarded(main, OPTIONS))
+    sys.exit(runs.guarded(main, OPTIONS))

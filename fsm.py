@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from checkpoint import read
+from engine.checkpoint import read
 from model import Output, ScorePredictor, present_of, subset_logits, subset_outputs
 from segformer import sensor_indicators
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from pretrained import load_pretrained
+from engine.pretrained import load_pretrained
 from segformer import (
     MIN_SIDE,
     PRESETS,

@@ -31,7 +31,7 @@ def image_size(text: str) -> int | tuple[int, int]:
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    from options import RECIPES, Parser, names, positive
+    from engine.options import RECIPES, Parser, names, positive
 
     parser = Parser("predict.py", __doc__)
     parser.add_argument("checkpoint", help="model file, or run folder for its final model")
@@ -87,12 +87,14 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import panel  # noqa: E402
-import runner  # noqa: E402
-from checkpoint import load_model, read  # noqa: E402
 from data import IGNORED, SPARSE, SUFFIXES, Frame, FrameDataset, normalise, open_dataset  # noqa: E402
+from engine import (
+    pictures,  # noqa: E402
+    runs,  # noqa: E402
+)
+from engine.checkpoint import load_model, read  # noqa: E402
+from engine.options import ROOTS  # noqa: E402
 from model import CMNeXt, MSegFormer, present_of  # noqa: E402
-from options import ROOTS  # noqa: E402
 from segformer import MIN_SIDE, upsample  # noqa: E402
 
 ROLES = {"teacher": "teacher, trained with all sensors", "robust": "robust model, trained for missing sensors",
@@ -240,25 +242,25 @@ def segment(model: nn.Module, sample: Sample, sensors: list[str]) -> np.ndarray:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def sensor_cells(sample: Sample) -> list[panel.Cell]:
+def sensor_cells(sample: Sample) -> list[pictures.Cell]:
     pairs = zip(sample.given, sample.shown, strict=True)
-    return [panel.Cell(panel.photograph(image.numpy()), smooth=sensor not in SPARSE) for sensor, image in pairs]
+    return [pictures.Cell(pictures.photograph(image.numpy()), smooth=sensor not in SPARSE) for sensor, image in pairs]
 
 
-def scored(ids: np.ndarray, sample: Sample, meta: dict) -> panel.Cell:
+def scored(ids: np.ndarray, sample: Sample, meta: dict) -> pictures.Cell:
     """A prediction, with the share of the labelled pixels that it has right."""
     right = (ids == sample.label)[sample.label != IGNORED] if sample.label is not None else np.empty(0)
-    return panel.Cell(panel.label_map(ids, meta["palette"]), f"{100 * right.mean():.0f} %" if right.size else "")
+    return pictures.Cell(pictures.label_map(ids, meta["palette"]), f"{100 * right.mean():.0f} %" if right.size else "")
 
 
 def write_pictures(folder: pathlib.Path, sample: Sample, ids: np.ndarray, meta: dict) -> None:
     """NAME_label.png, NAME_colour.png, NAME_overlay.png and NAME_panel.png."""
-    cells, colour = sensor_cells(sample), panel.label_map(ids, meta["palette"])
+    cells, colour = sensor_cells(sample), pictures.label_map(ids, meta["palette"])
     overlay = Image.blend(cells[0].image, colour, 0.5)
-    truth = [] if sample.label is None else [panel.Cell(panel.label_map(sample.label, meta["palette"]))]
+    truth = [] if sample.label is None else [pictures.Cell(pictures.label_map(sample.label, meta["palette"]))]
     titles = [*sample.given, *["ground truth"] * len(truth), "prediction", f"prediction on {sample.given[0]}"]
-    drawn = panel.draw([[*cells, *truth, scored(ids, sample, meta), panel.Cell(overlay, smooth=True)]], titles,
-                       key=panel.legend([ids, *[sample.label] * len(truth)], meta["classes"], meta["palette"]),
+    drawn = pictures.draw([[*cells, *truth, scored(ids, sample, meta), pictures.Cell(overlay, smooth=True)]], titles,
+                       key=pictures.legend([ids, *[sample.label] * len(truth)], meta["classes"], meta["palette"]),
                        note="In the corner: share of the pixels that are right." if truth else "")  # fmt: skip
     for kind, image in (("label", Image.fromarray(ids)), ("colour", colour), ("overlay", overlay), ("panel", drawn)):
         image.save(folder / f"{sample.name}_{kind}.png")
@@ -275,14 +277,14 @@ def draw_comparison(models: dict, meta: dict, frames: Iterator[Sample], sensors:
     for sample in frames:
         answers = [segment(model, sample, subset) for model in models.values() for subset in subsets]
         truth = np.full(answers[0].shape, IGNORED, np.uint8) if sample.label is None else sample.label
-        cells = [panel.Cell(panel.label_map(truth, meta["palette"])), *(scored(ids, sample, meta) for ids in answers)]
+        cells = [pictures.Cell(pictures.label_map(truth, meta["palette"])), *(scored(ids, sample, meta) for ids in answers)]
         grid.append([*sensor_cells(sample), *cells])
         sides.append(sample.kind)
         maps += [truth, *answers]
     groups = [("what the sensors see", len(known)), ("", 1)]
     groups += [(ROLES.get(name, name), len(subsets)) for name in models]
-    drawn = panel.draw(grid, [*known, "ground truth", *titles * len(models)], groups, sides,
-                       panel.legend(maps, meta["classes"], meta["palette"]), "In the corners: share of the pixels that "
+    drawn = pictures.draw(grid, [*known, "ground truth", *titles * len(models)], groups, sides,
+                       pictures.legend(maps, meta["classes"], meta["palette"]), "In the corners: share of the pixels that "
                        "are right. A missing sensor is left out: the same model answers from the others.")  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     drawn.save(file)
@@ -349,4 +351,4 @@ def export(model: nn.Module, meta: dict, sensors: list[str], size: int | tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(runner.guarded(main, OPTIONS))
+    sys.exit(runs.guarded(main, OPTIONS))

@@ -8,7 +8,7 @@ Writes into the run folder (--out): config.json, log.jsonl, teacher.pt, robust.p
 (--resume). Next: python train_stage2.py --stage1 RUN.
 """
 
-from options import stage1_options
+from engine.options import stage1_options
 
 if __name__ == "__main__":
     OPTIONS = stage1_options(__doc__)  # before torch is imported, so that --help and typing errors answer at once
@@ -19,16 +19,15 @@ import sys
 import torch
 from torch import nn
 
-import common
 import hpdm
-import runner
-from checkpoint import describe, load_model, save_model
 from data import draw_present, normalise, open_dataset
+from engine import loop, runs
+from engine.checkpoint import describe, load_model, save_model
 from model import build_model, load_pretrained
 
 
 def main(o) -> None:
-    run = runner.Run(o, "train_stage1.py")
+    run = runs.Run(o, "train_stage1.py")
     kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
     train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
@@ -67,14 +66,14 @@ def main(o) -> None:
 def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
     """All sensors, cross entropy only (paper, section 4.1)."""
     o, model = run.o, run.parallel(teacher)
-    optimizer, scaler = common.adamw(teacher, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = runner.Progress(run, "teacher", teacher, optimizer, scaler, len(train), o.epochs, meta, state)
+    optimizer, scaler = loop.adamw(teacher, o.lr, o.weight_decay), loop.grad_scaler(run.device, o.amp)
+    progress = runs.Progress(run, "teacher", teacher, optimizer, scaler, len(train), o.epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
-        common.seed_step(o.seed, "teacher", step, run.rank)
+        loop.seed_step(o.seed, "teacher", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
 
-        with common.autocast(run.device, o.amp):
+        with loop.autocast(run.device, o.amp):
             logits = model(images).logits
         losses = {"ce": hpdm.ohem_cross_entropy(logits, labels, total=run.total)}
 
@@ -84,7 +83,7 @@ def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict |
         scaler.update()
         optimizer.zero_grad()
         if progress.validation_due():
-            full = common.validate(common.predictor(teacher), val, [tuple(range(len(val.modalities)))], run)[0]
+            full = loop.validate(loop.predictor(teacher), val, [tuple(range(len(val.modalities)))], run)[0]
             progress.validated(full["miou_published"], miou=full["miou_published"])
 
 
@@ -94,11 +93,11 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
     teacher.requires_grad_(False).eval()
     robust = copy.deepcopy(teacher).requires_grad_(True)  # the student starts from the teacher
     model = run.parallel(robust)
-    subsets = common.all_subsets(len(train.modalities))
-    optimizer, scaler = common.adamw(robust, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = runner.Progress(run, "robust", robust, optimizer, scaler, len(train), o.distill_epochs, meta, state)
+    subsets = loop.all_subsets(len(train.modalities))
+    optimizer, scaler = loop.adamw(robust, o.lr, o.weight_decay), loop.grad_scaler(run.device, o.amp)
+    progress = runs.Progress(run, "robust", robust, optimizer, scaler, len(train), o.distill_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
-        generator = common.seed_step(o.seed, "robust", step, run.rank)
+        generator = loop.seed_step(o.seed, "robust", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         # Drawn for the whole batch on every process, so that the draw does not depend on their number.
@@ -109,7 +108,7 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
         pair_weight = present.sum() / pairs  # a mean over this process's pairs becomes one over all processes'
         on_device = present.to(run.device, non_blocking=True), match.to(run.device, non_blocking=True)
 
-        with common.autocast(run.device, o.amp):
+        with loop.autocast(run.device, o.amp):
             with torch.no_grad():
                 target = teacher(images)
             out = model(images, present)
@@ -131,9 +130,9 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
         scaler.update()
         optimizer.zero_grad()
         if progress.validation_due():
-            scores = common.summarise(common.validate(common.predictor(robust), val, subsets, run))
+            scores = loop.summarise(loop.validate(loop.predictor(robust), val, subsets, run))
             progress.validated(scores["miou"], **scores)
 
 
 if __name__ == "__main__":
-    sys.exit(runner.guarded(main, OPTIONS))
+    sys.exit(runs.guarded(main, OPTIONS))

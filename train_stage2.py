@@ -9,7 +9,7 @@ fsm.pt, student.pt, and last.pt to continue from (--resume). Next: python evalua
 The paper stops at the selection; how it and the student are trained is this project's (relaxations: fsm.py).
 """
 
-from options import stage2_options
+from engine.options import stage2_options
 
 if __name__ == "__main__":
     OPTIONS = stage2_options(__doc__)  # before torch is imported, so that --help and typing errors answer at once
@@ -20,17 +20,16 @@ import sys
 import torch
 from torch import nn
 
-import common
 import hpdm
-import runner
-from checkpoint import describe, load_model
 from data import draw_present, normalise, open_dataset
+from engine import loop, runs
+from engine.checkpoint import describe, load_model
 from fsm import FSM, decode, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
 from model import condition_on_sensors
 
 
 def main(o) -> None:
-    run = runner.Run(o, "train_stage2.py")
+    run = runs.Run(o, "train_stage2.py")
     kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
     train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
@@ -38,7 +37,7 @@ def main(o) -> None:
     for problem in (*train.broken, *val.broken):
         run.say(f"left out: {problem}")
     if o.stage1:
-        runner.require_complete(o.stage1)
+        runs.require_complete(o.stage1)
     state = run.claim(("fsm", "student"))
 
     expect = {"classes": list(train.classes), "modalities": list(train.modalities)}
@@ -75,16 +74,16 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
               conditioned=not o.unconditioned_scores).to(run.device)  # fmt: skip
     meta = {**meta, "rule": o.rule, "temperature": o.temperature, "conditioned": not o.unconditioned_scores,
             "widths": list(robust.widths)}  # fmt: skip
-    model, subsets = run.parallel(fsm), common.all_subsets(len(train.modalities))
-    optimizer, scaler = common.adamw(fsm, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = runner.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, meta, state)
+    model, subsets = run.parallel(fsm), loop.all_subsets(len(train.modalities))
+    optimizer, scaler = loop.adamw(fsm, o.lr, o.weight_decay), loop.grad_scaler(run.device, o.amp)
+    progress = runs.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
-        generator = common.seed_step(o.seed, "fsm", step, run.rank)
+        generator = loop.seed_step(o.seed, "fsm", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
 
-        with common.autocast(run.device, o.amp):
+        with loop.autocast(run.device, o.amp):
             with torch.no_grad():
                 sources = [teacher(images, present), robust(images, present)]
             selected = model(sources, present.to(run.device, non_blocking=True))
@@ -100,7 +99,7 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
         optimizer.zero_grad()
         if progress.validation_due():
             predict = ensemble_predictor(fsm, teacher, robust)
-            scores = common.summarise(common.validate(predict, val, subsets, run))
+            scores = loop.summarise(loop.validate(predict, val, subsets, run))
             progress.validated(scores["miou"], **scores)
 
 
@@ -116,16 +115,16 @@ def train_student(
     if not o.unconditioned_student:
         condition_on_sensors(student)
     student.requires_grad_(True)
-    model, subsets = run.parallel(student), common.all_subsets(len(train.modalities))
-    optimizer, scaler = common.adamw(student, o.lr, o.weight_decay), common.grad_scaler(run.device, o.amp)
-    progress = runner.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)
+    model, subsets = run.parallel(student), loop.all_subsets(len(train.modalities))
+    optimizer, scaler = loop.adamw(student, o.lr, o.weight_decay), loop.grad_scaler(run.device, o.amp)
+    progress = runs.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
-        generator = common.seed_step(o.seed, "student", step, run.rank)
+        generator = loop.seed_step(o.seed, "student", step, run.rank)
         images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
 
-        with common.autocast(run.device, o.amp):
+        with loop.autocast(run.device, o.amp):
             if fsm:
                 with torch.no_grad():
                     sources = [teacher(images, present), robust(images, present)]
@@ -145,9 +144,9 @@ def train_student(
         scaler.update()
         optimizer.zero_grad()
         if progress.validation_due():
-            scores = common.summarise(common.validate(common.predictor(student), val, subsets, run))
+            scores = loop.summarise(loop.validate(loop.predictor(student), val, subsets, run))
             progress.validated(scores["miou"], **scores)
 
 
 if __name__ == "__main__":
-    sys.exit(runner.guarded(main, OPTIONS))
+    sys.exit(runs.guarded(main, OPTIONS))

@@ -19,10 +19,10 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import torch
 
-import runner
 import train_stage1
 import train_stage2
-from options import stage1_options, stage2_options
+from engine import runs
+from engine.options import stage1_options, stage2_options
 
 SMALL = "--limit 8 --size 32 --batch-size 4 --eval-every 1 --save-every 2 --device cpu".split()
 SMALL += ["--modalities", "rgb,depth,lidar"]
@@ -34,7 +34,7 @@ def train(stage: int, argv: list[str]) -> int:
     """A training script in this process -> its exit status."""
     parse, main = ((stage1_options, train_stage1.main), (stage2_options, train_stage2.main))[stage - 1]
     try:
-        return runner.guarded(main, parse("", argv))
+        return runs.guarded(main, parse("", argv))
     except SystemExit as end:
         return end.code
 

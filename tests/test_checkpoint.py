@@ -11,7 +11,7 @@ import pytest
 import torch
 from kill_and_resume import differences
 
-import checkpoint
+from engine import checkpoint
 from model import build_model, condition_on_sensors
 
 CPU = torch.device("cpu")

@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 
 import data
-import export
-import layouts
-import scenes
 from data import open_dataset
+from datasets import export, layouts, synthetic
 
 SIZE = 64
 
@@ -34,7 +32,7 @@ def mini(exported, tmp_path):
 
 
 def painted(split, index, size=SIZE):
-    return scenes.paint(3, split, index, size, scenes.CONDITIONS[index % 5], ("none", *scenes.CASES)[index % 6])
+    return synthetic.paint(3, split, index, size, synthetic.CONDITIONS[index % 5], ("none", *synthetic.CASES)[index % 6])
 
 
 def chw(image, scale=1):
@@ -98,8 +96,8 @@ def test_deliver_files_come_back_pixel_by_pixel(exported, split):
 
 def test_deliver_conditions_cases_and_raw_depth_are_found(exported):
     dataset = open_dataset("deliver", exported / "deliver", "train")
-    assert {frame.case for frame in dataset.frames} == {"none", *scenes.CASES}
-    assert {frame.condition for frame in dataset.frames} == set(scenes.CONDITIONS)
+    assert {frame.case for frame in dataset.frames} == {"none", *synthetic.CASES}
+    assert {frame.condition for frame in dataset.frames} == set(synthetic.CONDITIONS)
     assert all(frame.name.startswith(f"{frame.condition}/train/MAP_") for frame in dataset.frames)
     jitter = open_dataset("deliver", exported / "deliver", "train", case="lidarjitter")
     assert [frame.case for frame in jitter.frames] == ["lidarjitter"]
@@ -201,15 +199,15 @@ def test_near_infrared_is_zero_where_its_mask_is(mini):
 def test_folder_files_come_back_in_any_order_of_modalities(exported):
     root = exported / "folder"
     dataset = open_dataset("folder", root, "val", ["lidar", "depth", "rgb"])
-    assert dataset.classes == [name for name, _ in scenes.CLASSES]
-    assert dataset.palette.tolist() == [list(colour) for _, colour in scenes.CLASSES]
+    assert dataset.classes == [name for name, _ in synthetic.CLASSES]
+    assert dataset.palette.tolist() == [list(colour) for _, colour in synthetic.CLASSES]
     for images, label, name in dataset:
         scene = painted("val", int(name[-6:]))
         assert torch.allclose(images[0], chw(scene["lidar"]) / 255)
         assert torch.allclose(images[1], chw(scene["depth"])[:1] / 255)
         assert torch.allclose(images[2], chw(scene["rgb"]) / 255)
         assert torch.equal(label, torch.from_numpy(scene["label"]).long())
-    assert dataset.frames[0].condition in scenes.CONDITIONS
+    assert dataset.frames[0].condition in synthetic.CONDITIONS
     assert open_dataset("folder", root, "val").modalities == ["rgb", "depth", "event", "lidar"]
 
 
@@ -228,12 +226,12 @@ def test_synthetic_items_are_the_painted_scenes_and_stay_so_when_cached():
     dataset = open_dataset("synthetic", split="val", size=32, limit=7, modalities=["event", "rgb"])
     for _ in range(2):
         for i, (images, label, name) in enumerate(dataset):
-            scene = scenes.paint(0, "val", i, 32)
+            scene = synthetic.paint(0, "val", i, 32)
             assert torch.equal(images[0], chw(scene["event"])) and torch.equal(images[1], chw(scene["rgb"]))
             assert torch.equal(label, torch.from_numpy(scene["label"]).long()) and name == f"val/{i:06d}"
             assert dataset.frames[i][1:3] == (scene["condition"], scene["case"])
     fog = open_dataset("synthetic", split="val", limit=3, condition="fog", case="motionblur")
-    assert torch.equal(fog[1][0][0], chw(scenes.paint(0, "val", 1, 64, "fog", "motionblur")["rgb"]))
+    assert torch.equal(fog[1][0][0], chw(synthetic.paint(0, "val", 1, 64, "fog", "motionblur")["rgb"]))
 
 
 # ---- sizes, augmentation, reproducibility ---------------------------------------------------------------------------

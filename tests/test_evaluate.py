@@ -12,17 +12,16 @@ import torch.nn.functional as F
 from test_fsm import with_random_weights
 from test_model import SENSORS
 
-import checkpoint
-import common
 import evaluate
 import metrics
 from data import normalise, open_dataset, random_missing, sensor_noise
+from engine import checkpoint, loop
 from fsm import FSM
 from model import build_model, condition_on_sensors, subset_logits
 
 BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
 CONDITIONED = pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "conditioned"])
-SUBSETS = common.all_subsets(4)
+SUBSETS = loop.all_subsets(4)
 K = 12  # as many as the scenes have
 
 
@@ -100,7 +99,7 @@ def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone,
 
 
 def run_of(batch_size, workers=0):
-    """What `evaluate` needs of runner.Run, in one process."""
+    """What `evaluate` needs of runs.Run, in one process."""
     o = SimpleNamespace(batch_size=batch_size, workers=workers, seed=3, amp="off")
     return SimpleNamespace(o=o, rank=0, world=1, device=torch.device("cpu"), total=lambda x: x)
 
@@ -247,7 +246,7 @@ def view(scales=(1.0,), flip=False, tile=None):
 
 @pytest.fixture(scope="module")
 def predict():
-    return common.predictor(random_model("segformer_tiny"))
+    return loop.predictor(random_model("segformer_tiny"))
 
 
 def distribution(predict, images, degraded=None):
@@ -351,8 +350,8 @@ def run_folder(tmp_path):
 
 @pytest.fixture
 def signals():
-    """runner.Run takes over the signals; give them back."""
-    before = {number: signal.getsignal(number) for number in common.EXIT_STATUS}
+    """runs.Run takes over the signals; give them back."""
+    before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -441,17 +440,17 @@ def test_frames_without_a_label_give_no_scores():
 
     o = SimpleNamespace(batch_size=1, workers=0, amp="off", seed=0, data="synthetic")
     run = SimpleNamespace(o=o, rank=0, world=1, device=torch.device("cpu"), total=lambda x: x)
-    predict = common.predictor(random_model("segformer_tiny"))
+    predict = loop.predictor(random_model("segformer_tiny"))
     with pytest.raises(ValueError, match="not one pixel of the 2 frames has a label"):
         evaluate.evaluate(predict, Unlabelled(), ["any"], run)
     with pytest.raises(ValueError, match="not one pixel of the 2 validation frames has a label"):
-        common.validate(predict, Unlabelled(), [(0,)], run)
+        loop.validate(predict, Unlabelled(), [(0,)], run)
 
 
 def test_a_model_of_one_sensor_has_no_mean_over_missing_ones():
-    assert common.summarise([{"miou_published": 7.0}]) == {"miou": 7.0, "miou_full": 7.0}
+    assert loop.summarise([{"miou_published": 7.0}]) == {"miou": 7.0, "miou_full": 7.0}
     assert evaluate.summary("any", {"R": {"miou_published": 7.0}}, ["rgb"]) == {"R": 7.0, "full": 7.0, "mean": 7.0}
-    scores = common.summarise([{"miou_published": v} for v in (1.0, 3.0, 8.0)])
+    scores = loop.summarise([{"miou_published": v} for v in (1.0, 3.0, 8.0)])
     assert scores == {"miou": 4.0, "miou_full": 8.0, "miou_missing": 2.0}
 
 

@@ -10,7 +10,7 @@ import torch
 from test_hpdm import in_two_processes
 from test_model import GOLDEN, SENSORS, golden_images, golden_weights
 
-import checkpoint
+from engine import checkpoint
 from fsm import FSM, ensemble_predictor, feature_distance, load_fsm, switch_predictor
 from model import Output, build_model, condition_on_sensors
 

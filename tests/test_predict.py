@@ -1,4 +1,4 @@
-"""predict.py and panel.py: files in, pictures out, at the input's size and from whichever sensors there are."""
+"""predict.py and pictures.py: files in, pictures out, at the input's size and from whichever sensors there are."""
 
 import json
 import subprocess
@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-import panel
 import predict
-import scenes
-from checkpoint import save_model
-from export import write_file
+from datasets import synthetic
+from datasets.export import write_file
+from engine import pictures
+from engine.checkpoint import save_model
 from model import build_model, condition_on_sensors
 
 SENSORS = ["rgb", "depth", "event", "lidar"]
-CLASSES = [name for name, _ in scenes.CLASSES]
-PALETTE = [list(colour) for _, colour in scenes.CLASSES]
+CLASSES = [name for name, _ in synthetic.CLASSES]
+PALETTE = [list(colour) for _, colour in synthetic.CLASSES]
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
@@ -169,20 +169,20 @@ def test_files_that_are_no_pictures_are_named(run, tmp_path, capsys):
 
 def test_a_data_set_with_some_sensors_left_out(run, tmp_path):
     call(run, "--count", 2, "--sensors", "rgb,depth", "--out", tmp_path)
-    scene = scenes.paint(0, "val", 1, 64)
+    scene = synthetic.paint(0, "val", 1, 64)
     expected = answer_of_submodel(run / "student.pt", [scene["rgb"] / 255, scene["depth"] / 255])
     assert (np.asarray(Image.open(tmp_path / "val_000001_label.png")) != expected).mean() < 1e-3
 
 
 def test_the_panel_of_a_run_shows_scenes_by_row_and_both_models(run, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(panel, "draw", lambda *args: drawn.update(args=args) or Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(pictures, "draw", lambda *args: drawn.update(args=args) or Image.new("RGB", (1, 1)))
     call(run, "--data", "synthetic", "--count", 3, "--panel", tmp_path / "panel.png")
     grid, titles, groups, sides, key, _ = drawn["args"]
     views = ["all sensors", "rgb missing", "rgb and depth missing"]
     assert titles == [*SENSORS, "ground truth", *views, *views] and sides == ["cloud", "fog", "night"]
     assert sum(count for _, count in groups) == len(titles) == len(grid[0])
-    scene = scenes.paint(0, "val", 2, 64)
+    scene = synthetic.paint(0, "val", 2, 64)
     assert (np.asarray(grid[2][4].image) == np.array(PALETTE, np.uint8)[scene["label"]]).all()
     shown = {tuple(colour) for row in grid for cell in row[4:] for _, colour in cell.image.getcolors(256)}
     assert {colour for _, colour in key} == shown and len(shown) <= len(CLASSES)
@@ -193,20 +193,20 @@ def test_the_panel_of_a_run_shows_scenes_by_row_and_both_models(run, tmp_path, m
 def test_a_drawn_panel_keeps_every_cell_whole_and_every_colour_exact():
     rng = np.random.default_rng(2)
     sizes = [(64, 64), (50, 700)]  # enlarged by a whole factor; shrunk
-    cells = [panel.label_map(rng.integers(0, 12, size, np.uint8), PALETTE) for size in sizes]
-    image = panel.draw([[panel.Cell(cells[0])], [panel.Cell(cells[1])]], ["a long title of many words " * 3])
+    cells = [pictures.label_map(rng.integers(0, 12, size, np.uint8), PALETTE) for size in sizes]
+    image = pictures.draw([[pictures.Cell(cells[0])], [pictures.Cell(cells[1])]], ["a long title of many words " * 3])
     pixels = np.asarray(image)
-    assert np.asarray(panel.fit(panel.Cell(cells[0]), 420)).shape == (384, 384, 3)
-    assert np.asarray(panel.fit(panel.Cell(cells[1]), 420)).shape == (30, 420, 3)
+    assert np.asarray(pictures.fit(pictures.Cell(cells[0]), 420)).shape == (384, 384, 3)
+    assert np.asarray(pictures.fit(pictures.Cell(cells[1]), 420)).shape == (30, 420, 3)
     for cell in cells:
-        block = np.asarray(panel.fit(panel.Cell(cell), 420))
-        columns = pixels[:, panel.GAP : panel.GAP + block.shape[1]]
+        block = np.asarray(pictures.fit(pictures.Cell(cell), 420))
+        columns = pixels[:, pictures.GAP : pictures.GAP + block.shape[1]]
         assert any((columns[y : y + len(block)] == block).all() for y in range(len(columns) - len(block) + 1))
 
 
 def test_the_key_names_only_classes_that_occur():
     maps = [np.array([[3, 3]], np.uint8), np.array([[1, 255]], np.uint8)]
-    key = panel.legend(maps, CLASSES, PALETTE)
+    key = pictures.legend(maps, CLASSES, PALETTE)
     assert key == [(CLASSES[1], tuple(PALETTE[1])), (CLASSES[3], tuple(PALETTE[3])), ("ignored", (0, 0, 0))]
 
 

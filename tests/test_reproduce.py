@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-import options
-import reproduce
+from benchmarks import reproduce
+from engine import options
 from evaluate import options as evaluate_options
 
 
@@ -49,7 +49,7 @@ def test_the_report_gives_mean_and_standard_deviation(tmp_path, monkeypatch, cap
     o = reproduce.options()
     reproduce.report({"teacher": [dict.fromkeys(reproduce.COLUMNS, v) for v in (10.0, 14.0)]}, o, 1.0)
     assert "| teacher | 12.0 ± 2.8 |" in capsys.readouterr().out
-    saved = json.loads((tmp_path / "results" / "miniature-0.5.json").read_text())
+    saved = json.loads((tmp_path / "benchmarks" / "results" / "miniature-0.5.json").read_text())
     assert saved["length"] == 0.5 and len(saved["scores"]["teacher"]) == 2
 
 
@@ -73,4 +73,4 @@ def test_after_a_failed_run_no_other_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["reproduce.py", "--jobs", "1"])
     assert reproduce.main(reproduce.options()) == 1
     assert "ended with 1\nThe same command goes on" in capsys.readouterr().err
-    assert len(begun) < 5 and not (tmp_path / "results").exists()
+    assert len(begun) < 5 and not (tmp_path / "benchmarks" / "results").exists()

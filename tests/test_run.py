@@ -22,12 +22,10 @@ import torch
 from kill_and_resume import SMALL, STAGE1, STAGE2, differences, train
 from PIL import Image
 
-import common
 import evaluate
-import options
-import runner
 import train_stage1
-from export import export
+from datasets.export import export
+from engine import loop, options, runs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PHASES = {"teacher": 1, "robust": 1, "fsm": 2, "student": 2}
@@ -47,7 +45,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def handlers():
-    before = {number: signal.getsignal(number) for number in common.EXIT_STATUS}
+    before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -58,7 +56,7 @@ def handlers():
 def whole(tmp_path_factory):
     """Run folders of both stages that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    before = {number: signal.getsignal(number) for number in common.EXIT_STATUS}
+    before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
     assert train(1, [*SMALL, *STAGE1, "--out", str(folder / "1")]) == 0
     assert train(2, [*SMALL, *STAGE2, "--stage1", str(folder / "1"), "--out", str(folder / "2")]) == 0
     for number, handler in before.items():
@@ -74,14 +72,14 @@ def start(stage: int, whole: pathlib.Path, out: pathlib.Path, *more: str) -> lis
 
 def during(monkeypatch, phase: str, step: int, act, of="check") -> None:
     """Calls act(*arguments) once, at this step of this phase, before `Progress.check` looks at the losses."""
-    original = getattr(runner.Progress, of)
+    original = getattr(runs.Progress, of)
 
     def replaced(self, *arguments):
         if (self.phase, self.step) == (phase, step):
             act(*arguments)
         return original(self, *arguments)
 
-    monkeypatch.setattr(runner.Progress, of, replaced)
+    monkeypatch.setattr(runs.Progress, of, replaced)
 
 
 def log(folder: pathlib.Path) -> list[dict]:
@@ -131,7 +129,7 @@ def test_a_run_stops_by_the_clock_and_goes_on(whole, tmp_path):
 def test_a_second_interrupt_stops_at_once_even_in_the_middle_of_one_long_call():
     pid = os.fork()
     if pid == 0:
-        runner.Run.catch_signals(SimpleNamespace(on_signal=lambda *_: None))
+        runs.Run.catch_signals(SimpleNamespace(on_signal=lambda *_: None))
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, in C
         os._exit(1)
     time.sleep(0.5)
@@ -385,12 +383,12 @@ def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd)
     model = train_stage1.build_model("segformer_tiny", 2, ["rgb"])
     about = {"backbone": "segformer_tiny", "drop_path": 0.1, "dropout": 0.1, "size": 64, "data": "folder",
              "root": str(tmp_path / "data"), "depth": "hha", "label_map": None, **meta}  # fmt: skip
-    runner.save_model(tmp_path / "a.pt", model, about)
+    runs.save_model(tmp_path / "a.pt", model, about)
     for workers in "0", "2":
-        assert runner.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--workers", workers])) == 2
+        assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--workers", workers])) == 2
         sentence = said(capfd)
         assert "val/1 has 64 x 96 pixels, but val/0 in its batch has 64 x 64; use --batch-size 1" in sentence, sentence
-    assert runner.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--batch-size", "1"])) == 0
+    assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--batch-size", "1"])) == 0
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
@@ -398,16 +396,16 @@ def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd)
 
 def test_shards_are_disjoint_complete_and_the_same_stream_for_any_number_of_processes():
     frames, size, seed, steps = 13, 12, 5, 26
-    one = list(common.Batches(frames, size, seed, 0, steps, 0, 1))
+    one = list(loop.Batches(frames, size, seed, 0, steps, 0, 1))
     for world in (2, 3, 4):
-        shards = [list(common.Batches(frames, size, seed, 0, steps, rank, world)) for rank in range(world)]
+        shards = [list(loop.Batches(frames, size, seed, 0, steps, rank, world)) for rank in range(world)]
         for step, batch in enumerate(one):
             parts = [shard[step] for shard in shards]
             assert {len(part) for part in parts} == {size // world} and sorted(sum(parts, [])) == sorted(batch)
     keys = [key for batch in one for key in batch]
     for epoch in range(steps * size // frames):
         assert sorted(index for e, index in keys if e == epoch) == list(range(frames))
-    assert list(common.Batches(frames, size, seed, 7, steps, 0, 1)) == one[7:]
+    assert list(loop.Batches(frames, size, seed, 7, steps, 0, 1)) == one[7:]
 
 
 # Runs the scripts one after the other in a process that loads torch once. Each gets a port of its own.
@@ -423,15 +421,15 @@ for port, argv in json.loads(sys.argv[1]):
 # Stands before a script: process 1 kills itself at a step of the robust phase, the first time.
 SUICIDE = """
 import os, runpy, signal, sys
-import common
-import runner
-check = runner.Progress.check
+from engine import loop
+from engine import runs
+check = runs.Progress.check
 def dying(self, *rest):
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if first and (self.phase, self.step, self.run.rank) == ("robust", 2, 1):
         os.kill(os.getpid(), signal.SIGKILL)
     check(self, *rest)
-runner.Progress.check = dying
+runs.Progress.check = dying
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -473,7 +471,7 @@ def two(whole, tmp_path_factory):
 def test_two_processes_train_and_evaluate_as_one(whole, two, tmp_path):
     stage1, robust, stage2, evaluation = (job[1:] for job in jobs(whole, tmp_path))
     assert train(1, [*stage1, "--distill-epochs", "0"]) == 0 and train(1, robust) == 0 and train(2, stage2) == 0
-    assert runner.guarded(evaluate.main, evaluate.options(evaluation)) == 0
+    assert runs.guarded(evaluate.main, evaluate.options(evaluation)) == 0
     compared = set()
     for folder in "1", "robust", "2":
         for a, b in zip(log(tmp_path / folder), log(two / folder), strict=False):
@@ -517,18 +515,18 @@ def test_torchrun_continues_a_killed_run_by_itself(whole, two, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_restart_by_torchrun_does_not_touch_a_run_that_another_command_began(whole, capfd, monkeypatch, stage):
-    monkeypatch.setattr(runner, "RESTARTS", 1)
+    monkeypatch.setattr(runs, "RESTARTS", 1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     test_a_used_folder_is_refused_with_both_ways_out_and_left_alone(whole, capfd, stage)
 
 
 def test_batch_norm_over_processes_equals_torchs_for_one_and_takes_bf16(monkeypatch):
-    monkeypatch.setattr(common.dist, "all_reduce", lambda x: None)  # one process: its sums are the sums
+    monkeypatch.setattr(loop.dist, "all_reduce", lambda x: None)  # one process: its sums are the sums
     torch.manual_seed(0)
     x = 3 * torch.randn(4, 5, 6, 7) + 1
     plain, synced = torch.nn.BatchNorm2d(5), torch.nn.BatchNorm2d(5)
-    common.sync_batch_norm(synced, torch.device("cpu"))
-    assert type(synced) is common.SyncedBatchNorm
+    loop.sync_batch_norm(synced, torch.device("cpu"))
+    assert type(synced) is loop.SyncedBatchNorm
     torch.testing.assert_close(synced(x), plain(x))
     torch.testing.assert_close(synced.running_var, plain.running_var)
     torch.testing.assert_close(synced(x.bfloat16()), plain(x.bfloat16().float()))

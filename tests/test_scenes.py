@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-import scenes
-from scenes import CASES, CLASSES, CONDITIONS, MOVING, PARKED, SPLITS, layout, paint, render
+from datasets import synthetic
+from datasets.synthetic import CASES, CLASSES, CONDITIONS, MOVING, PARKED, SPLITS, layout, paint, render
 
 SENSORS = ("rgb", "depth", "event", "lidar")
 
@@ -98,9 +98,9 @@ def test_a_billboard_is_a_car_to_the_camera_and_flat_to_the_depth_sensor():
     for index in range(10):
         scene = layout(0, "val", index)
         real = scene._replace(things=[
-            t._replace(label=PARKED) if t.label == scenes.BILLBOARD else t for t in scene.things])
+            t._replace(label=PARKED) if t.label == synthetic.BILLBOARD else t for t in scene.things])
         painted, car = (render(s, (64, 64), "cloud", "none") for s in (scene, real))
-        if (painted["label"] == scenes.BILLBOARD).sum() > 30:
+        if (painted["label"] == synthetic.BILLBOARD).sum() > 30:
             assert differing(painted, car) >= {"depth", "label"}
             assert "rgb" not in differing(painted, car)
 

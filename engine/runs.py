@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from checkpoint import load_last, require, save_model, write
-from common import (
+from engine.checkpoint import load_last, require, save_model, write
+from engine.loop import (
     EXIT_STATUS,
     PHASES,
     Batches,

@@ -1,10 +1,10 @@
 """Does it do what the paper says? A declared list of runs on the synthetic scenes, over several seeds.
 
-    python reproduce.py                          # or: make reproduce; continues where it was interrupted
-    python reproduce.py --backbone cmnext_tiny --rows teacher,method,student
+    python -m benchmarks.reproduce                          # or: make reproduce; continues where it was interrupted
+    python -m benchmarks.reproduce --backbone cmnext_tiny --rows teacher,method,student
 
 Every run is a command line of the training scripts, every row an evaluation on the test split, which nothing else
-reads. Writes runs/miniature/BACKBONE/seed*/... and results/miniature.json and .md (mean and standard deviation over the
+reads. Writes runs/miniature/BACKBONE/seed*/... and benchmarks/results/miniature.json and .md (mean and standard deviation over the
 seeds); the names of other backbones, lengths and splits say so (miniature-cmnext_tiny.json). Two runs at a time, a
 thread each: on two cores that is faster than one with two.
 """
@@ -62,7 +62,7 @@ ROWS = [
     ("student", "student", "{stage2}/student.pt", "student", ""),
 ]
 COLUMNS = ("full", "missing", "mean", "EL", "EMM", "RMM 0.5", "NM mid")
-ROOT = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def options() -> argparse.Namespace:
@@ -154,8 +154,8 @@ def score(row: tuple, folders: dict[str, pathlib.Path], split: str) -> dict[str,
 
 
 def report(table: dict[str, list[dict]], o: argparse.Namespace, minutes: float) -> None:
-    out = ROOT / "results"
-    out.mkdir(exist_ok=True)
+    out = ROOT / "benchmarks" / "results"
+    out.mkdir(parents=True, exist_ok=True)
     about = (f"{o.backbone}, synthetic scenes ({o.split} split), seeds 0..{o.seeds - 1}, "
              f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; "
              f"mIoU in per cent, mean ± standard deviation; `python {' '.join(['reproduce.py', *sys.argv[1:]])}`"

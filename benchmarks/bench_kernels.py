@@ -1,13 +1,13 @@
 """Measures the fused kernels against plain PyTorch, and prints one table with the conditions it was taken under.
 
-    python bench.py                              # all of it; on a machine without a GPU the CPU paths
-    python bench.py --quick                      # B0, 512 pixels, batch 2, float32
-    python bench.py --what kernels --json benchmarks/h200.json
+    python -m benchmarks.bench_kernels                              # all of it; on a machine without a GPU the CPU paths
+    python -m benchmarks.bench_kernels --quick                      # B0, 512 pixels, batch 2, float32
+    python -m benchmarks.bench_kernels --what kernels --json benchmarks/h200.json
 
 Writes nothing but the file named by --json. Columns of the section kernels: milliseconds (median, 20th and 80th
 percentile), memory at the peak beyond the inputs (GPU), the bytes that must move over the time, and that as a part of
 what a plain copy reached in the same run; each path's result is checked against the transparent loop or the definitions
-before it is timed. What the other sections time (bench_step.py) is compared by tests/test_bench.py.
+before it is timed. What the other sections time (bench_steps.py) is compared by tests/test_bench.py.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-import bench_step
 import kernels
+from benchmarks import bench_steps
 from kernels import reference
 
 WIDTHS = {"B0": (32, 64, 160, 256), "B2": (64, 128, 320, 512)}  # channels of the stages, strides 4, 8, 16, 32
@@ -235,12 +235,12 @@ def conditions() -> dict:
     }  # fmt: skip
 
 
-SECTIONS = {"kernels": bench_kernels, **bench_step.SECTIONS}  # name: function (quick, repeats) -> rows of the table
+SECTIONS = {"kernels": bench_kernels, **bench_steps.SECTIONS}  # name: function (quick, repeats) -> rows of the table
 
 
 def main(what: list[str], quick: bool, repeats: int, json_path: pathlib.Path | None) -> None:
     torch.manual_seed(0)
-    report = {"conditions": conditions(), "command": "python bench.py " + " ".join(sys.argv[1:])}
+    report = {"conditions": conditions(), "command": "python -m benchmarks.bench_kernels " + " ".join(sys.argv[1:])}
     print("  ".join(f"{k} {v}" for k, v in report["conditions"].items()))
     for section in what:
         print(f"\n{section}")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import scenes
-from layouts import LAYOUTS, parse_classes
+from datasets import synthetic
+from datasets.layouts import LAYOUTS, parse_classes
 
-# What each of scenes.CLASSES, in that order, is called there. Parked and moving cars are the same to all three.
+# What each of synthetic.CLASSES, in that order, is called there. Parked and moving cars are the same to all three.
 EXPORT_CLASSES = {
     "deliver": "Sky,Building,Vegetation,Road,RoadLine,SideWalk,Pole,TrafficSign,Static,Cars,Cars,Pedestrian",
     "muses": "sky,building,vegetation,road,road,sidewalk,pole,traffic sign,wall,car,car,person",
@@ -66,23 +66,23 @@ def export(out: Path, layout: str, count: int, size: int, seed: int) -> None:
         raise ValueError(f"--count {count} leaves a split empty; use 4 or more")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose a new folder")
-    ids = np.arange(len(scenes.CLASSES))
+    ids = np.arange(len(synthetic.CLASSES))
     if layout != "folder":
         names = parse_classes(LAYOUTS[layout].classes.split(","))[0]
         ids = np.array([names.index(name) for name in EXPORT_CLASSES[layout].split(",")])
     for split, number in (("train", count - count // 4 * 2), ("val", count // 4), ("test", count // 4)):
         keys = []
         for i in range(number):
-            condition, case = scenes.CONDITIONS[i % 5], ("none", *scenes.CASES)[i % 6]
+            condition, case = synthetic.CONDITIONS[i % 5], ("none", *synthetic.CASES)[i % 6]
             shape = (size, size * 16 // 9 if layout == "muses" else size)
-            files = scene_files(layout, split, i, scenes.paint(seed, split, i, shape, condition, case), ids)
+            files = scene_files(layout, split, i, synthetic.paint(seed, split, i, shape, condition, case), ids)
             keys.append(Path(next(iter(files))).stem)
             for path, array in files.items():
                 write_file(out / path, array)
         if layout == "mcubes":
             write_file(out / f"multimodal_dataset/list_folder/{split}.txt", "\n".join(keys) + "\n")
     if layout == "folder":
-        write_file(out / "classes.txt", "".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in scenes.CLASSES))
+        write_file(out / "classes.txt", "".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in synthetic.CLASSES))
 
 
 def write_file(path: Path, content: np.ndarray | str) -> None:

@@ -1,6 +1,6 @@
 """Whole steps, evaluation, memory and loading, beside the same work in the published code's structure.
 
-Sections of bench.py. M-SegFormer-B0, four sensors, 25 classes, random images, random weights. The published structure,
+Sections of bench_kernels.py. M-SegFormer-B0, four sensors, 25 classes, random images, random weights. The published structure,
 written out here from its description: one sample at a time through the encoder, the decoder's products above the
 upsampling, prototypes in nested loops over stages, samples, modalities and classes, AdamW parameter by parameter, and
 the whole network once per subset in evaluation. Both do the same work on the same weights; test_bench.py compares them.
@@ -18,12 +18,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-import common
 import fsm
 import hpdm
 import model
 import segformer
 from data import open_dataset
+from engine import loop
 
 SENSORS = ["rgb", "depth", "event", "lidar"]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,12 +79,12 @@ def make_step(net, teacher, images, labels, present, match, k, plain, amp):
     """A function that does one stage-1 step of MSegFormer: teacher, student, CE, KL, prototype loss, AdamW."""
     forward = plain_forward if plain else lambda n, x, p: n(x, p)
     distance = plain_hpdm if plain else hpdm.hpdm_loss
-    optimizer = torch.optim.AdamW(net.parameters(), lr=6e-5, foreach=False) if plain else common.adamw(net, 6e-5, 0.01)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=6e-5, foreach=False) if plain else loop.adamw(net, 6e-5, 0.01)
     everything = torch.ones_like(present)
     seen, answer = present.to(images.device), match.to(images.device)
 
     def step() -> None:
-        with common.autocast(images.device, amp):
+        with loop.autocast(images.device, amp):
             with torch.no_grad():
                 target = forward(teacher, images, everything)
             out = forward(net, images, present)
@@ -99,7 +99,7 @@ def make_step(net, teacher, images, labels, present, match, k, plain, amp):
 
 def stage2_step(net, teacher, robust, selection, images, labels, present):
     """A function that does one stage-2 step of the student, as train_stage2.py does."""
-    optimizer = common.adamw(net, 6e-5, 0.01)
+    optimizer = loop.adamw(net, 6e-5, 0.01)
 
     def step() -> None:
         with torch.no_grad():
@@ -146,7 +146,7 @@ class Setting:
     def __init__(self, quick: bool, batch: int | None = None, side: int | None = None):
         torch.manual_seed(0)
         if DEVICE.type == "cpu":
-            common.keep_freed_memory()  # as every run does; the published structure gains by it as well
+            loop.keep_freed_memory()  # as every run does; the published structure gains by it as well
         self.b, self.m, self.k = batch or (2 if quick else 4), len(SENSORS), 25
         side = side or (128 if quick else 256)
         self.images = torch.randn(self.b, self.m, 3, side, side, device=DEVICE)
@@ -202,7 +202,7 @@ def bench_pixels(quick: bool, repeats: int) -> list[dict]:
 def bench_evaluate(quick: bool, repeats: int) -> list[dict]:
     """Any-modality: predictions for all 15 subsets of one batch."""
     s, unit = Setting(quick), gflop_seconds()
-    subsets, net = common.all_subsets(s.m), s.net.eval()
+    subsets, net = loop.all_subsets(s.m), s.net.eval()
     masks = [model.present_of(subset, (s.b, s.m)) for subset in subsets]
     ways = {
         "all subsets from one encoder pass": lambda: [x.argmax(1) for x in model.subset_logits(net, s.images, subsets)],
@@ -222,11 +222,11 @@ def bench_evaluate(quick: bool, repeats: int) -> list[dict]:
 
 def bench_memory(quick: bool, repeats: int) -> list[dict]:
     """Peak memory that one stage-1 step adds, each form in a process of its own."""
-    code = "import sys, bench_step; bench_step.one_step(sys.argv[1] == 'plain', sys.argv[2] == 'quick')"
+    code = "import sys; from benchmarks import bench_steps; bench_steps.one_step(sys.argv[1] == 'plain', sys.argv[2] == 'quick')"
     megabytes = {}
     for kind in ("plain", "ours"):
         command = [sys.executable, "-c", code, kind, "quick" if quick else "whole"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parent)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parents[1])
         megabytes[kind] = float(done.stdout.split()[-1])
     ours, plain = megabytes["ours"], megabytes["plain"]
     row_ = {"what": "peak memory of a stage-1 step", "MB": ours, "published structure, MB": plain}
@@ -244,7 +244,7 @@ def one_step(plain: bool, quick: bool) -> None:
 def own_peak() -> float:
     """Peak MB of this process alone (`ru_maxrss` would begin with what its parent held when it was started)."""
     if DEVICE.type == "cuda":
-        return common.peak_memory(DEVICE)
+        return loop.peak_memory(DEVICE)
     status = pathlib.Path("/proc/self/status").read_text()
     return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
@@ -256,11 +256,11 @@ def bench_load(quick: bool, repeats: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--export {folder}/x --layout deliver --count {2 * count} --size {side}"
         command = [sys.executable, "data.py", *flags.split()]
-        subprocess.run(command, check=True, capture_output=True, cwd=pathlib.Path(__file__).parent)
+        subprocess.run(command, check=True, capture_output=True, cwd=pathlib.Path(__file__).parents[1])
         dataset = open_dataset("deliver", f"{folder}/x", "train", size=crop, augment=True)
         for workers in (0, 2):
-            keys = common.Batches(len(dataset), 4, 0, 0, 2 * count // 4, 0, 1)
-            frames = iter(common.loader(dataset, keys, workers, DEVICE))
+            keys = loop.Batches(len(dataset), 4, 0, 0, 2 * count // 4, 0, 1)
+            frames = iter(loop.loader(dataset, keys, workers, DEVICE))
             next(frames)  # the workers have started
             start = time.perf_counter()
             read = 4 * sum(1 for _ in frames)

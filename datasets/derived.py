@@ -39,7 +39,7 @@ def inside_border(grey: np.ndarray) -> tuple[slice, slice]:
 def derive_event(rgb: np.ndarray, metres: np.ndarray, name: str, seed: int = 0) -> np.ndarray:
     """What an event camera sees when it moves a little; the frame's name decides how.
 
-    The depth of a pixel tells where its point was before: the nearer, the farther away. The pixel fires if log
+    The depth of a pixel tells where its point was before: near points have moved more. The pixel fires if log
     intensity differs by THRESHOLD between the two, to the nearest pixel. Occlusion is not modelled.
 
     rgb: (H, W, 3) uint8; metres: (H, W) float32, its depth. 0 = no measurement, taken as infinitely far, so that only

@@ -38,11 +38,11 @@ def main() -> int:
     command = commands.add_parser("derived", help="four real frames with their derived modalities")
     command.add_argument("--root", type=Path, required=True, help="the folder NYUDepthv2")
     command.add_argument("--frames", default="0015,0411,1347,1383", help="comma-separated names")
-    command.add_argument("--out", type=Path, required=True, help="the PNG to write, in 256 colours")
+    command.add_argument("--out", type=Path, required=True, help="the PNG to write, in 160 colours")
     args = parser.parse_args()
     try:
         figure = derived(args.root, args.frames.split(","))
-        figure.quantize(256, dither=Image.Dither.NONE).save(args.out, optimize=True)
+        figure.quantize(160, dither=Image.Dither.NONE).save(args.out, optimize=True)
     except (ValueError, OSError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
         return 2

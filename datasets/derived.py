@@ -82,5 +82,5 @@ def derive_lidar(metres: np.ndarray, name: str, seed: int = 0) -> np.ndarray:
     returned = (scans > 0) & (chance < KEPT * np.exp(scans / -FADE))
     code = 255 - 80 * np.log((scans + NOISE * (2 * noise - 1)).clip(0.01) / 0.5)
     out = np.zeros((*metres.shape, 3), np.uint8)
-    out[rows] = (code.clip(1, 255) * returned).astype(np.uint8)[..., None]
+    out[rows] = (np.rint(code.clip(1, 255)) * returned).astype(np.uint8)[..., None]
     return out

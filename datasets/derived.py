@@ -17,7 +17,6 @@ TURN = 0.003            # its turn to the left or right, in image widths, at mos
 THRESHOLD = 0.2         # change of log intensity that fires an event
 LOG = np.log(np.arange(256, dtype=np.float32) / 255 + 0.05)     # + 0.05: noise in the dark fires nothing
 PLAIN = 32              # levels of 255: a line of pixels that varies less is of one colour
-
 SCANS = 48              # lidar rows over the image's height
 KEPT, FADE = 0.9, 20.0  # share of the points that return: KEPT * exp(-metres / FADE)
 NOISE = 0.03            # of the range, in metres, at most

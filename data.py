@@ -1,4 +1,4 @@
-"""Data: DELIVER, MUSES, MCubeS, your own folder and painted scenes, as (images (M, 3, H, W), label (H, W), name).
+"""Data: DELIVER, MUSES, MCubeS, NYU Depth v2, a folder, synthetic scenes, as (images (M, 3, H, W), label (H, W), name).
 
     python data.py --data deliver --root data/DELIVER --check       # count, open every file once, list the broken
     python data.py --export data/mini --layout deliver --count 24   # painted scenes in DELIVER's layout and formats
@@ -8,6 +8,7 @@ Axes: B batch, M modalities, K classes, H W image size. A label of 255 is ignore
 """
 import argparse
 import glob
+import math
 import os
 import sys
 import zlib
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from datasets import synthetic
@@ -26,23 +27,25 @@ from datasets.layouts import (
     DATASETS,
     IGNORED,
     LAYOUTS,
+    NYUV2_CLASSES,
+    RAW_DEPTH,
+    SUFFIXES,
     Layout,
     Picture,
     label_table,
     parse_classes,
     read_classes,
-    read_image,
+    read_images,
     read_label,
-    read_mcubes,
-    read_muses_range,
+    read_list,
 )
 
 SPLITS = ("train", "val", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NEAREST, BILINEAR = Image.Resampling.NEAREST, Image.Resampling.BILINEAR
-SPARSE = ("event", "lidar", "radar")    # resized by NEAREST: the mean of a point and of nothing is neither
+# The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
+BLUR = ImageFilter.Kernel((3, 3), [math.exp(-(x**2 + y**2) / (2 * 0.8**2)) for y in (-1, 0, 1) for x in (-1, 0, 1)])
 SYNTHETIC_COUNT = {"train": 2000, "val": 200, "test": 200}
+LEFT_OUT = (("muses", "radar"), ("nyuv2", "event"), ("nyuv2", "lidar"))    # unless asked for
 CACHE_BYTES = 256 * 2**20               # a split of painted scenes that fits is kept in memory once painted
 
 
@@ -78,13 +81,9 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
         base = base if name == "muses" and base.is_dir() else root / folder
         indexed.append((base, ending, find_files(base, layout.pattern.format(split=split), ending)))
     keys = {key for *_, found in indexed for key in found}
-    if name == "mcubes":
-        listing = next((path for path in (root / "list_folder", root.parent / "list_folder") if path.is_dir()), root)
-        listing /= f"{split}.txt"
-        keys = set(listing.read_text().split()) if listing.is_file() else set()
-        for key in keys:
-            if "/" in key or "\\" in key or key == "..":
-                raise ValueError(f"{listing} lists {key!r}, which could lead out of {root}; list plain frame names")
+    if name in ("mcubes", "nyuv2"):
+        folders = (root / "list_folder", root.parent / "list_folder") if name == "mcubes" else ()
+        keys = read_list(next((path for path in folders if path.is_dir()), root) / f"{split}.txt")
     unlabelled = split == "test" and not indexed[-1][2]     # MUSES keeps its test labels to itself
     frames = []
     for key in sorted(keys):
@@ -109,11 +108,10 @@ class FrameDataset(torch.utils.data.Dataset):
     ignored = IGNORED
 
     def __init__(self, name: str, frames: list[Frame], classes: list[str], palette: np.ndarray, modalities: list[str],
-                 size: int | tuple[int, int] | None, augment: bool, seed: int, table: np.ndarray,
-                 shrink_only: bool = False) -> None:
-        self.shrink_only = shrink_only
+                 size: int | tuple[int, int] | None, augment: bool, seed: int, table: np.ndarray) -> None:
         self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
         self.size, self.augment, self.seed, self.table = size, augment, seed, table
+        self.normalisation = "all" if name == "synthetic" else "rgb"    # see `normalise`
         self.dtype, self.kinds, self.broken, self.painted = np.uint8, [], [], {}
         self.class_pixels = np.zeros(256, np.int64)     # counted by `open_all`
 
@@ -132,10 +130,7 @@ class FrameDataset(torch.utils.data.Dataset):
                     return painted
                 self.painted[index] = painted
             return self.painted[index]
-        readers = {("muses", "lidar"): read_muses_range, ("muses", "radar"): read_muses_range}
-        reader = read_mcubes if self.name == "mcubes" else read_image
-        images = [readers.get((self.name, modality), reader)(path)
-                  for modality, path in zip(self.modalities, frame.images, strict=True)]
+        images = read_images(self.name, self.modalities, frame.images)
         for m, path in enumerate(frame.images):
             is_float = isinstance(images[m], np.ndarray)
             if self.kinds and is_float != self.kinds[m]:
@@ -154,7 +149,7 @@ class FrameDataset(torch.utils.data.Dataset):
                     (h, w), (H, W) = shape_of(images[m]), label.shape
                     raise ValueError(f"{path} has {h} rows of {w} pixels, but {frame.label or frame.images[0]} has "
                                      f"{H} of {W}; the files of a frame must be aligned")
-                images[m] = images[m].resize(label.shape[::-1], NEAREST)    # eventlowres: 512 x 512 of 1042 x 1042
+                images[m] = Image.fromarray(nearest(np.asarray(images[m]), label.shape))    # eventlowres: 512 x 512
         return images, label
 
     def open_all(self, allowed: int) -> None:
@@ -190,97 +185,113 @@ class FrameDataset(torch.utils.data.Dataset):
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
         index = range(len(self))[index]     # IndexError past the end
         images, label = self.read(index)
-        rng = np.random.default_rng([self.seed, epoch, index])
-        height, width = label.shape
+        crop = label.shape
         if self.augment:
-            crop = (self.size, self.size) if isinstance(self.size, int) else self.size or label.shape
-            # From the published training: 0.5..2. Small painted scenes have fewer pixels to lose.
-            scale = rng.uniform(*((0.8, 1.25) if self.name == "synthetic" else (0.5, 2)))
-            scaled, flip = (round(height * scale), round(width * scale)), rng.random() < 0.5
-            # Where the crop begins in the scaled frame: below 0, so with padding first, where the frame is smaller.
-            top, left = (int(rng.integers(min(0, s - c), max(0, s - c) + 1)) for s, c in zip(scaled, crop, strict=True))
+            crop = (self.size, self.size) if isinstance(self.size, int) else self.size or crop
+            # Synthetic scenes are painted at the crop's size, and have fewer pixels to lose.
+            scales = (0.8, 1.25) if self.name == "synthetic" else (0.5, 2)
+            rng = np.random.default_rng([self.seed, epoch, index])
+            images, label = augmented(images, label, self.modalities, crop, scales, rng)
         else:
-            scale = self.size / min(height, width) if isinstance(self.size, int) else 1
-            scale = min(scale, 1) if self.shrink_only else scale
-            scaled = self.size if isinstance(self.size, tuple) else (round(height * scale), round(width * scale))
-            crop, flip, top, left = scaled, False, 0, 0
-        # Only what the crop shows is resized: rows y0..y1 and columns x0..x1 of the scaled frame.
-        y0, y1, x0, x1 = max(top, 0), min(top + crop[0], scaled[0]), max(left, 0), min(left + crop[1], scaled[1])
-        box = (x0 * width / scaled[1], y0 * height / scaled[0], x1 * width / scaled[1], y1 * height / scaled[0])
-        rows, columns, step = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left), 1
-        if flip:
-            columns, step = slice(crop[1] - columns.stop, crop[1] - columns.start), -1
-
-        pixels = np.zeros((len(images), 3, *crop), self.dtype)
-        for m, modality in enumerate(self.modalities):
-            image = resize(images[m], (y1 - y0, x1 - x0), NEAREST if modality in SPARSE else BILINEAR, box)
-            if self.augment and modality == "rgb":
-                image = jitter(image, rng)
-            if image.dtype == np.uint8 and self.dtype == np.float32:
-                image = image / np.float32(255)
-            pixels[m, :, rows, columns] = image[:, ::step].transpose(2, 0, 1)   # (3 or 1 -> 3, h, w)
-        classes = np.full(crop, IGNORED, np.uint8)  # int64 on the device only: an eighth of the bytes to move
-        label = Image.fromarray(label)
-        classes[rows, columns] = resize(label, (y1 - y0, x1 - x0), NEAREST, box)[:, ::step, 0]
+            sizes = resized_to(label.shape, self.size) if self.name != "synthetic" else []
+            for size in sizes:
+                images, label = [resize(image, size) for image in images], nearest(label, size)
+            crop = label.shape
+        pixels, classes = np.zeros((len(images), 3, *crop), self.dtype), np.full(crop, IGNORED, np.uint8)
+        classes[:label.shape[0], :label.shape[1]] = label   # int64 on the device only: an eighth of the bytes to move
+        for image, into in zip(images, pixels, strict=True):
+            image = np.atleast_3d(np.asarray(image))
+            image = image / np.float32(255) if image.dtype == np.uint8 and self.dtype == np.float32 else image
+            into[:, :label.shape[0], :label.shape[1]] = image.transpose(2, 0, 1)    # (3 or 1 -> 3, h, w)
         return torch.from_numpy(pixels), torch.from_numpy(classes), self.frames[index].name
+
+
+# ---- resizing and augmentation, as published (DELIVER, semseg/augmentations_mm.py) ----------------------------------
+def resized_to(shape: tuple[int, int], size: int | tuple[int, int] | None) -> list[tuple[int, int]]:
+    """The sizes a frame (H, W) is brought to, one after the other: the shorter side to `size`, then multiples of 32."""
+    if not isinstance(size, int):
+        return [size] if size else []
+    once = tuple(round(side * size / min(shape)) for side in shape)
+    return [once, tuple(-(-side // 32) * 32 for side in once)]
+
+
+def augmented(images: list[Picture], label: np.ndarray, modalities: list[str], crop: tuple[int, int],
+              scales: tuple[float, float], rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+    """What training sees of a frame: images (h, w, 1 or 3) and label (h, w), h and w at most the crop's.
+
+    Colour jitter and blur of rgb, a flip, the shorter side scaled to `scales` times the crop's, a random crop. Only
+    what the crop shows is resized.
+    """
+    (H, W), shorter = label.shape, rng.uniform(*scales) * min(crop)
+    height, width = (int(side * shorter / min(H, W) + 0.5) for side in (H, W))
+    top, left = (int(rng.integers(max(0, side - c) + 1)) for side, c in ((height, crop[0]), (width, crop[1])))
+    bottom, right, flip = min(top + crop[0], height), min(left + crop[1], width), rng.random() < 0.5
+    rows, columns = np.arange(top, bottom) * H // height, np.arange(left, right) * W // width
+    box = (left * W / width, top * H / height, right * W / width, bottom * H / height)
+    if flip:    # the frame is flipped first: its columns count from the right
+        columns, box = W - 1 - columns, (W - box[2], box[1], W - box[0], box[3])
+    images = [jitter(image, rng) if modality == "rgb" else image
+              for image, modality in zip(images, modalities, strict=True)]
+    images = [resize(image, (bottom - top, right - left), box)[:, ::-1 if flip else 1] for image in images]
+    return images, label[rows][:, columns]
 
 
 def shape_of(image: Picture) -> tuple[int, int]:
     return image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
 
 
-def resize(image: Picture, size: tuple[int, int], method: Image.Resampling,
-           box: tuple[float, float, float, float]) -> np.ndarray:
-    """The part `box` (left, top, right, bottom) of an image, as an (h, w, 1 or 3) uint8 or float32 array of `size`."""
-    if size == shape_of(image) and box == (0, 0, *size[::-1]):
-        return np.atleast_3d(np.asarray(image))
+def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, ...) at size (h, w) by nearest neighbour as published: row i is the old row floor(i * H / h)."""
+    rows, columns = (np.arange(new) * old // new for old, new in zip(pixels.shape[:2], size, strict=True))
+    return pixels[rows][:, columns]
+
+
+def resize(image: Picture, size: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """The part `box` (left, top, right, bottom) of an image at `size` (h, w), bilinear with antialiasing.
+
+    Returns an (h, w, 1 or 3) uint8 or float32 array.
+    """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        image = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
     if isinstance(image, Image.Image):
-        return np.atleast_3d(np.asarray(image.resize(size[::-1], method, box)))
-    planes = [Image.fromarray(plane).resize(size[::-1], method, box) for plane in image.transpose(2, 0, 1)]
+        return np.atleast_3d(np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box)))
+    planes = [Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR, box)
+              for plane in image.transpose(2, 0, 1)]
     return np.dstack([np.asarray(plane) for plane in planes])
 
 
-def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """RGB (H, W, 1 or 3): brightness, contrast and saturation by 0.5..1.5, and a 3 x 3 blur, each with probability 0.2.
+def jitter(image: Picture, rng: np.random.Generator) -> Picture:
+    """RGB with brightness, contrast and saturation times 0.5..1.5 each, and blurred; each of both in a fifth of cases.
 
-    Not in the paper: strengths and probabilities are those of the published CMNeXt training.
+    8 bits come out of it: 16-bit colours lose no more than the jitter changes.
     """
-    (brightness, contrast, saturation), (colour, blur) = rng.uniform(0.5, 1.5, 3), rng.random(2) < 0.2
-    if not colour and not blur:
-        return image
-    values, top = image.astype(np.float32), 255 if image.dtype == np.uint8 else 1
-    if colour:      # each of the three is linear, so together one matrix and one offset
-        grey = np.array([[0.299], [0.587], [0.114]] if image.shape[2] == 3 else [[1.0]])    # (C, 1)
-        mix = brightness * contrast * (saturation * np.eye(len(grey)) + (1 - saturation) * grey)
-        mean = (values.mean((0, 1)) @ grey).item()
-        values = values @ mix.astype(np.float32)
-        values += np.float32(brightness * (1 - contrast) * mean)
-    if blur:        # weights 1 2 1 along both axes
-        for lines in (values, values.swapaxes(0, 1)):
-            beside = lines[:-2] + lines[2:]
-            beside /= 4
-            lines[1:-1] /= 2
-            lines[1:-1] += beside
-    if top == 255:
-        np.rint(values, out=values)
-    return np.clip(values, 0, top, out=values).astype(image.dtype)
+    colour, blur = rng.random(2) < 0.2
+    if isinstance(image, np.ndarray) and (colour or blur):
+        image = Image.fromarray(np.rint(image * 255).astype(np.uint8).squeeze())
+    if colour:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(rng.uniform(0.5, 1.5))
+    return image.filter(BLUR) if blur else image
 
 
 def open_dataset(name: str, root: str | Path | None = None, split: str = "train", modalities: list[str] | None = None,
                  size: int | tuple[int, int] | None = None, augment: bool = False, seed: int = 0,
                  limit: int | None = None, depth: str = "hha", condition: str | None = None, case: str | None = None,
-                 label_map: dict[int, int] | str | None = None, skip_broken: int = 0,
-                 shrink_only: bool = False) -> FrameDataset:
+                 label_map: dict[int, int] | str | None = None, skip_broken: int = 0, classes: int = 40,
+                 hold_out: int = 0) -> FrameDataset:
     """Open a split of a data set; what it yields is said at `FrameDataset`.
 
-    modalities: which and in which order; by default all, but for MUSES those of the papers' tables (no radar).
-    size: with `augment`, the crop S x S or (H, W). Without, the length S of the shorter side, with the aspect kept, or
-        exactly (H, W). None leaves frames as they are. Synthetic scenes are painted at `size` (by default 64).
-    shrink_only: leave frames as they are whose shorter side is below `size`.
+    modalities: which and in which order; by default all, but of MUSES those of the papers' tables (no radar), of
+        nyuv2 the real ones (rgb, depth); its event and lidar are derived from rgb and raw depth.
+    size: with `augment`, the crop S x S or (H, W). Without, the length S of the shorter side, before both sides go up
+        to a multiple of 32, or exactly (H, W). None leaves frames as they are. Synthetic scenes are painted at `size`
+        (by default 64).
     limit: at most so many frames, spread evenly over the sorted list; for synthetic, the number of scenes.
-    depth: "hha" or "raw" (DELIVER). condition, case: frames of these only; synthetic paints every scene like that.
+    depth: "hha" or "raw", of DELIVER and nyuv2. condition, case: frames of these only; synthetic paints every scene so.
     label_map: for the ids of a folder data set, see `label_table`.
     skip_broken: if above 0, open every file now and leave out up to so many broken frames, told in `dataset.broken`.
+    classes, hold_out: of nyuv2, 40 or 13 classes, and how many frames of the train list to validate on, evenly spread
+        and not trained on; with 0, validation is on the test list, as everyone reports it.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
     choices = (("data set", name, DATASETS), ("split", split, SPLITS), ("depth", depth, ("hha", "raw")))
@@ -293,27 +304,36 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         raise ValueError(f"a label map is for folder data sets only; the ids of {name} are fixed")
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} leaves no frame; use 1 or more")
+    if name != "nyuv2" and (classes, hold_out) != (40, 0):
+        raise ValueError(f"--classes and --hold-out are for nyuv2 only; {name} has its own classes and val split")
+    if classes not in NYUV2_CLASSES:
+        raise ValueError(f"nyuv2 has no list of {classes} classes; choose 40 or 13")
     if name == "synthetic":
-        classes, palette = [name for name, _ in synthetic.CLASSES], np.array([rgb for _, rgb in synthetic.CLASSES], np.uint8)
+        names, palette = zip(*synthetic.CLASSES, strict=True)
+        names, palette = list(names), np.array(palette, np.uint8)
         known = ["rgb", "depth", "event", "lidar"]
     else:
         layout = LAYOUTS[name]
         if root is None or not Path(root).is_dir():
             raise FileNotFoundError(f"{root or f'--data {name} without --root'}: no such folder; {layout.title} is "
                                     f"expected below its root as {layout.expected}; {layout.source}")
-        root = Path(root) / "multimodal_dataset" if name == "mcubes" else Path(root)
-        root = root if root.is_dir() else root.parent
+        root = Path(root)
+        inner = root / {"mcubes": "multimodal_dataset", "nyuv2": "NYUDepthv2"}.get(name, "")
+        root = inner if inner.is_dir() else root
         if name == "folder":
             folders = sorted(path.name for path in root.iterdir() if path.name != "labels"
                              and any((path / split).is_dir() for split in SPLITS))
             layout = layout._replace(sensors={m: (m, ".png") for m in sorted(folders, key=lambda m: m != "rgb")})
-        elif depth == "raw" and name == "deliver":
-            layout = layout._replace(sensors={**layout.sensors, "depth": ("depth", "_depth_front.png")})
+        elif depth == "raw" and name in RAW_DEPTH:
+            layout = layout._replace(sensors={**layout.sensors, "depth": RAW_DEPTH[name]})
+        if name == "nyuv2":
+            layout = layout._replace(classes=NYUV2_CLASSES[classes],
+                                     label=("Label" if classes == 40 else "Label13", ".png"))
         known = list(layout.sensors)
-        classes, palette = (read_classes(root / "classes.txt") if name == "folder"
-                            else parse_classes(layout.classes.split(",")))
+        names, palette = (read_classes(root / "classes.txt") if name == "folder"
+                          else parse_classes(layout.classes.split(",")))
     if modalities is None:
-        modalities = [m for m in known if (name, m) != ("muses", "radar")]
+        modalities = [m for m in known if (name, m) not in LEFT_OUT]
     elif not modalities:
         raise ValueError("the list of modalities is empty; name at least one, or give None for all")
     where = f"{name} at {root}" if name == "folder" else name
@@ -326,10 +346,18 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
                         case or (synthetic.CASES[i // 30 % 5] if i // 5 % 6 == 5 else "none"))
                   for i in range(limit or SYNTHETIC_COUNT[split])]
     else:
-        frames = find_frames(name, layout, root, split, modalities) if modalities else []
+        if name == "nyuv2" and depth == "hha" and "depth" in modalities and not (root / "HHA").is_dir():
+            raise FileNotFoundError(f"{root} has no folder HHA; add --depth raw to read the depth itself, from Depth")
+        listed = split if name != "nyuv2" or split != "val" else "train" if hold_out else "test"
+        frames = find_frames(name, layout, root, listed, modalities) if modalities else []
         if not frames:
             raise FileNotFoundError(f"{root} has no {split} frames of {layout.title}; expected {layout.expected}; "
                                     f"{layout.source}")
+        if hold_out and not 0 < hold_out < len(frames):
+            raise ValueError(f"--hold-out {hold_out} is out of range; 1 to {len(frames) - 1} frames can be held out")
+        if hold_out and split != "test":
+            held = {i * len(frames) // hold_out for i in range(hold_out)}
+            frames = [frame for i, frame in enumerate(frames) if (i in held) == (split == "val")]
         for kind, wanted in (("condition", condition), ("case", case)):
             occurring = sorted({getattr(frame, kind) for frame in frames})
             if wanted is not None and wanted not in occurring:
@@ -337,8 +365,8 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
             frames = [frame for frame in frames if wanted in (None, getattr(frame, kind))]
         count = min(limit or len(frames), len(frames))
         frames = [frames[i * len(frames) // count] for i in range(count)]
-    table = label_table(label_map or ("shift:-1" if name == "deliver" else "shift:0"), len(classes))
-    dataset = FrameDataset(name, frames, classes, palette, modalities, size, augment, seed, table, shrink_only)
+    table = label_table(label_map or ("shift:-1" if name in ("deliver", "nyuv2") else "shift:0"), len(names))
+    dataset = FrameDataset(name, frames, names, palette, modalities, size, augment, seed, table)
     if name != "synthetic":
         dataset.learn_kinds(lenient=skip_broken > 0)
     if skip_broken:
@@ -349,11 +377,19 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
 
 
 # ---- on the device: normalisation, modality dropping, corruptions ---------------------------------------------------
-def normalise(images: Tensor) -> Tensor:
-    """(..., 3, H, W) uint8, or float about 0..1, to float32 by ImageNet's mean and deviation, whatever the sensor."""
+def normalise(images: Tensor, modalities: list[str], how: str) -> Tensor:
+    """(..., M, 3, H, W) uint8, or float about 0..1, to float32 as the network takes it.
+
+    how: "rgb", as published: rgb by ImageNet's mean and deviation, the others in 0..1, so that zeros are an empty
+    sensor. "all": every modality by ImageNet's; not in the paper: better on the synthetic scenes from random weights.
+    """
+    if how not in ("rgb", "all"):
+        raise ValueError(f"normalisation {how!r} is unknown; choose rgb or all")
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
+    chosen = [how == "all" or modality == "rgb" for modality in modalities]
+    mean = torch.tensor([IMAGENET_MEAN if c else (0, 0, 0) for c in chosen], device=images.device)      # (M, 3)
+    deviation = torch.tensor([IMAGENET_STD if c else (1, 1, 1) for c in chosen], device=images.device)
+    return (images - mean[..., None, None]) / deviation[..., None, None]
 
 
 def draw_present(batch_size: int, modalities: int, generator: torch.Generator, complete: float = 0.0) -> Tensor:
@@ -364,11 +400,6 @@ def draw_present(batch_size: int, modalities: int, generator: torch.Generator, c
     number = torch.randint(1, modalities + 1, (batch_size, 1), generator=generator)
     rank = torch.rand(batch_size, modalities, generator=generator).argsort(1).argsort(1)    # (B, M) permutations
     return (rank < number) | (torch.rand(batch_size, 1, generator=generator) < complete)
-
-
-def zero_fill(images: Tensor, present: Tensor) -> Tensor:
-    """EMM: the missing modalities of normalised images (B, M, 3, H, W) become zero; present (B, M) bool."""
-    return images.masked_fill(~present[:, :, None, None, None], 0)
 
 
 def frame_rng(seed: int, name: str, modality: int) -> np.random.Generator:
@@ -412,7 +443,8 @@ def check(options: argparse.Namespace) -> int:
         try:
             dataset = open_dataset(options.data, options.root, split, size=options.size, depth=options.depth,
                                    modalities=options.modalities.split(",") if options.modalities else None,
-                                   label_map=options.label_map, skip_broken=sys.maxsize)
+                                   label_map=options.label_map, skip_broken=sys.maxsize, classes=options.classes,
+                                   hold_out=options.hold_out)
         except FileNotFoundError as missing:    # a split may be absent, but not all three
             error = missing
             continue
@@ -436,7 +468,9 @@ def main() -> int:
     group.add_argument("--data", choices=DATASETS, default="synthetic", help="data set (default synthetic)")
     group.add_argument("--root", help="its folder")
     group.add_argument("--modalities", help="comma-separated (default: all; of MUSES without radar)")
-    group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="DELIVER's depth files (default hha)")
+    group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="of DELIVER, nyuv2 (default hha)")
+    group.add_argument("--classes", type=int, choices=(13, 40), default=40, help="of nyuv2 (default 40)")
+    group.add_argument("--hold-out", type=int, default=0, help="of nyuv2: train frames to validate on (default 0)")
     group.add_argument("--label-map", help="ids of a folder's labels: shift:-1, or 0=255,1=0,... with 255 for ignored")
     group = parser.add_argument_group("for --export")
     group.add_argument("--layout", choices=tuple(LAYOUTS), default="deliver", help="whose (default deliver)")

@@ -105,7 +105,7 @@ EMM_ODDS = (0.2, 0.1, 0.05)
 def main(o) -> None:
     o.deterministic, o.tensorboard, o.out = False, False, "."
     run = runs.Run(o, "evaluate.py")
-    same = ["classes", "modalities", "depth"]
+    same = ["classes", "modalities", "depth", "normalisation"]
     same += [name for name, given in (("label_map", o.label_map), ("size", o.size), ("val_size", o.size)) if not given]
     rows, meta = load_rows(o.checkpoint, run.device, o.fsm_level, o.fsm_rule, same)
     if unknown := sorted(set(o.only or ()) - set(rows)):
@@ -117,7 +117,8 @@ def main(o) -> None:
     dataset = open_dataset(data, root=o.root or (meta["root"] if trained_here else ROOTS.get(data)), split=o.split,
                            modalities=meta["modalities"], size=size, limit=o.limit, seed=0, depth=meta["depth"],
                            label_map=o.label_map or (meta["label_map"] if trained_here else None),
-                           skip_broken=o.skip_broken, shrink_only=not o.size)  # fmt: skip
+                           skip_broken=o.skip_broken)  # fmt: skip
+    dataset.normalisation = meta["normalisation"]  # the model's, should the data set's differ
     for problem in dataset.broken:
         run.say(f"left out: {problem}")
     if list(dataset.classes) != meta["classes"]:
@@ -127,8 +128,7 @@ def main(o) -> None:
     if run.rank:
         return
     text = "\n\n".join(tables(results, dataset, o.protocol))
-    limit = "" if o.size or data == "synthetic" else "at most "
-    about = (f"{dataset.name} {o.split}, {len(dataset)} frames, size {limit}{size}; mIoU in per cent, "
+    about = (f"{dataset.name} {o.split}, {len(dataset)} frames, size {size}; mIoU in per cent, "
              "absent classes count as 0 (published rule); last column: mean over the classes that occur")  # fmt: skip
     run.say(f"{about}\n\n{text}")
     if o.markdown:
@@ -252,7 +252,8 @@ def evaluate(predict: Callable, dataset, protocols: list[str], run) -> dict[str,
     for indices, (images, labels, names) in zip(
         batches, loop.loader(dataset, batches, o.workers, run.device), strict=True
     ):
-        images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
+        images = images.to(run.device, non_blocking=True)
+        images = normalise(images, dataset.modalities, dataset.normalisation)  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
 
         def count(protocol: str, column: str, logits: Tensor, rows=slice(None), labels=labels) -> None:

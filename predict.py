@@ -87,7 +87,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from data import IGNORED, SPARSE, SUFFIXES, Frame, FrameDataset, normalise, open_dataset  # noqa: E402
+from data import IGNORED, SUFFIXES, Frame, FrameDataset, normalise, open_dataset  # noqa: E402
 from engine import (
     pictures,  # noqa: E402
     runs,  # noqa: E402
@@ -168,7 +168,7 @@ def samples(o, meta: dict, sensors: list[str]) -> Iterator[Sample]:
             frame = Frame(name, "none", "none", tuple(files.values()))
             dataset = FrameDataset(decoding, [frame], meta["classes"], meta["palette"], list(files), size=None,
                                    augment=False, seed=0, table=None)  # fmt: skip
-            dataset.dtype = np.float32
+            dataset.dtype, dataset.normalisation = np.float32, meta["normalisation"]
             yield sample_of(dataset, 0, o.size)
         return
     data, painted = o.data or meta["data"], (o.data or meta["data"]) == "synthetic"
@@ -179,6 +179,7 @@ def samples(o, meta: dict, sensors: list[str]) -> Iterator[Sample]:
     if list(dataset.classes) != meta["classes"]:
         raise ValueError(f"{o.checkpoint} knows the classes {', '.join(meta['classes'])}; "
                          f"{data} has {', '.join(dataset.classes)}.")  # fmt: skip
+    dataset.normalisation = meta["normalisation"]  # the model's, should the data set's differ
     for i in range(len(dataset)):
         yield sample_of(dataset, i, None if painted else o.size)
 
@@ -218,7 +219,7 @@ def sample_of(dataset: FrameDataset, index: int, size: int | tuple[int, int] | N
         size = MIN_SIDE
     resized = copy.copy(dataset)
     resized.size = size
-    network = normalise(resized[index][0] if size else shown)
+    network = normalise(resized[index][0] if size else shown, dataset.modalities, dataset.normalisation)
     frame = dataset.frames[index]
     kind = ", ".join(word for word in (frame.condition, frame.case) if word != "none")
     known = frame.label is not None or dataset.name == "synthetic"
@@ -243,8 +244,9 @@ def segment(model: nn.Module, sample: Sample, sensors: list[str]) -> np.ndarray:
 
 
 def sensor_cells(sample: Sample) -> list[pictures.Cell]:
+    sparse = ("event", "lidar", "radar")  # drawn pixel by pixel
     pairs = zip(sample.given, sample.shown, strict=True)
-    return [pictures.Cell(pictures.photograph(image.numpy()), smooth=sensor not in SPARSE) for sensor, image in pairs]
+    return [pictures.Cell(pictures.photograph(image.numpy()), smooth=sensor not in sparse) for sensor, image in pairs]
 
 
 def scored(ids: np.ndarray, sample: Sample, meta: dict) -> pictures.Cell:

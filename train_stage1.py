@@ -31,14 +31,14 @@ def main(o) -> None:
     kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
     train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
-    val = open_dataset(o.data, split="val", size=o.val_size, shrink_only=True, **kwargs)
+    val = open_dataset(o.data, split="val", size=o.val_size, **kwargs)
     for problem in (*train.broken, *val.broken):
         run.say(f"left out: {problem}")
     state = run.claim(("teacher", "robust"))
     meta = describe(o, train, o.backbone)
 
     if o.teacher:
-        expect = {k: meta[k] for k in ("classes", "modalities", "backbone") if meta[k]}
+        expect = {k: meta[k] for k in ("classes", "modalities", "normalisation", "backbone") if meta[k]}
         teacher, teacher_meta = load_model(o.teacher, run.device, expect, drop_path=o.drop_path, dropout=o.dropout)
         meta["backbone"] = teacher_meta["backbone"]
     elif state and state["phase"] == "robust":
@@ -70,7 +70,8 @@ def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict |
     progress = runs.Progress(run, "teacher", teacher, optimizer, scaler, len(train), o.epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         loop.seed_step(o.seed, "teacher", step, run.rank)
-        images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
+        images = images.to(run.device, non_blocking=True)
+        images = normalise(images, train.modalities, train.normalisation)  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
 
         with loop.autocast(run.device, o.amp):
@@ -98,7 +99,8 @@ def train_robust(run, teacher: nn.Module, train, val, meta: dict, state: dict | 
     progress = runs.Progress(run, "robust", robust, optimizer, scaler, len(train), o.distill_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = loop.seed_step(o.seed, "robust", step, run.rank)
-        images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
+        images = images.to(run.device, non_blocking=True)
+        images = normalise(images, train.modalities, train.normalisation)  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         # Drawn for the whole batch on every process, so that the draw does not depend on their number.
         present = draw_present(o.batch_size, len(train.modalities), generator)  # (B, M)

@@ -33,14 +33,15 @@ def main(o) -> None:
     kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
     train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
-    val = open_dataset(o.data, split="val", size=o.val_size, shrink_only=True, **kwargs)
+    val = open_dataset(o.data, split="val", size=o.val_size, **kwargs)
     for problem in (*train.broken, *val.broken):
         run.say(f"left out: {problem}")
     if o.stage1:
         runs.require_complete(o.stage1)
     state = run.claim(("fsm", "student"))
 
-    expect = {"classes": list(train.classes), "modalities": list(train.modalities)}
+    expect = {"classes": list(train.classes), "modalities": list(train.modalities),
+              "normalisation": train.normalisation}  # fmt: skip
     teacher, teacher_meta = load_model(o.teacher or f"{o.stage1}/teacher.pt", run.device, expect)
     drops = {"drop_path": o.drop_path, "dropout": o.dropout}  # of the student, which is a copy of the robust model
     robust, robust_meta = load_model(o.robust or f"{o.stage1}/robust.pt", run.device, expect, **drops)
@@ -79,7 +80,8 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
     progress = runs.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = loop.seed_step(o.seed, "fsm", step, run.rank)
-        images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
+        images = images.to(run.device, non_blocking=True)
+        images = normalise(images, train.modalities, train.normalisation)  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
 
@@ -120,7 +122,8 @@ def train_student(
     progress = runs.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)
     for step, (images, labels, names) in progress.batches(train):
         generator = loop.seed_step(o.seed, "student", step, run.rank)
-        images = normalise(images.to(run.device, non_blocking=True))  # (B, M, 3, H, W)
+        images = images.to(run.device, non_blocking=True)
+        images = normalise(images, train.modalities, train.normalisation)  # (B, M, 3, H, W)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
 

@@ -1,10 +1,12 @@
-"""How DELIVER, MUSES, MCubeS and a folder of your own lie on disk: classes, palettes, paths, and how files decode.
+"""How DELIVER, MUSES, MCubeS, NYU Depth v2 and a folder lie on disk: classes, palettes, paths, and how files decode.
 
 Facts from the data sets' own pages and tools. Nothing here knows of splits being trained on; `data.py` makes frames
 and batches of it. A label of 255 is ignored everywhere.
 """
 import colorsys
-from collections.abc import Iterable
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 IGNORED = 255
+SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
 
 
 # ---- classes and layouts --------------------------------------------------------------------------------------------
@@ -63,12 +66,33 @@ LAYOUTS = {
         "multimodal_dataset/{polL_color,polL_aolp_sin,polL_aolp_cos,polL_dolp,NIR_warped,NIR_warped_mask,GT}/NAME.* "
         "and multimodal_dataset/list_folder/{train,val,test}.txt",
         "see the MCubeSNet project page"),
+    "nyuv2": Layout(
+        "NYU Depth v2", "",     # the classes: NYUV2_CLASSES
+        {"rgb": ("RGB", ".jpg"), "depth": ("HHA", ".png"), "event": ("Depth", ".png"), "lidar": ("Depth", ".png")},
+        ("Label", ".png"), "*",
+        "NYUDepthv2/{RGB,HHA,Depth,Label}/ID.* (Label13 for 13 classes) and NYUDepthv2/{train,test}.txt",
+        "see the project pages of CMX or DFormer"),
     "folder": Layout(
         "a folder data set", "", {}, ("labels", ".png"), "{split}/**/*",
         "classes.txt, <modality>/{train,val,test}/**/ID.{png,jpg,npy} and labels/{train,val,test}/**/ID.png",
         "python data.py --export DIR --layout folder shows one"),
 }
 DATASETS = ("synthetic", *LAYOUTS)
+RAW_DEPTH = {"deliver": ("depth", "_depth_front.png"), "nyuv2": ("Depth", ".png")}      # instead of HHA
+NYUV2_CLASSES = {
+    40: "wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk, "
+        "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refridgerator, television, "
+        "paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag, "
+        "otherstructure, otherfurniture, otherprop",
+    13: "bed, books, ceiling, chair, floor, furniture, objects, picture, sofa, table, tv, wall, window",
+}
+
+
+def read_list(path: Path) -> set[str]:
+    """The frames that train.txt or test.txt names: the first word of each line, without folders and ending."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
+    names = {re.split(r"[/\\]", line.split()[0])[-1] for line in lines if line.strip()}
+    return {Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name for name in names}
 
 
 def parse_classes(entries: Iterable[str]) -> tuple[list[str], np.ndarray]:
@@ -190,7 +214,10 @@ def read_image(path: Path) -> Picture:
 
 def read_float(path: Path) -> np.ndarray:
     """A sensor's file as (H, W, 1 or 3) float32, 8 and 16 bit in 0..1."""
-    image = read_image(path)
+    return as_float(read_image(path))
+
+
+def as_float(image: Picture) -> np.ndarray:
     return image if isinstance(image, np.ndarray) else np.atleast_3d(np.asarray(image)) / np.float32(255)
 
 
@@ -213,6 +240,37 @@ def read_mcubes(path: Path) -> np.ndarray:
     if path.parent.name == "NIR_warped" and mask.is_file():
         image = image * (read_float(mask)[..., :1] > 0)
     return image[:, 192:]
+
+
+def read_nyuv2(path: Path) -> Picture:
+    """A NYU Depth v2 file; raw depth becomes metres / 10 in 0..1: of 16 bit from millimetres, 8 bit being just that."""
+    image = read_image(path)
+    if isinstance(image, np.ndarray) and path.suffix.lower() == ".png":
+        return np.minimum(image * np.float32(65535 / 10000), 1)
+    return image
+
+
+def derived(modality: str, depth: Path, read: Callable[[Path], Picture]) -> Image.Image:
+    """What an event camera or a lidar would have seen of a real frame, from its files Depth/ID.* and RGB/ID.*."""
+    from datasets.derived import derive_event, derive_lidar
+
+    metres = as_float(read(depth))[..., 0] * 10
+    if modality == "lidar":
+        return Image.fromarray(derive_lidar(metres, depth.stem))
+    files = [depth.parents[1] / "RGB" / (depth.stem + suffix) for suffix in SUFFIXES]
+    rgb = read(next((file for file in files if file.is_file()), files[1]))
+    return Image.fromarray(derive_event(np.asarray(rgb.convert("RGB")), metres, depth.stem))
+
+
+def read_images(name: str, modalities: list[str], paths: Sequence[Path]) -> list[Picture]:
+    """The modalities of a frame of a data set, from their files."""
+    if name == "nyuv2":
+        read = functools.cache(read_nyuv2)      # derived modalities share files
+        return [derived(modality, path, read) if modality in ("event", "lidar") and path.parent.name == "Depth"
+                else read(path) for modality, path in zip(modalities, paths, strict=True)]
+    readers = {("muses", "lidar"): read_muses_range, ("muses", "radar"): read_muses_range}
+    reader = read_mcubes if name == "mcubes" else read_image
+    return [readers.get((name, modality), reader)(path) for modality, path in zip(modalities, paths, strict=True)]
 
 
 def read_label(path: Path, table: np.ndarray, red: bool) -> np.ndarray:

@@ -104,6 +104,8 @@ def load_model(
         raise ValueError(f"{path} is the state of a training run; give a model of that folder, e.g. student.pt.")
     if not isinstance(state, dict) or state.get("format") != "rmmss 1":
         raise ValueError(f"{path} was not written by this project; published weights go through --pretrained.")
+    if "normalisation" not in state["meta"]:
+        raise ValueError(f"{path} does not say how its images are normalised: an older version wrote it; train again.")
     require(path, state["meta"], expect or {})
     meta = {**state["meta"], **overrides}
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
@@ -133,4 +135,4 @@ def describe(o, dataset, backbone: str) -> dict:
     return {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes),
             "palette": [[int(v) for v in colour] for colour in dataset.palette], "size": o.size, "val_size": o.val_size,
             "data": o.data, "root": o.root, "depth": o.depth, "label_map": o.label_map, "drop_path": o.drop_path,
-            "dropout": o.dropout}  # fmt: skip
+            "dropout": o.dropout, "normalisation": dataset.normalisation}  # fmt: skip

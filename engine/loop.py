@@ -133,7 +133,8 @@ def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) ->
     for images, labels, _ in loader(dataset, shard[run.rank :: run.world], run.o.workers, run.device):
         labels = labels.to(run.device, non_blocking=True).long()
         with autocast(run.device, run.o.amp):
-            for i, logits in enumerate(predict(normalise(images.to(run.device, non_blocking=True)), subsets)):
+            images = normalise(images.to(run.device, non_blocking=True), dataset.modalities, dataset.normalisation)
+            for i, logits in enumerate(predict(images, subsets)):
                 matrices[i] += metrics.confusion(logits.argmax(1), labels, k)
     matrices = run.total(matrices)
     if not matrices.any():

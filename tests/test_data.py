@@ -1,4 +1,5 @@
 """data.py: the loaders against files in each data set's own formats, augmentation, modality dropping, corruptions."""
+import pathlib
 import shutil
 import struct
 import sys
@@ -14,6 +15,7 @@ from data import open_dataset
 from datasets import export, layouts, synthetic
 
 SIZE = 64
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -325,6 +327,20 @@ def test_items_depend_on_seed_epoch_and_index_only():
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     assert torch.equal(one[0][4], one[0][5])
     assert not torch.equal(one[0], items(0, seed=2)[0]) and not torch.equal(one[0], items(0, epoch=3)[0])
+
+
+@pytest.mark.parametrize("size, levels", [(128, 1), (100, 2)])     # 100 is resized twice: to 100, then to 128
+def test_deliver_frames_are_what_the_published_loader_and_transform_give(size, levels):
+    golden = np.load(GOLDEN / "deliver_val.npz")
+    dataset = open_dataset("deliver", GOLDEN / "deliver", "val", size=size)
+    assert len(dataset) == 2
+    for images, label, name in dataset:
+        images = data.normalise(images[None], dataset.modalities, dataset.normalisation)[0]     # (M, 3, H, W)
+        expected, frame = golden[f"images_{size}_{name[-6:]}"], f"{size}, {name}"
+        assert np.array_equal(label.numpy(), golden[f"label_{size}_{name[-6:]}"]), frame
+        grey = np.array([0.0175, 1 / 255, 1 / 255, 1 / 255])[:, None, None, None]    # one level
+        apart = np.abs(images.numpy()[:, :, ::3, ::3] - expected) / grey            # (M, 3, H / 3, W / 3)
+        assert apart.max() < 1.001 * levels, (frame, apart.max((1, 2, 3)))
 
 
 def test_limit_spreads_over_the_conditions(exported):

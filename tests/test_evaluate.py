@@ -334,7 +334,7 @@ def run_folder(tmp_path):
     """A run folder with all four files."""
     dataset = open_dataset("synthetic", split="val", size=32, limit=1)
     meta = {"backbone": "segformer_tiny", "modalities": SENSORS, "classes": list(dataset.classes), "palette": [],
-            "size": 32, "data": "synthetic", "root": None, "depth": "hha", "label_map": None, "drop_path": 0.1,
+            "size": 32, "data": "synthetic", "root": None, "depth": "hha", "label_map": None, "normalisation": "all", "drop_path": 0.1,
             "dropout": 0.1}  # fmt: skip
     folder = tmp_path / "demo"
     folder.mkdir()

@@ -39,7 +39,7 @@ def run(tmp_path_factory):
         torch.manual_seed(seed)
         model = spread_logits(build_model("segformer_tiny", len(CLASSES), SENSORS, 0.0, 0.0))
         meta = {"backbone": "segformer_tiny", "modalities": SENSORS, "classes": CLASSES, "palette": PALETTE, "size": 64,
-                "data": "synthetic", "root": None, "depth": "hha", "label_map": None, "drop_path": 0.0,
+                "data": "synthetic", "root": None, "depth": "hha", "label_map": None, "normalisation": "all", "drop_path": 0.0,
                 "dropout": 0.0}  # fmt: skip
         save_model(folder / f"{name}.pt", model, meta)
     return folder

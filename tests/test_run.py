@@ -382,7 +382,7 @@ def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd)
     (tmp_path / "data/classes.txt").write_text("\n".join(meta["classes"]))
     model = train_stage1.build_model("segformer_tiny", 2, ["rgb"])
     about = {"backbone": "segformer_tiny", "drop_path": 0.1, "dropout": 0.1, "size": 64, "data": "folder",
-             "root": str(tmp_path / "data"), "depth": "hha", "label_map": None, **meta}  # fmt: skip
+             "root": str(tmp_path / "data"), "depth": "hha", "label_map": None, "normalisation": "all", **meta}  # fmt: skip
     runs.save_model(tmp_path / "a.pt", model, about)
     for workers in "0", "2":
         assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--workers", workers])) == 2

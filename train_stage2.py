@@ -32,6 +32,8 @@ def main(o) -> None:
     run = runs.Run(o, "train_stage2.py")
     kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
                   label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
+    if o.data == "nyuv2":
+        kwargs |= {"classes": o.classes, "hold_out": o.hold_out}
     train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
     val = open_dataset(o.data, split="val", size=o.val_size, **kwargs)
     for problem in (*train.broken, *val.broken):
@@ -90,8 +92,8 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
                 sources = [teacher(images, present), robust(images, present)]
             selected = model(sources, present.to(run.device, non_blocking=True))
             decoded = decode(selected, teacher, robust, present)
-        losses = {"ce_logits": hpdm.ohem_cross_entropy(selected.logits, labels, total=run.total),
-                  "ce_features": hpdm.ohem_cross_entropy(decoded, labels, total=run.total)}  # fmt: skip
+        losses = {"ce_logits": hpdm.ohem_cross_entropy(selected.logits, labels),
+                  "ce_features": hpdm.ohem_cross_entropy(decoded, labels)}  # fmt: skip
 
         loss = sum(losses.values())
         scaler.scale(loss).backward()
@@ -134,11 +136,11 @@ def train_student(
                     selected = fsm(sources, present.to(run.device, non_blocking=True))
                     target = ensemble_logits(selected, teacher, robust, present)
             out = model(images, present)
-        losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels, total=run.total)}
+        losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels)}
         if o.gamma_logits:
             losses["kl"] = o.gamma_logits * hpdm.distill_logits(out.logits, target)
         if o.gamma_features:
-            losses["features"] = o.gamma_features * feature_distance(out.fused, selected.fused, run.total)
+            losses["features"] = o.gamma_features * feature_distance(out.fused, selected.fused)
 
         loss = sum(losses.values())
         scaler.scale(loss).backward()

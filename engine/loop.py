@@ -6,6 +6,7 @@ loader workers.
 """
 
 import contextlib
+import copy
 import ctypes
 import pathlib
 import platform
@@ -108,6 +109,27 @@ def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "off")
+
+
+class Average:
+    """The mean of a model's weights and statistics over the steps at which `update` was called: `model`."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.count = copy.deepcopy(model).requires_grad_(False).eval(), 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.count += 1
+        for mean, new in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            if torch.is_tensor(new):
+                mean.lerp_(new, 1 / self.count) if mean.is_floating_point() else mean.copy_(new)
+
+    def state_dict(self) -> dict:
+        return {"model": self.model.state_dict(), "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.count = state["count"]
 
 
 def keep_freed_memory() -> None:

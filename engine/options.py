@@ -15,17 +15,21 @@ import sys
 # Published (paper, section 5): AdamW 6e-5, weight decay 0.01, 10 epochs of warm-up from 0.1, poly 0.9, 200 epochs for
 # the teacher, 120 for the student, 1024 x 1024.  The batch size is not stated there; 8 is the usual choice on DELIVER.
 # Stage 2 has no published recipe at all.  The synthetic one was chosen for the time that a demo may take.
+# lambda_kl is the published 50 / K; alpha is chosen here.
 PUBLISHED = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
-                 student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0)  # fmt: skip
+                 student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0, lambda_kl=50 / 25,
+                 alpha=1.0)  # fmt: skip
 RECIPES = {
     "synthetic": dict(PUBLISHED, backbone="segformer_tiny", size=64, epochs=40.0, distill_epochs=20.0, fsm_epochs=2.0,
-                      student_epochs=20.0, batch_size=16, lr=2e-3, warmup_epochs=1.0, eval_every=5.0),
+                      student_epochs=20.0, batch_size=16, lr=2e-3, warmup_epochs=1.0, eval_every=5.0, lambda_kl=0.3,
+                      alpha=0.1),
     "deliver": PUBLISHED,
-    "muses": PUBLISHED,
-    "mcubes": dict(PUBLISHED, size=512),
-    "folder": dict(PUBLISHED, size=512),
+    "muses": dict(PUBLISHED, lambda_kl=50 / 19),
+    "mcubes": dict(PUBLISHED, size=512, lambda_kl=50 / 20),
+    "nyuv2": dict(PUBLISHED, size=480, lambda_kl=50 / 40),
+    "folder": dict(PUBLISHED, size=512, lambda_kl=1.0),
 }  # fmt: skip
-ROOTS = {"deliver": "data/DELIVER", "muses": "data/MUSES", "mcubes": "data/MCubeS"}
+ROOTS = {"deliver": "data/DELIVER", "muses": "data/MUSES", "mcubes": "data/MCubeS", "nyuv2": "data/NYUDepthv2"}
 # Options that may change when a run is continued: they do not change what it computes.
 FREE = {"resume", "config", "out", "root", "workers", "device", "max_minutes", "save_every", "tensorboard"}
 
@@ -94,11 +98,14 @@ def add_data_options(parser: argparse.ArgumentParser, recipe: dict) -> None:
                        help="sensors and their order, by comma; fewer train faster. None: all, of MUSES all but radar")
     group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="DELIVER's depth; published models: hha")
     group.add_argument("--label-map", help='folder data: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
+    group.add_argument("--classes", type=int, choices=(13, 40), help="nyuv2: which of its two label sets. None: 40")
+    group.add_argument("--hold-out", type=positive(int, zero=True), default=0, metavar="N",
+                       help="nyuv2: validate on N frames of the train list, kept aside to choose settings on; 0: on "
+                            "the test list, as everyone reports it")
     group.add_argument("--size", type=positive(int), default=recipe["size"],
                        help="side of the training crop, pixels, from 32 on; larger sees more, costs its square")
-    group.add_argument("--val-size", type=positive(int), default=1024,
-                       help="larger frames are shrunk to this shorter side in validation and evaluation; training "
-                            "crops show them at 0.5 to 2 times their own size. Painted scenes: --size")
+    group.add_argument("--val-size", type=positive(int),
+                       help="shorter side of the frames in validation and evaluation, pixels. None: --size")
     group.add_argument("--limit", type=positive(int), help="use only N frames of each split, spread evenly; for trials")
     group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
                        help="go on past at most N broken frames (each is listed) instead of stopping at the first")
@@ -187,14 +194,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
     if o.label_map and o.data != "folder":
         parser.error(f"--label-map is for --data folder; {o.data} has its own label ids.")
     o.root = o.root or ROOTS.get(o.data)
-    o.val_size = o.size if o.data == "synthetic" else o.val_size  # they are painted at any size
+    if o.data != "nyuv2" and (o.classes or o.hold_out):
+        parser.error(f"--classes and --hold-out are for --data nyuv2, not for {o.data}.")
+    o.classes = o.classes or (40 if o.data == "nyuv2" else None)
+    o.val_size = o.val_size or o.size
     return o
 
 
 def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    first = early(argv, "--data", "--teacher")
+    first = early(argv, "--data", "--teacher", "--classes")
     data, recipe = first.data, RECIPES.get(first.data, RECIPES["synthetic"])
+    recipe = dict(recipe, lambda_kl=50 / 13) if (data, first.classes) == ("nyuv2", "13") else recipe
     parser = Parser("train_stage1.py", doc)
     add_data_options(parser, recipe)
     group = parser.add_argument_group("model")
@@ -209,17 +220,41 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
                        help="of the teacher, on all sensors; all that follows starts from it")
     group.add_argument("--distill-epochs", type=positive(float, zero=True), default=recipe["distill_epochs"],
                        help="of the robust model, sensors dropped at random; 0: the teacher only")
-    group.add_argument("--lambda-kl", type=positive(float, zero=True), default=0.3,
-                       help="weight of KL(student || teacher) per pixel, 0..10; published: 50 / K, so 2 for 25 classes")
-    group.add_argument("--alpha", type=positive(float, zero=True), default=0.1,
-                       help="weight of the prototype distance, 0..10; 0 leaves plain distillation")
+    group.add_argument("--robust-from", choices=("teacher", "start"), default="teacher",
+                       help="what the robust model starts from: the teacher, as in the paper, or, as the published "
+                            "script has it, the weights that the teacher started from (--pretrained, or --seed)")
+    group.add_argument("--losses", choices=("rmmss", "anyseg"), default="rmmss",
+                       help="anyseg: the losses and weights of that paper, the baseline; --lambda-kl, --alpha and "
+                            "--beta do not act there")
+    group.add_argument("--lambda-kl", type=positive(float, zero=True), default=recipe["lambda_kl"],
+                       help="weight of KL(teacher || student) per pixel, 0..10; published: 50 / K, 2 for 25 classes")
+    group.add_argument("--kl-teacher", choices=("full", "subset"), default="full",
+                       help="not in the paper: subset shows the teacher the student's modalities alone for that KL")
+    group.add_argument("--alpha", type=positive(float, zero=True), default=recipe["alpha"],
+                       help="weight of the prototype distance, 0..30; 0 leaves plain distillation; published: 100 / K "
+                            "times the mean number of present modalities, 10 for 25 classes and 4 modalities")
     group.add_argument("--match", choices=("random", "same"), default="random",
-                       help="teacher sensor a student sensor answers to: random is the paper's, same its ablation")
+                       help="teacher modality a student modality answers to: random is the paper's, same its ablation")
+    group.add_argument("--prototypes", choices=("mean", "published"), default="mean",
+                       help="mean is the paper's; published divides by the pixel count twice, as its code (hpdm.py)")
+    group.add_argument("--fused-prototypes", action="store_true",
+                       help="not in the paper: prototypes of the fused features instead of each modality's")
     group.add_argument("--beta", type=positive(float, zero=True), default=0.0,
                        help="weight of intra-class feature variation (CVPR 2026 version: 12), 0 = off")
+    group.add_argument("--variation", choices=("dominant", "all"), default="dominant",
+                       help="modalities that --beta counts: the dominant half of the present ones, or all of them")
+    group.add_argument("--feedback", type=positive(float, zero=True), default=0.0,
+                       help="the teacher learns, too, at a tenth of --lr: CE and this weight times feature variation "
+                            "towards the student, on the modalities that are not dominant (CVPR 2026 version, eq. 9)")
+    group.add_argument("--complete", type=share, default=0.0,
+                       help="share of the robust model's inputs that are complete in any case; 0 is the paper's")
+    group.add_argument("--conditioned", action="store_true",
+                       help="not in the paper: a robust model that knows which modalities are present (model.py)")
+    group.add_argument("--average", type=positive(float, zero=True), default=0.0, metavar="N",
+                       help="not in the paper: the robust model is the mean of its weights over the last N epochs")
     add_run_options(parser, f"runs/{data or 'synthetic'}")
     o = parse(parser, argv)
-    if o.teacher and o.pretrained:
+    if o.teacher and o.pretrained and o.robust_from == "teacher":
         parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
     return o
 
@@ -259,8 +294,8 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     group.add_argument("--gamma-features", type=positive(float, zero=True), default=0.1,
                        help="weight of the distance to the selected features, 0..10")
     add_run_options(parser, first.stage1 or "runs/stage2")
-    inherited = ("data", "root", "modalities", "depth", "label_map", "size", "val_size", "limit", "skip_broken",
-                 "batch_size", "lr", "amp", "seed")  # fmt: skip
+    inherited = ("data", "root", "modalities", "depth", "label_map", "classes", "hold_out", "size", "val_size", "limit",
+                 "skip_broken", "batch_size", "lr", "amp", "seed")  # fmt: skip
     parser.set_defaults(**{name: stage1[name] for name in inherited if name in stage1})
     o = parse(parser, argv)
     if bool(o.stage1) == bool(o.teacher or o.robust):

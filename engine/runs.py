@@ -142,6 +142,12 @@ class Run:
             dist.all_reduce(x := x.clone())
         return x
 
+    def average_gradients(self, model: nn.Module) -> None:
+        """For a model that is not `parallel`: its gradients become their mean over the processes."""
+        for p in model.parameters() if self.world > 1 else ():
+            if p.grad is not None:
+                p.grad = self.total(p.grad) / self.world
+
     def say(self, text: str, end: str = "\n") -> None:
         if self.rank == 0:
             print(text, end=end, flush=True)
@@ -190,10 +196,12 @@ class Progress:
     """
 
     def __init__(
-        self, run: Run, phase: str, model: nn.Module, optimizer, scaler, frames: int, epochs: float, meta: dict, state
+        self, run: Run, phase: str, model: nn.Module, optimizer, scaler, frames: int, epochs: float, meta: dict, state,
+        beside: dict | None = None,
     ):  # fmt: skip
         o = run.o
         self.run, self.phase, self.model, self.optimizer, self.scaler = run, phase, model, optimizer, scaler
+        self.beside = beside or {}  # what else has a state: {name: module, optimizer or average}
         self.meta = {**meta, "frames": frames}  # the stream of batches depends on the number of frames
         self.per_epoch = frames / o.batch_size  # steps, a fraction too: the stream of frames does not stop at an epoch
         self.steps = max(1, math.ceil(epochs * self.per_epoch))
@@ -206,6 +214,8 @@ class Progress:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
+            for name, thing in self.beside.items():
+                thing.load_state_dict(state["beside"][name])
             self.step, self.best = state["step"], state["best"]
             run.rewind_log(phase, self.step)
         self.sums: dict[str, Tensor] = {}
@@ -214,7 +224,8 @@ class Progress:
     def state(self) -> dict:
         return {"script": self.run.script, "phase": self.phase, "step": self.step, "best": self.best,
                 "steps": self.steps, "meta": self.meta, "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}  # fmt: skip
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "beside": {name: thing.state_dict() for name, thing in self.beside.items()}}  # fmt: skip
 
     def batches(self, dataset) -> Iterator[tuple[int, tuple]]:
         run, o = self.run, self.run.o
@@ -295,15 +306,16 @@ class Progress:
     def validation_due(self) -> bool:
         return (self.step + 1) % self.every == 0 or self.step + 1 == self.steps
 
-    def validated(self, score: float, **values: float) -> None:
-        """Keeps the best model so far as <phase>.pt, and logs the scores."""
-        if score > self.best:
+    def validated(self, score: float, model: nn.Module | None = None, **values: float) -> bool:
+        """Keeps the best model so far as <phase>.pt, and logs the scores -> whether it is the best."""
+        if better := score > self.best:
             self.best = score
             if self.run.rank == 0:
-                save_model(self.run.folder / f"{self.phase}.pt", self.model, self.meta)
+                save_model(self.run.folder / f"{self.phase}.pt", model or self.model, self.meta)
         self.run.log(phase=self.phase, step=self.step + 1, epoch=(self.step + 1) / self.per_epoch, **values)
         shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
         self.run.say(f"{chr(10) if sys.stdout.isatty() else ''}{self.phase} step {self.step + 1}: {shown}")
+        return better
 
 
 def require_complete(folder: str) -> None:

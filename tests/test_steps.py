@@ -57,7 +57,7 @@ def test_a_step_of_stage_1_agrees(monkeypatch, batch):
         masks = present.to(DEVICE), match.to(DEVICE)
         loss = hpdm.hpdm_loss(out.per_modality, target.per_modality, labels, *masks, K)
         loss = loss + hpdm.feature_variation_loss(
-            out.per_modality, target.per_modality, target.fused, labels, masks[0], K
+            out.per_modality, target.per_modality, labels, masks[0], K
         )
         loss = loss + hpdm.ohem_cross_entropy(out.logits, labels) + hpdm.distill_logits(out.logits, target.logits)
         return loss.detach(), gradients(loss, student)

@@ -134,5 +134,5 @@ def describe(o, dataset, backbone: str) -> dict:
     """What a model's checkpoint says of itself."""
     return {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes),
             "palette": [[int(v) for v in colour] for colour in dataset.palette], "size": o.size, "val_size": o.val_size,
-             "data": o.data, "root": o.root, "depth": o.depth, "label_map": o.label_map, "hold_out": o.hold_out,
-             "drop_path": o.drop_path, "dropout": o.dropout, "normalisation": dataset.normalisation}  # fmt: skip
+            "data": o.data, "root": o.root, "depth": o.depth, "label_map": o.label_map, "hold_out": o.hold_out,
+            "drop_path": o.drop_path, "dropout": o.dropout, "normalisation": dataset.normalisation}  # fmt: skip

@@ -1,25 +1,22 @@
-"""Small street scenes, painted by NumPy from (seed, split, index) alone: a benchmark that needs no files.
+"""The synthetic data set: small street scenes, painted by NumPy from (seed, split, index) alone, without any files.
 
     scene = paint(seed=0, split="train", index=7, size=64)      # rgb, depth, event, lidar, label
 
-Not in the paper: it stands in for DELIVER (Zhang et al. 2023, the paper's main data set), whose four sensors, five
+Not in the paper: it stands in for DELIVER (Zhang et al. 2023, the paper's main data set), whose four modalities, five
 weather conditions and five sensor failures it copies. A scene is laid out in metres in front of a pinhole camera and
 painted far to near, so that colour, depth, height, scan lines and motion agree with each other. By construction no
-sensor tells all classes apart:
+modality tells all classes apart:
 
     by colour only      LaneMark | Road, hedge (Vegetation) | low wall (Building)
     by distance only    Sidewalk | Road (the same greys, one is raised), Billboard (a flat painted car) | a real car
     by motion only      MovingCar | ParkedCar (the same in rgb, depth and lidar; only events see the difference)
 
-A condition or a failure changes a sensor, never the scene: label and geometry depend on (seed, split, index) alone.
+A condition or a failure changes a modality, never the scene: label and geometry depend on (seed, split, index) alone.
 Axes: u right and v down, 0..1 over the image (which is stretched to its size); x right and z forward, in metres.
 """
-from __future__ import annotations
-
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
-from numpy.random import Generator
 
 CLASSES: list[tuple[str, tuple[int, int, int]]] = [
     ("Sky", (70, 130, 180)), ("Building", (70, 70, 70)), ("Vegetation", (107, 142, 35)), ("Road", (128, 64, 128)),
@@ -43,11 +40,13 @@ VOID, ASPHALT, MARK, PAVEMENT, GRASS, DASHED, BLOCKS, HOUSES = 0, 1, 2, 3, 4, 5,
 FRONT = DASHED + 1 + BLOCKS
 
 # What stands on the street is made of parts, painted in order: shape; left, right, bottom, top as shares of the
-# thing's box; surface angle as in HHA, upright to facing up; paint: a colour, or a factor on the thing's own colour.
+# thing's box; surface angle as in HHA, upright to facing up; tint: a colour, or a factor on the thing's own colour.
 BOX, OVAL, LEAVES = range(3)
 UPRIGHT, SLOPE, FLAT = 128, 190, 255
 TYRE, GLASS, LAMP, SKIN, STEEL = (0.08, 0.08, 0.08), (0.2, 0.24, 0.28), (0.9, 0.3, 0.2), (0.75, 0.55, 0.45), (0.5,) * 3
-PAINTS = ((0.8, 0.12, 0.12), (0.12, 0.25, 0.75), (0.85, 0.7, 0.1))     # of signs
+SIGNS = ((0.8, 0.12, 0.12), (0.12, 0.25, 0.75), (0.85, 0.7, 0.1))
+# Colours that vary: from and to, of red, green and blue.
+LEAF, PLASTER, ANY = ((0.15, 0.4), (0.3, 0.5), (0.1, 0.22)), ((1, 1.15), (0.85, 1), (0.75, 1)), ((0.1, 0.8),) * 3
 PARTS = {
     "box": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0),),
     "plate": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0), (BOX, 0.3, 0.7, 0.35, 0.65, UPRIGHT, 1.6)),
@@ -56,58 +55,19 @@ PARTS = {
              (LEAVES, 0.2, 1, 0.4, 1, UPRIGHT, 1.0)),
     "person": ((BOX, 0.15, 0.45, 0, 0.5, UPRIGHT, 0.5), (BOX, 0.55, 0.85, 0, 0.5, UPRIGHT, 0.5),
                (BOX, 0, 1, 0.42, 0.84, UPRIGHT, 1.0), (OVAL, 0.22, 0.78, 0.82, 1, UPRIGHT, SKIN)),
-    "car from the side": (
-        (BOX, 0.18, 0.78, 0.55, 1, FLAT, 0.9), (BOX, 0.22, 0.74, 0.6, 0.92, SLOPE, GLASS),
-        (BOX, 0, 1, 0.15, 0.53, UPRIGHT, 1.0), (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
-        (OVAL, 0.1, 0.3, 0, 0.32, UPRIGHT, TYRE), (OVAL, 0.7, 0.9, 0, 0.32, UPRIGHT, TYRE)),
-    "car from behind": (
-        (BOX, 0.05, 0.95, 0, 0.3, UPRIGHT, TYRE), (BOX, 0.1, 0.9, 0.55, 1, FLAT, 0.9),
-        (BOX, 0.16, 0.84, 0.6, 0.92, SLOPE, GLASS), (BOX, 0, 1, 0.16, 0.53, UPRIGHT, 1.0),
-        (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15), (BOX, 0.02, 0.18, 0.38, 0.5, UPRIGHT, LAMP),
-        (BOX, 0.82, 0.98, 0.38, 0.5, UPRIGHT, LAMP)),
+    "side of a car": ((BOX, 0.18, 0.78, 0.55, 1, FLAT, 0.9), (BOX, 0.22, 0.74, 0.6, 0.92, SLOPE, GLASS),
+                      (BOX, 0, 1, 0.15, 0.53, UPRIGHT, 1.0), (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
+                      (OVAL, 0.1, 0.3, 0, 0.32, UPRIGHT, TYRE), (OVAL, 0.7, 0.9, 0, 0.32, UPRIGHT, TYRE)),
+    "back of a car": ((BOX, 0.05, 0.95, 0, 0.3, UPRIGHT, TYRE), (BOX, 0.1, 0.9, 0.55, 1, FLAT, 0.9),
+                      (BOX, 0.16, 0.84, 0.6, 0.92, SLOPE, GLASS), (BOX, 0, 1, 0.16, 0.53, UPRIGHT, 1.0),
+                      (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15), (BOX, 0.02, 0.18, 0.38, 0.5, UPRIGHT, LAMP),
+                      (BOX, 0.82, 0.98, 0.38, 0.5, UPRIGHT, LAMP)),
 }
 
 
-class Thing(NamedTuple):
-    """Something that stands on the street: a key of PARTS, its class, and its box in metres."""
-    kind: str
-    label: int
-    x: float
-    z: float
-    width: float
-    height: float
-    base: float         # height of its foot over the road
-    speed: float        # sideways motion between two frames, in image widths; 0 = it stands
-    colour: tuple[float, float, float]
-
-
-class Scene(NamedTuple):
-    """All that chance decides about a scene, whatever its size, condition and case; in metres if not said otherwise."""
-    key: tuple[int, int, int]
-    centre: tuple[float, float]     # (u, v) of the vanishing point
-    eye: float                      # height of the camera
-    curb: float                     # height of sidewalk and grass over the road
-    bend: float                     # of the road: its x grows by bend * z**2
-    section: np.ndarray             # (1024,) cross-section of the ground: surfaces, 16 to the metre, x = 0 at 512
-    slabs: np.ndarray               # (2, 64) brightness of the ground by x and by z: seams that mean nothing
-    dash: tuple[float, float]       # dashes per metre, phase
-    crossing: float                 # z of a zebra crossing
-    walls: tuple[float, float]      # x of the house fronts on the left and on the right
-    house: float                    # length of a house
-    tall: np.ndarray                # (2 * HOUSES,) height of the houses, the curb's where there is a gap
-    skyline: np.ndarray             # (BLOCKS,) height in v
-    labels: np.ndarray              # (FRONT + 2 * HOUSES,) class of each background surface
-    colours: np.ndarray             # (FRONT + 2 * HOUSES, 3)
-    texture: np.ndarray             # (TEXELS, TEXELS), mean 0, deviation 1
-    things: list[Thing]             # far to near
-    ego: tuple[float, float]        # between two frames: metres forward, yaw in image widths
-    shade: tuple[float, float]      # the houses' shadow when the sun shines, from x to x
-    visibility: float               # in fog
-
-
-def layout(seed: int, split: str, index: int) -> Scene:
-    """Draw scene `index` of a split; the splits are separate random streams. Arguments as in `paint`."""
-    key = (seed, SPLITS.index(split), index)
+def layout(seed: int, split: str, index: int) -> SimpleNamespace:
+    """All that chance decides about a scene, in metres if not said otherwise. Arguments as in `paint`."""
+    key = (seed, SPLITS.index(split), index)                    # so the splits are separate random streams
     rng = np.random.default_rng(key)
     draws = iter(rng.random(512).tolist())
 
@@ -117,83 +77,86 @@ def layout(seed: int, split: str, index: int) -> Scene:
     def one_of(*choices):
         return choices[int(len(choices) * next(draws))]
 
-    def leaf() -> tuple[float, float, float]:
-        return between(0.15, 0.4), between(0.3, 0.5), between(0.1, 0.22)
-
-    def plaster() -> tuple[float, float, float]:
-        light = between(0.3, 0.7)
-        return light * between(1, 1.15), light * between(0.85, 1), light * between(0.75, 1)
-
-    def any_colour() -> tuple[float, float, float]:
-        return between(0.1, 0.8), between(0.1, 0.8), between(0.1, 0.8)
+    def pick_colour(ranges, light: float = 1.0) -> tuple[float, float, float]:
+        return tuple(light * between(low, high) for low, high in ranges)
 
     # Ground: grass | sidewalk | road with two edge lines and a dashed one | sidewalk | grass
     curb, left, right = between(0.15, 0.3), between(-4.2, -1.8), between(1.8, 4.2)
     far_left, far_right = left - between(2, 5), right + between(2, 5)
     middle, line = left + (right - left) * between(0.35, 0.65), between(0.3, 0.5)
-    section = np.full(1024, GRASS)
+    section = np.full(1024, GRASS)                              # surfaces by x, 16 to the metre, x = 0 at 512
     for start, end, what in ((far_left, far_right, PAVEMENT), (left, right, ASPHALT), (middle, middle + line, DASHED),
                              (left + between(0.2, 1.2), 0, MARK), (right - between(0.5, 1.5), 0, MARK)):
         section[int(512 + 16 * start):int(512 + 16 * (end or start + line))] = what
 
-    # Background surfaces. Road and sidewalk are of one grey.
-    grey, green = between(0.3, 0.5), leaf()
-    park = [one_of(True, False) for _ in range(BLOCKS)]
-    white = between(0.75, 0.95)
-    blue = between(0.55, 0.75), between(0.68, 0.78), 0.85
-    colours = [blue, (grey,) * 3, (white,) * 3, (grey,) * 3, green, (white,) * 3]
-    colours += [green if p else plaster() for p in park] + [plaster() for _ in range(2 * HOUSES)]
-    labels = [SKY, ROAD, LANE, SIDEWALK, VEGETATION, LANE] + [VEGETATION if p else BUILDING for p in park]
+    # Background surfaces: class, colour, angle. Road and sidewalk are of one grey.
+    grey, green = (between(0.3, 0.5),) * 3, pick_colour(LEAF)
+    parks = [one_of(True, False) for _ in range(BLOCKS)]
+    white = (between(0.75, 0.95),) * 3
+    surfaces = [(SKY, (between(0.55, 0.75), between(0.68, 0.78), 0.85), 0), (ROAD, grey, FLAT), (LANE, white, FLAT),
+                (SIDEWALK, grey, FLAT), (VEGETATION, green, FLAT), (LANE, white, FLAT)]
+    for park in parks + [False] * 2 * HOUSES:
+        label, colour = (VEGETATION, green) if park else (BUILDING, pick_colour(PLASTER, between(0.3, 0.7)))
+        surfaces.append((label, colour, UPRIGHT))
     tall = [one_of(curb, between(4, 16), between(4, 16)) for _ in range(2 * HOUSES)]
-
     things = []
 
     def place(kind, label, x, z, width, height, colour, speed=0.0, lift=0.0):
-        base = lift + (0.0 if left < x < right else curb)
-        things.append(Thing(kind, label, x, z, width, height, base, speed, colour))
+        """Put a thing of PARTS on the street; `speed` is sideways, in image widths between two frames."""
+        things.append(SimpleNamespace(kind=kind, label=label, x=x, z=z, width=width, height=height, colour=colour,
+                                      speed=speed, base=lift + (0.0 if left < x < right else curb)))
 
     for _ in range(one_of(1, 2, 3)):
         x = one_of(far_left - between(0, 2), far_right + between(0, 2))
-        place("tree", VEGETATION, x, between(6, 24), between(2.5, 5), between(3.5, 7.5), leaf())
+        place("tree", VEGETATION, x, between(6, 24), between(2.5, 5), between(3.5, 7.5), pick_colour(LEAF))
     for _ in range(one_of(1, 2, 3)):                            # hedges and low walls
         x = one_of(far_left - between(0, 1), far_right + between(0, 1))
-        label, colour = one_of((VEGETATION, leaf()), (BUILDING, plaster()))
+        label, colour = one_of((VEGETATION, pick_colour(LEAF)), (BUILDING, pick_colour(PLASTER, between(0.3, 0.7))))
         place("box", label, x, between(5, 20), between(2, 5), between(0.8, 1.7), colour)
     for _ in range(one_of(3, 4, 5)):                            # posts: bare, with a sign, with the grey back of a sign
         x, z, height = one_of(left - between(0.3, 1.1), right + between(0.3, 1.1)), between(4.5, 12), between(2, 3.5)
         place("box", POLE, x, z, 0.36, height, STEEL)
-        label, colour = one_of((None, STEEL), (POLE, STEEL), (SIGN, one_of(*PAINTS)), (SIGN, one_of(*PAINTS)))
+        label, colour = one_of((None, STEEL), (POLE, STEEL), (SIGN, one_of(*SIGNS)), (SIGN, one_of(*SIGNS)))
         if label is not None:
             width = between(1, 1.4)
             place(one_of("plate", "disc"), label, x, z - 0.01, width, width, colour, lift=height - 0.4)
     for _ in range(one_of(4, 5, 6)):                            # a third each: parked cars, moving cars, billboards
-        kind, width = one_of(("car from the side", between(3.4, 4.4)), ("car from behind", between(1.7, 2)))
+        kind, width = one_of(("side of a car", between(3.4, 4.4)), ("back of a car", between(1.7, 2)))
         label, speed = one_of((PARKED, 0.0), (BILLBOARD, 0.0), (MOVING, one_of(-1, 1) * between(0.035, 0.07)))
         x, z, height = between(left - 1.5, right + 1.5), between(2.2, 4.3) ** 2, between(1.4, 1.8)
-        place(kind, label, x, z, width, height, any_colour(), speed)
+        place(kind, label, x, z, width, height, pick_colour(ANY), speed)
     for _ in range(one_of(2, 3, 4)):                            # people, of whom half walk
         speed = one_of(0.0, one_of(-1, 1) * between(0.02, 0.04))
         x, z, width, height = between(far_left, far_right), between(4, 11), between(0.6, 0.8), between(1.5, 1.9)
-        place("person", PEDESTRIAN, x, z, width, height, any_colour(), speed)
+        place("person", PEDESTRIAN, x, z, width, height, pick_colour(ANY), speed)
 
-    return Scene(
-        key, (between(0.36, 0.64), between(0.36, 0.48)), between(1.5, 2), curb, between(-0.002, 0.002), section,
-        rng.random((2, 64), np.float32) * 0.3 + 0.85, (between(0.25, 0.45), between(0, 1)), between(4, 30),
-        (far_left - between(0.5, 5.5), far_right + between(0.5, 5.5)), between(6, 12), np.array(tall, np.float32),
-        rng.random(BLOCKS, np.float32) * 0.1 + 0.01, np.array(labels + [BUILDING] * 2 * HOUSES),
-        np.array(colours, np.float32), rng.random((TEXELS, TEXELS), np.float32) * 3.4 - 1.7,
-        sorted(things, key=lambda thing: -thing.z), (between(0.1, 0.3), between(-0.004, 0.004)),
-        (far_left, between(left, right)), between(12, 24))
+    return SimpleNamespace(
+        key=key, section=section, surfaces=surfaces,
+        curb=curb,                                              # height of sidewalk and grass over the road
+        tall=np.array(tall, np.float32),                        # (2 * HOUSES,) of the houses; the curb's in a gap
+        things=sorted(things, key=lambda thing: -thing.z),      # far to near
+        centre=(between(0.36, 0.64), between(0.36, 0.48)),      # (u, v) of the vanishing point
+        eye=between(1.5, 2),                                    # height of the camera
+        bend=between(-0.002, 0.002),                            # of the road: its x grows by bend * z**2
+        slabs=rng.random((2, 64), np.float32) * 0.3 + 0.85,     # seams in the ground by x and by z, without meaning
+        dash=(between(0.25, 0.45), between(0, 1)),              # dashes per metre, phase
+        crossing=between(4, 30),                                # z of a zebra crossing
+        walls=(far_left - between(0.5, 5.5), far_right + between(0.5, 5.5)),        # x of the house fronts
+        house=between(6, 12),                                   # length of a house
+        skyline=rng.random(BLOCKS, np.float32) * 0.1 + 0.01,    # height in v
+        texture=rng.random((TEXELS, TEXELS), np.float32) * 3.4 - 1.7,       # mean 0, deviation 1
+        ego=(between(0.1, 0.3), between(-0.004, 0.004)),        # between two frames: metres forward, turn in widths
+        shade=(far_left, between(left, right)),                 # the houses' shadow when the sun shines, from x to x
+        visibility=between(12, 24))                             # in fog
 
 
-def render(scene: Scene, size: tuple[int, int], condition: str, case: str) -> dict[str, np.ndarray]:
-    """Paint a scene at `size` (H, W) as every sensor sees it; keys, ranges, `condition` and `case` as in `paint`."""
-    H, W = size
+def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
+    """The scene as the camera sees it, before any modality, condition or case: what each pixel shows, and how far."""
     (cu, cv), eye = scene.centre, scene.eye
     u = (np.arange(W, dtype=np.float32) + 0.5) / W              # (W,) of the pixels' centres
     v = ((np.arange(H, dtype=np.float32) + 0.5) / H)[:, None]   # (H, 1)
     texture = scene.texture[(v[:, 0] * TEXELS).astype(np.intp)][:, (u * TEXELS).astype(np.intp)]
-    surface = np.full((H, W), VOID, np.intp)                    # the number of the surface that each pixel sees
+    surface = np.full((H, W), VOID, np.intp)                    # the number of the surface that each pixel shows
     z = np.full((H, W), 1000, np.float32)
     light = np.repeat(1.1 - 0.3 * v, W, axis=1)
 
@@ -228,51 +191,50 @@ def render(scene: Scene, size: tuple[int, int], condition: str, case: str) -> di
     np.copyto(light, np.where(window, np.float32(0.5), np.float32(1)), where=wall)
 
     # Things, far to near; each part is a surface more. `motion` reaches as far as a thing will have moved.
-    labels, colours, distances = scene.labels.tolist(), scene.colours.tolist(), [0.0] * len(scene.labels)
-    angles = [0] + [FLAT] * DASHED + [UPRIGHT] * (len(labels) - DASHED - 1)
+    surfaces = [(*background, 0.0) for background in scene.surfaces]
     motion = np.zeros((H, W), np.float32)
     for thing in scene.things:
         scale = FOCAL / thing.z
         width, height, reach = scale * thing.width, scale * thing.height, abs(thing.speed)
         start, foot = cu + scale * thing.x - width / 2, cv + scale * (eye - thing.base)
-        columns = _pixels(start - reach, start + width + reach, W)
-        if columns.stop == 0 or columns.start >= W:
-            continue
-        motion[_pixels(foot - height, foot, H), columns] = thing.speed
-        for shape, left, right, bottom, top, angle, paint_ in PARTS[thing.kind]:
+        motion[_pixels(foot - height, foot, H), _pixels(start - reach, start + width + reach, W)] = thing.speed
+        for shape, left, right, bottom, top, angle, tint in PARTS[thing.kind]:
             rows = _pixels(foot - top * height, foot - bottom * height, H)
             columns = _pixels(start + left * width, start + right * width, W)
             if shape == BOX:
-                surface[rows, columns] = len(labels)
+                surface[rows, columns] = len(surfaces)
             else:
                 across = (u[columns] - (start + (left + right) / 2 * width)) * (2 / (width * (right - left)))
                 upward = (v[rows] - (foot - (bottom + top) / 2 * height)) * (2 / (height * (top - bottom)))
                 radius = across * across + upward * upward
                 if shape == LEAVES:
                     radius += 0.3 * texture[rows, columns]
-                np.copyto(surface[rows, columns], len(labels), where=radius < 1)
-            if thing.label == BILLBOARD:
-                angle = UPRIGHT
-            labels.append(thing.label)
-            colours.append(paint_ if type(paint_) is tuple else [paint_ * c for c in thing.colour])
-            distances.append(thing.z + 0.8 * (angle > UPRIGHT))     # panes, roof and bonnet lie behind the bumper
-            angles.append(angle)
-    painted = surface >= len(scene.labels)
+                np.copyto(surface[rows, columns], len(surfaces), where=radius < 1)
+            angle = UPRIGHT if thing.label == BILLBOARD else angle
+            colour = tint if type(tint) is tuple else [tint * c for c in thing.colour]
+            behind = 0.8 * (angle > UPRIGHT)                    # panes, roof and bonnet lie behind the bumper
+            surfaces.append((thing.label, colour, angle, thing.z + behind))
+    labels, colours, angles, distances = zip(*surfaces, strict=True)
+    painted = surface >= len(scene.surfaces)
     np.copyto(z, np.array(distances, np.float32).take(surface), where=painted)
     np.copyto(light, 1, where=painted)
     label = np.array(labels, np.uint8).take(surface)
     light *= 1 + ROUGHNESS[label] * texture
-    clean = np.array(colours, np.float32).T.take(surface, axis=1) * light   # (3, H, W), channels first is faster
+    return SimpleNamespace(
+        u=u, v=v, z=z, label=label, x=x,                        # x (H - g, W) of the ground, the lowest rows
+        angle=np.array(angles, np.uint8).take(surface),         # (H, W)
+        motion=motion,                                          # (H, W) sideways between two frames, in image widths
+        colour=np.array(colours, np.float32).T.take(surface, axis=1) * light)       # (3, H, W): faster than (H, W, 3)
 
-    # Every sensor draws its noise in every condition, so that a condition changes its own sensors and nothing else.
+
+def render(scene: SimpleNamespace, size: tuple[int, int], condition: str, case: str) -> dict[str, np.ndarray]:
+    """A scene at `size` (H, W) in every modality; keys, ranges, `condition` and `case` as in `paint`."""
+    view = project(scene, *size)
+    # Each modality draws its noise in every condition, so that a condition changes its own modalities and nothing else.
     rng = np.random.default_rng([*scene.key, 1])
-    return {
-        "rgb": _rgb(scene, clean, z, x, condition, case, rng),
-        "depth": _depth(scene, z, v, label, np.array(angles, np.uint8).take(surface), condition, rng),
-        "event": _event(scene, clean, z, u, v, motion, case, rng),
-        "lidar": _lidar(scene, z, v, label, condition, case, rng),
-        "label": label,
-    }
+    painters = {"rgb": _rgb, "depth": _depth, "event": _event, "lidar": _lidar}
+    images = {name: painter(scene, view, condition, case, rng) for name, painter in painters.items()}
+    return {**images, "label": view.label}
 
 
 def _pixels(start: float, end: float, count: int) -> slice:
@@ -280,27 +242,26 @@ def _pixels(start: float, end: float, count: int) -> slice:
     return slice(max(int(start * count + 0.5), 0), max(int(end * count + 0.5), 0))
 
 
-def _rgb(scene: Scene, clean: np.ndarray, z: np.ndarray, x: np.ndarray, condition: str, case: str,
-         rng: Generator) -> np.ndarray:
-    H, W = z.shape
+def _rgb(scene, view, condition: str, case: str, rng: np.random.Generator) -> np.ndarray:
+    H, W = view.z.shape
     noise = rng.random((3, H, W), np.float32) - 0.5
     drops = rng.random((2, 60))
-    light, grain = clean, 0.07
+    light, grain = view.colour, 0.07                            # (3, H, W)
     if condition == "night":                                    # the car's own lamps, and little else
-        light, grain = clean * (0.14 + 0.4 * np.exp(z / -10)), 0.12
+        light, grain = light * (0.14 + 0.4 * np.exp(view.z / -10)), 0.12
     elif condition == "fog":
-        clear = np.exp(z / -scene.visibility)
-        light = clean * clear + 0.7 * (1 - clear)
+        clear = np.exp(view.z / -scene.visibility)
+        light = light * clear + 0.7 * (1 - clear)
     elif condition == "rain":
-        light, grain = 0.65 * clean + 0.08, 0.1
+        light, grain = 0.65 * light + 0.08, 0.1
         rows = (drops[0] * H).astype(np.intp) + np.arange(max(2, H // 9))[:, None]      # (length, drops)
         columns = (drops[1] * W).astype(np.intp) + (rows - rows[0]) // 4
         rows, columns = rows.clip(0, H - 1), columns.clip(0, W - 1)
         light[:, rows, columns] = 0.6 * light[:, rows, columns] + 0.3
     elif condition == "sun":
-        light = clean * np.float32([1.5, 1.42, 1.25])[:, None, None]
-        shaded = (x > scene.shade[0]) & (x < scene.shade[1])
-        light[:, H - len(x):] *= np.where(shaded, np.float32(0.45), np.float32(1))
+        light = light * np.float32([1.5, 1.42, 1.25])[:, None, None]
+        shaded = (view.x > scene.shade[0]) & (view.x < scene.shade[1])
+        light[:, H - len(shaded):] *= np.where(shaded, np.float32(0.45), np.float32(1))
     if case == "motionblur":                                    # a box filter along the rows
         width = max(3, W // 20 * 2 + 1)
         total = np.cumsum(np.pad(light, ((0, 0), (0, 0), (width // 2 + 1, width // 2)), "edge"), axis=2)
@@ -309,75 +270,61 @@ def _rgb(scene: Scene, clean: np.ndarray, z: np.ndarray, x: np.ndarray, conditio
         light = light * 2.2 + 0.15
     elif case == "underexposure":
         light = light * 0.25
-    out = np.empty((H, W, 3), np.uint8)
-    out.transpose(2, 0, 1)[:] = ((light + grain * noise) * 255).clip(0, 255)
-    return out
+    return np.dstack(((light + grain * noise) * 255).clip(0, 255).astype(np.uint8))     # (H, W, 3)
 
 
-def _log_range(z: np.ndarray) -> np.ndarray:
-    return (255 - 60 * np.log(z)).clip(1, 255)                  # 1 m: 255, 70 m: 1
+def _distance_and_height(scene, z: np.ndarray, v: np.ndarray, third: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """(h, W, 3) uint8, 0 where not seen: log distance (1 m 255, 70 m 1), root of height (10 m 253), a third channel."""
+    log = (255 - 60 * np.log(z)).clip(1, 255)
+    root = 80 * np.sqrt((scene.eye - (v - scene.centre[1]) * z / FOCAL).clip(0, 10))
+    return np.dstack([(channel * seen).astype(np.uint8) for channel in (log, root, third)])
 
 
-def _root_height(scene: Scene, z: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return 80 * np.sqrt((scene.eye - (v - scene.centre[1]) * z / FOCAL).clip(0, 10))    # road: 0, 0.2 m: 36, 10 m: 253
-
-
-def _depth(scene: Scene, z: np.ndarray, v: np.ndarray, label: np.ndarray, angle: np.ndarray, condition: str,
-           rng: Generator) -> np.ndarray:
-    chance = rng.random(z.shape, np.float32)
-    seen = label != SKY
+def _depth(scene, view, condition: str, case: str, rng: np.random.Generator) -> np.ndarray:
+    chance = rng.random(view.z.shape, np.float32)
+    seen = view.label != SKY
     if condition == "fog":                                      # the farther, the more pixels without a measurement
-        seen &= chance < np.exp(-(z / (2 * scene.visibility)) ** 2)
-    out = np.empty((*z.shape, 3), np.uint8)
-    out[..., 0] = _log_range(z) * seen
-    out[..., 1] = _root_height(scene, z, v) * seen
-    out[..., 2] = angle * seen
-    return out
+        seen &= chance < np.exp(-(view.z / (2 * scene.visibility)) ** 2)
+    return _distance_and_height(scene, view.z, view.v, view.angle, seen)
 
 
-def _event(scene: Scene, clean: np.ndarray, z: np.ndarray, u: np.ndarray, v: np.ndarray, motion: np.ndarray, case: str,
-           rng: Generator) -> np.ndarray:
+def _event(scene, view, condition: str, case: str, rng: np.random.Generator) -> np.ndarray:
     """Log brightness against the frame before, which is this one pulled back along ego motion and the things' own."""
-    H, W = z.shape
+    H, W = view.z.shape
     noise = rng.random((H, W), np.float32)
-    level = np.log((np.float32([0.3, 0.6, 0.1]) @ clean.reshape(3, -1)).clip(0) + 0.05)     # (H * W,)
-    forward, yaw = scene.ego
-    near = forward / z
-    column = ((u - yaw - (u - scene.centre[0]) * near - motion) * W - 0.5).clip(0, W - 1.001)
-    row = ((v - (v - scene.centre[1]) * near) * H - 0.5).clip(0, H - 1.001)
+    level = np.log((np.float32([0.3, 0.6, 0.1]) @ view.colour.reshape(3, -1)).clip(0) + 0.05)       # (H * W,)
+    (cu, cv), (forward, yaw) = scene.centre, scene.ego
+    near = forward / view.z
+    column = ((view.u - yaw - (view.u - cu) * near - view.motion) * W - 0.5).clip(0, W - 1.001)
+    row = ((view.v - (view.v - cv) * near) * H - 0.5).clip(0, H - 1.001)
     left, top = column.astype(np.intp), row.astype(np.intp)
     du, dv, at = column - left.astype(np.float32), row - top.astype(np.float32), top * W + left
     upper, lower = level[at], level[at + W]                     # bilinear
     upper += (level[at + 1] - upper) * du
     lower += (level[at + W + 1] - lower) * du
     change = upper + (lower - upper) * dv - level.reshape(H, W)
-    out = np.zeros((H, W, 3), np.uint8)
-    out[..., 0] = ((change > 0.2) | (noise < 0.005)) * np.uint8(255)
-    out[..., 1] = ((change < -0.2) | (noise > 0.995)) * np.uint8(255)
+    brighter, darker = (change > 0.2) | (noise < 0.005), (change < -0.2) | (noise > 0.995)
+    out = np.dstack([brighter, darker, np.zeros_like(darker)]) * np.uint8(255)
     if case == "eventlowres":
         out = out[np.arange(H) // 2 * 2][:, np.arange(W) // 2 * 2]
     return out
 
 
-def _lidar(scene: Scene, z: np.ndarray, v: np.ndarray, label: np.ndarray, condition: str, case: str,
-           rng: Generator) -> np.ndarray:
-    H, W = z.shape
-    texel = (v[:, 0] * TEXELS).astype(np.intp)
+def _lidar(scene, view, condition: str, case: str, rng: np.random.Generator) -> np.ndarray:
+    H, W = view.z.shape
+    texel = (view.v[:, 0] * TEXELS).astype(np.intp)
     scan = np.flatnonzero(texel % 4 == 1)                       # every fourth row of texels
     chance = rng.random((scan.size, W), np.float32)
     error = 0.98 + 0.04 * rng.random((scan.size, W), np.float32)
     shifts = ((rng.random(TEXELS) - 0.5) * W / 6).astype(np.intp)
-    z, v, label = z[scan], v[scan], label[scan]
+    z, v, label = view.z[scan], view.v[scan], view.label[scan]
     keep = 0.9 * np.exp(z / -60)
     if condition == "rain":
         keep *= 0.55
     elif condition == "fog":
         keep *= np.exp(z / -30)
     seen = (chance < keep) & (label != SKY)
-    rows = np.empty((scan.size, W, 3), np.uint8)
-    rows[..., 0] = _log_range(z * error) * seen
-    rows[..., 1] = _root_height(scene, z * error, v) * seen
-    rows[..., 2] = 255 * REFLECTANCE[label] * error * seen
+    rows = _distance_and_height(scene, z * error, v, 255 * REFLECTANCE[label] * error, seen)
     if case == "lidarjitter":
         rows = np.take_along_axis(rows, (np.arange(W) + shifts[texel[scan], None])[..., None] % W, axis=1)
     out = np.zeros((H, W, 3), np.uint8)
@@ -387,7 +334,7 @@ def _lidar(scene: Scene, z: np.ndarray, v: np.ndarray, label: np.ndarray, condit
 
 def paint(seed: int, split: str, index: int, size: int | tuple[int, int] = 64, condition: str | None = None,
           case: str | None = None) -> dict[str, np.ndarray | str]:
-    """One scene as its four sensors see it.
+    """One scene in its four modalities.
 
     Args:
         seed, split, index: which scene; at least 0, of SPLITS, at least 0.
@@ -402,12 +349,12 @@ def paint(seed: int, split: str, index: int, size: int | tuple[int, int] = 64, c
         ValueError: an argument outside these ranges.
     """
     H, W = (size, size) if isinstance(size, int) else size
-    for name, value, known in (("split", split, SPLITS), ("condition", condition or "cloud", CONDITIONS),
-                               ("case", case or "none", ("none", *CASES))):
+    condition = condition or CONDITIONS[index % 5]
+    case = case or (CASES[index // 30 % 5] if index // 5 % 6 == 5 else "none")
+    choices = (("split", split, SPLITS), ("condition", condition, CONDITIONS), ("case", case, ("none", *CASES)))
+    for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}.")
     if min(seed, index) < 0 or min(H, W) < 8:
         raise ValueError(f"scene (seed {seed}, index {index}) of {H} x {W} pixels: use at least 0, 0 and 8 x 8.")
-    condition = condition or CONDITIONS[index % 5]
-    case = case or (CASES[index // 30 % 5] if index // 5 % 6 == 5 else "none")
     return {**render(layout(seed, split, index), (H, W), condition, case), "condition": condition, "case": case}

@@ -1,24 +1,30 @@
-"""The synthetic scenes: repeatable, the same street under every condition, and sensors that complement each other."""
+"""The synthetic scenes: repeatable, one street under all conditions, and modalities that complement each other."""
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from datasets import synthetic
-from datasets.synthetic import CASES, CLASSES, CONDITIONS, MOVING, PARKED, SPLITS, layout, paint, render
+from datasets.synthetic import BILLBOARD, CASES, CLASSES, CONDITIONS, MOVING, PARKED, SPLITS, layout, paint, render
 
-SENSORS = ("rgb", "depth", "event", "lidar")
+MODALITIES = ("rgb", "depth", "event", "lidar")
 
 
 def differing(a, b):
-    return {name for name in (*SENSORS, "label") if not np.array_equal(a[name], b[name])}
+    return {name for name in (*MODALITIES, "label") if not np.array_equal(a[name], b[name])}
+
+
+def with_label(scene, old, new, **changes):
+    """The scene with other things in place of those of class `old`."""
+    things = [SimpleNamespace(**{**vars(t), "label": new, **changes}) if t.label == old else t for t in scene.things]
+    return SimpleNamespace(**{**vars(scene), "things": things})
 
 
 def test_the_same_arguments_give_the_same_bytes_and_any_other_scene_differs():
     first, again = paint(3, "train", 11), paint(3, "train", 11)
     assert not differing(first, again)
     for other in (paint(4, "train", 11), paint(3, "val", 11), paint(3, "test", 11), paint(3, "train", 12)):
-        assert differing(first, other) == {*SENSORS, "label"}
+        assert differing(first, other) == {*MODALITIES, "label"}
 
 
 def test_no_two_scenes_of_any_splits_are_the_same():
@@ -27,11 +33,11 @@ def test_no_two_scenes_of_any_splits_are_the_same():
 
 
 @pytest.mark.parametrize("size", [64, (37, 90), (8, 8), (130, 65)])
-def test_every_sensor_has_three_channels_of_the_requested_size(size):
+def test_every_modality_has_three_channels_of_the_requested_size(size):
     H, W = (size, size) if isinstance(size, int) else size
     for index in range(30):
         scene = paint(0, "val", index, size)
-        for name in SENSORS:
+        for name in MODALITIES:
             assert scene[name].shape == (H, W, 3) and scene[name].dtype == np.uint8, name
         assert scene["label"].shape == (H, W) and scene["label"].dtype == np.uint8
         assert scene["label"].max() < len(CLASSES)
@@ -58,7 +64,7 @@ def test_conditions_and_cases_are_spread_evenly():
     ({"condition": "rain"}, {"rgb", "lidar"}), ({"condition": "sun"}, {"rgb"}), ({"case": "motionblur"}, {"rgb"}),
     ({"case": "overexposure"}, {"rgb"}), ({"case": "underexposure"}, {"rgb"}), ({"case": "lidarjitter"}, {"lidar"}),
     ({"case": "eventlowres"}, {"event"})])
-def test_a_condition_or_case_changes_its_own_sensors_and_nothing_else(change, expected):
+def test_a_condition_or_case_changes_its_own_modalities_and_nothing_else(change, expected):
     for index in range(5):
         plain = paint(1, "test", index, condition="cloud", case="none")
         changed = paint(1, "test", index, **{"condition": "cloud", "case": "none", **change})
@@ -81,8 +87,7 @@ def test_only_events_tell_a_moving_car_from_a_parked_one():
     fired = []
     for index in range(40):
         scene = layout(0, "val", index)
-        stopped = scene._replace(things=[
-            t._replace(label=PARKED, speed=0.0) if t.label == MOVING else t for t in scene.things])
+        stopped = with_label(scene, MOVING, PARKED, speed=0.0)
         moving, parked = (render(s, (64, 64), "cloud", "none") for s in (scene, stopped))
         where = moving["label"] == MOVING
         if where.sum() >= 20:
@@ -94,13 +99,12 @@ def test_only_events_tell_a_moving_car_from_a_parked_one():
     assert moving > 1.5 * parked, f"events on {moving:.0%} of a moving car's pixels, on {parked:.0%} of a parked one's"
 
 
-def test_a_billboard_is_a_car_to_the_camera_and_flat_to_the_depth_sensor():
+def test_a_billboard_is_a_car_to_the_camera_and_flat_in_depth():
     for index in range(10):
         scene = layout(0, "val", index)
-        real = scene._replace(things=[
-            t._replace(label=PARKED) if t.label == synthetic.BILLBOARD else t for t in scene.things])
+        real = with_label(scene, BILLBOARD, PARKED)
         painted, car = (render(s, (64, 64), "cloud", "none") for s in (scene, real))
-        if (painted["label"] == synthetic.BILLBOARD).sum() > 30:
+        if (painted["label"] == BILLBOARD).sum() > 30:
             assert differing(painted, car) >= {"depth", "label"}
             assert "rgb" not in differing(painted, car)
 

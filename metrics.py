@@ -1,6 +1,6 @@
 """Segmentation metrics from one int64 confusion matrix, with the rule for absent classes in the name.
 
-    matrix += confusion(logits.argmax(1), labels, num_classes)      # (K, K): rows are labels, columns predictions
+    matrix += confusion(class_ids(logits, names), labels, num_classes)      # (K, K): labels x predictions
     scores(matrix)["miou_published"], scores(matrix)["miou_occurring"]
 
 Two rules are in use for a class that occurs in neither labels nor predictions, so that its IoU is 0 / 0:
@@ -9,6 +9,19 @@ published (the papers' tables): it counts as 0; occurring: the mean runs over th
 
 import torch
 from torch import Tensor
+
+
+def class_ids(logits: Tensor, names: list[str]) -> Tensor:
+    """The predicted classes of B frames: logits (B, K, H, W) -> (B, H, W) int64.
+
+    Raises ValueError with the frame's name if a logit is NaN or infinite: the arg-max would still name a class.
+    """
+    finite = logits.sum((1, 2, 3), dtype=torch.float32).isfinite()  # (B,): one pass; a sum keeps what is not finite
+    if not finite.all():
+        name = names[finite.tolist().index(False)]
+        raise ValueError(f"the model's answer to frame {name} is not finite (NaN or infinite); look at the values of "
+                         "its files, and whether the model's weights are sound.")  # fmt: skip
+    return logits.argmax(1)
 
 
 def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:

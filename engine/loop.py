@@ -152,12 +152,12 @@ def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) ->
     shard = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)]
     k = len(dataset.classes)
     matrices = torch.zeros(len(subsets), k, k, dtype=torch.int64, device=run.device)
-    for images, labels, _ in loader(dataset, shard[run.rank :: run.world], run.o.workers, run.device):
+    for images, labels, names in loader(dataset, shard[run.rank :: run.world], run.o.workers, run.device):
         labels = labels.to(run.device, non_blocking=True).long()
         with autocast(run.device, run.o.amp):
             images = normalise(images.to(run.device, non_blocking=True), dataset.modalities, dataset.normalisation)
             for i, logits in enumerate(predict(images, subsets)):
-                matrices[i] += metrics.confusion(logits.argmax(1), labels, k)
+                matrices[i] += metrics.confusion(metrics.class_ids(logits, names), labels, k)
     matrices = run.total(matrices)
     if not matrices.any():
         raise ValueError(f"not one pixel of the {len(dataset)} validation frames has a label; look at them with "

@@ -8,20 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from test_fsm import with_random_weights
-from test_model import SENSORS
+from test_model import SENSORS, golden_weights
 
 import evaluate
 import metrics
 from data import normalise, open_dataset, random_missing, sensor_noise
-from engine import checkpoint, loop
+from engine import checkpoint, files, loop
 from fsm import FSM
 from model import build_model, condition_on_sensors, subset_logits
 
 BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
 CONDITIONED = pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "conditioned"])
 SUBSETS = loop.all_subsets(4)
+CPU, SAME = torch.device("cpu"), ["classes", "modalities"]
 K = 12  # as many as the scenes have
 
 
@@ -29,7 +28,9 @@ def random_model(backbone, modalities=4, conditioned=False):
     model = build_model(backbone, K, SENSORS[:modalities])
     if conditioned:
         condition_on_sensors(model)
-    return with_random_weights(model)
+    shapes = {name: list(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    model.load_state_dict(golden_weights(json.dumps(shapes).encode()), strict=False)  # so that predictions vary
+    return model.eval()
 
 
 def random_images(size=(64, 64), samples=3, seed=0):
@@ -98,10 +99,12 @@ def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone,
     assert (left_out - filled).abs().max() > 0.1  # the two are different protocols
 
 
-def run_of(batch_size, workers=0):
-    """What `evaluate` needs of runs.Run, in one process."""
-    o = SimpleNamespace(batch_size=batch_size, workers=workers, seed=3, amp="off")
-    return SimpleNamespace(o=o, rank=0, world=1, device=torch.device("cpu"), total=lambda x: x)
+RUN = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), total=lambda x: x)  # as runs.Run, in one process
+
+
+def settings(batch_size, workers=0, protocol=evaluate.PROTOCOLS):
+    """What `evaluate` needs of the options."""
+    return SimpleNamespace(batch_size=batch_size, workers=workers, seed=3, amp="off", protocol=list(protocol))
 
 
 def scenes(modalities, frames):
@@ -123,8 +126,8 @@ def in_float64(model):
 def test_no_batch_size_or_worker_changes_a_number(backbone):
     modalities = 4 if backbone == "segformer_tiny" else 2
     dataset, predict = scenes(modalities, frames=8), in_float64(random_model(backbone, modalities))
-    one = evaluate.evaluate(predict, dataset, list(evaluate.PROTOCOLS), run_of(1))
-    seven = evaluate.evaluate(predict, dataset, list(evaluate.PROTOCOLS), run_of(7, workers=1))
+    one = evaluate.evaluate(predict, dataset, settings(1), RUN)
+    seven = evaluate.evaluate(predict, dataset, settings(7, workers=1), RUN)
     assert one == seven
     counts = {protocol: len(columns) for protocol, columns in one.items()}
     n = 2**modalities - 1
@@ -134,12 +137,12 @@ def test_no_batch_size_or_worker_changes_a_number(backbone):
 @torch.no_grad()
 def test_every_protocol_equals_its_definition_frame_by_frame():
     dataset, model = scenes(4, frames=7), random_model("segformer_tiny")
-    results = evaluate.evaluate(in_float64(model), dataset, list(evaluate.PROTOCOLS), run_of(4))
+    results = evaluate.evaluate(in_float64(model), dataset, settings(4), RUN)
     model.double()
     matrices = {}
     for index, frame in enumerate(dataset.frames):
         images, label, name = dataset[index]
-        images = normalise(images[None])
+        images = normalise(images[None], SENSORS, dataset.normalisation)
 
         def count(protocol, column, given, present=None, label=label):
             matrix = metrics.confusion(model(given.double(), present).logits.argmax(1), label[None], K)
@@ -202,128 +205,57 @@ def test_the_summaries_average_what_their_names_say():
     value = {p: {c: s["miou_occurring"] for c, s in scores.items()} for p, scores in results.items()}
     table = {p: evaluate.summary(p, scores, SENSORS, "miou_occurring") for p, scores in results.items()}
     missing = [v for c, v in value["any"].items() if c != "RDEL"]
-    assert table["any"]["full"] == value["any"]["RDEL"] and len(missing) == 14
+    assert set(table["any"]) == {"full", "missing", "mean"} and table["any"]["full"] == value["any"]["RDEL"]
+    assert len(missing) == 14
     assert table["any"]["missing"] == pytest.approx(sum(missing) / 14)
     assert table["any"]["mean"] == pytest.approx((sum(missing) + value["any"]["RDEL"]) / 15)
     for r in (0.25, 0.5, 0.75):
         expected = [v for c, v in value["rmm"].items() if c.endswith(f" {r}")]
         assert len(expected) == 15 and table["rmm"][f"r={r}"] == pytest.approx(sum(expected) / 15)
     for p in ("nm", "condition", "case"):
-        assert table[p] == {**value[p], "mean": pytest.approx(sum(value[p].values()) / len(value[p]))}
+        assert table[p] == {"mean": pytest.approx(sum(value[p].values()) / len(value[p]))}
 
 
-@pytest.mark.parametrize("markdown", [False, True])
-def test_tables_hold_every_number_and_the_differences_to_the_first_row(markdown):
+def cells_of(text):
+    """A table's title, and its rows of cells."""
+    title, _, *lines = text.split("\n")
+    assert len({len(line) for line in lines}) == 1  # aligned
+    return title, [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "--" not in line]
+
+
+def test_tables_hold_every_number_and_the_differences_to_the_first_row():
     results = {"teacher": random_results(3), "student": random_results(4)}
-    texts = evaluate.tables(results, SimpleNamespace(modalities=SENSORS), list(evaluate.PROTOCOLS), markdown)
-    assert len(texts) == 6
-    for protocol, text in zip(evaluate.PROTOCOLS, texts, strict=True):
-        title, *lines = text.split("\n")
-        assert evaluate.TITLES[protocol] in title
-        lines = [line.strip("| ") for line in lines if line and "---" not in line]
-        split = "|" if markdown else "  "
-        head, *rows = [[cell.strip() for cell in line.split(split) if cell.strip()] for line in lines]
-        tables = [evaluate.summary(protocol, results[name][protocol], SENSORS) for name in results]
-        assert head == [*tables[0], "mean, occurring"]
-        for i, (name, row) in enumerate(zip(results, rows, strict=True)):
-            occurring = evaluate.summary(protocol, results[name][protocol], SENSORS, "miou_occurring")["mean"]
+    for protocol, title in evaluate.PROTOCOLS.items():
+        found, (head, *rows) = cells_of(evaluate.tables(results, SENSORS, [protocol]))
+        assert title in found
+        columns = [] if protocol == "rmm" else list(results["teacher"][protocol])
+        means = {name: evaluate.summary(protocol, results[name][protocol], SENSORS) for name in results}
+        assert head == ["", *columns, *means["teacher"], "mean, occurring"]
+        for name, row in zip(results, rows, strict=True):
+            scores, occurring = results[name][protocol], evaluate.summary(
+                protocol, results[name][protocol], SENSORS, "miou_occurring")["mean"]  # fmt: skip
+            plain = row[1 : 1 + len(columns)]
             assert row[0] == name and float(row[-1]) == pytest.approx(occurring, abs=0.006)
-            for column, cell in zip(head[:-1], row[1:-1], strict=True):
+            assert [float(cell) for cell in plain] == pytest.approx(
+                [scores[c]["miou_published"] for c in columns], abs=0.006)  # fmt: skip
+            for column, cell in zip(means[name], row[1 + len(columns) : -1], strict=True):
                 number, _, difference = cell.partition(" ")
-                assert float(number) == pytest.approx(tables[i][column], abs=0.006)
-                if i and column in ("full", "missing", "mean", "E(0.1)", "r=0.5"):
-                    gap = tables[1][column] - tables[0][column]
-                    assert float(difference.strip("()")) == pytest.approx(gap, abs=0.006)
-        assert len({len(line) for line in text.split("\n")[1:] if line}) == 1  # aligned
+                assert float(number) == pytest.approx(means[name][column], abs=0.006)
+                gap = means[name][column] - means["teacher"][column]
+                assert (difference == "") == (name == "teacher")
+                assert not difference or float(difference.strip("()")) == pytest.approx(gap, abs=0.006)
 
 
-# ---- test-time augmentation ---------------------------------------------------------------------------------------
-
-
-def view(scales=(1.0,), flip=False, tile=None):
-    return SimpleNamespace(scales=list(scales), flip=flip, tile=tile)
-
-
-@pytest.fixture(scope="module")
-def predict():
-    return loop.predictor(random_model("segformer_tiny"))
-
-
-def distribution(predict, images, degraded=None):
-    return next(predict(images, [(1, 3)], degraded)).softmax(1)
-
-
-DEGRADED = pytest.mark.parametrize("filled", [False, True])
-
-
-def inputs(filled, size=(48, 80)):
-    images = random_images(size, samples=2, seed=5)
-    return images, random_images(size, samples=1, seed=6) if filled else None
-
-
-def test_without_augmentation_the_predictor_is_left_alone(predict):
-    assert evaluate.augmented(predict, view()) is predict
-
-
-@torch.no_grad()
-@DEGRADED
-def test_a_tile_as_large_as_the_image_changes_nothing(predict, filled):
-    images, degraded = inputs(filled)
-    for tile in (80, 200):
-        subsets = [(1, 3), (0, 1, 2, 3)]
-        answers = list(evaluate.augmented(predict, view(tile=tile))(images, subsets, degraded))
-        for answer, plain in zip(answers, predict(images, subsets, degraded), strict=True):
-            torch.testing.assert_close(answer, plain.softmax(1))
-
-
-@torch.no_grad()
-@DEGRADED
-def test_flip_averages_the_image_and_its_mirror(predict, filled):
-    images, degraded = inputs(filled)
-    mirror = distribution(predict, images.flip(4), degraded.flip(4) if filled else None).flip(3)
-    plain = distribution(predict, images, degraded)
-    answer = next(evaluate.augmented(predict, view(flip=True))(images, [(1, 3)], degraded))
-    torch.testing.assert_close(answer / answer.sum(1, keepdim=True), (plain + mirror) / 2)
-    assert (plain - mirror).abs().max() > 0.01
-
-
-@torch.no_grad()
-@DEGRADED
-def test_scales_average_the_distributions_at_the_images_size(predict, filled):
-    images, degraded = inputs(filled)
-
-    def scaled(x, size):
-        return torch.stack([F.interpolate(sensor, size, mode="bilinear") for sensor in x.unbind(1)], 1)
-
-    total = distribution(predict, images, degraded)
-    for size in ((36, 60), (72, 120)):
-        p = distribution(predict, scaled(images, size), scaled(degraded, size) if filled else None)
-        total = total + F.interpolate(p, (48, 80), mode="bilinear")
-    answer = next(evaluate.augmented(predict, view((0.75, 1.0, 1.5)))(images, [(1, 3)], degraded))
-    torch.testing.assert_close(answer / answer.sum(1, keepdim=True), total / 3, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-@DEGRADED
-def test_tiles_average_where_they_overlap(predict, filled):
-    images, degraded = inputs(filled)
-    total, times = torch.zeros(2, K, 48, 80), torch.zeros(48, 80)
-    for top, left in itertools.product((0, 8), (0, 20, 40)):
-        window = (slice(None), slice(None), slice(None), slice(top, top + 40), slice(left, left + 40))
-        total[:, :, top : top + 40, left : left + 40] += distribution(
-            predict, images[window], degraded[window] if filled else None
-        )
-        times[top : top + 40, left : left + 40] += 1
-    answer = next(evaluate.augmented(predict, view(tile=40))(images, [(1, 3)], degraded))
-    torch.testing.assert_close(answer, total / times, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("tile", [32, 33, 47])
-def test_tiles_cover_every_side_and_overlap_by_half(tile):
-    for side in range(20, 150):
-        starts = evaluate.tile_starts(side, tile)
-        assert starts[0] == 0 and starts[-1] == max(0, side - tile)
-        assert all(0 < b - a <= tile // 2 for a, b in itertools.pairwise(starts))
+def test_a_weather_called_mean_and_a_modality_called_full_keep_their_columns():
+    weather = {"condition": {c: {"miou_published": v, "miou_occurring": v} for c, v in (("fog", 10.0), ("mean", 40.0))}}
+    _, (head, row) = cells_of(evaluate.tables({"a": weather}, SENSORS, ["condition"]))
+    assert head == ["", "fog", "mean", "mean", "mean, occurring"] and row[1:] == ["10.00", "40.00", "25.00", "25.00"]
+    modalities = ["full", "far"]
+    names = [evaluate.subset_name(s, modalities) for s in loop.all_subsets(2)]
+    scores = {name: {"miou_published": v, "miou_occurring": v} for name, v in zip(names, (1.0, 2.0, 6.0), strict=True)}
+    _, (head, row) = cells_of(evaluate.tables({"a": {"any": scores}}, modalities, ["any"]))
+    assert dict(zip(head[1:4], row[1:4], strict=True)) == {"full": "1.00", "far": "2.00", "full+far": "6.00"}
+    assert head[4:7] == ["full", "missing", "mean"] and row[4:7] == ["6.00", "1.50", "3.00"]
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -334,8 +266,8 @@ def run_folder(tmp_path):
     """A run folder with all four files."""
     dataset = open_dataset("synthetic", split="val", size=32, limit=1)
     meta = {"backbone": "segformer_tiny", "modalities": SENSORS, "classes": list(dataset.classes), "palette": [],
-            "size": 32, "data": "synthetic", "root": None, "depth": "hha", "label_map": None, "normalisation": "all", "drop_path": 0.1,
-            "dropout": 0.1}  # fmt: skip
+            "size": 32, "val_size": 32, "data": "synthetic", "root": None, "depth": "hha", "label_map": None,
+            "normalisation": "all", "drop_path": 0.1, "dropout": 0.1}  # fmt: skip
     folder = tmp_path / "demo"
     folder.mkdir()
     model = random_model("segformer_tiny")
@@ -358,13 +290,14 @@ def signals():
 
 
 def test_a_run_folder_gives_a_row_per_model_the_switch_and_the_ensemble(run_folder, tmp_path, capsys, signals):
-    o = evaluate.options([str(run_folder), "--limit", "3", "--protocol", "any,nm", "--device", "cpu",
+    args = evaluate.options([str(run_folder), "--limit", "3", "--protocol", "any,nm", "--device", "cpu",
                           "--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")])  # fmt: skip
-    evaluate.main(o)
+    evaluate.main(args)
+    evaluate.main(args)  # what it wrote itself it may replace
     printed, stored = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert list(stored["results"]) == ["teacher", "robust", "switch", "FSM ensemble", "student"]
+    assert list(stored["results"]) == ["teacher", "robust", "student", "switch", "FSM ensemble"]
     for row in stored["results"]:
-        assert f"\n{row} " in printed and f"| {row} " in (tmp_path / "out.md").read_text()
+        assert f"| {row} " in printed and f"| {row} " in (tmp_path / "out.md").read_text()
         scores = stored["results"][row]["any"]["EL"]
         assert set(scores) == {"miou_published", "miou_occurring", "accuracy", "mean_accuracy", "f1", "iou"}
         assert len(scores["iou"]) == K == len(stored["classes"])
@@ -379,38 +312,30 @@ def test_files_and_folders_of_one_name_keep_a_row_each(run_folder, tmp_path):
     other.mkdir(parents=True)
     for name in ("teacher", "student"):
         (other / f"{name}.pt").write_bytes((run_folder / f"{name}.pt").read_bytes())
-    cpu = torch.device("cpu")
     for name in ("teacher", "student"):
-        rows, _ = evaluate.load_rows([f"{run_folder}/{name}.pt", f"{other}/{name}.pt"], cpu)
+        rows, _ = evaluate.load_rows([f"{run_folder}/{name}.pt", f"{other}/{name}.pt"], CPU, SAME)
         assert list(rows) == [name, f"{other}/{name}.pt"]
-    rows, _ = evaluate.load_rows([str(run_folder), str(other)], cpu)
-    assert len(rows) == 7 and {"demo/teacher", f"{other}/teacher"} <= set(rows)
+    rows, _ = evaluate.load_rows([str(run_folder), str(other)], CPU, SAME)
+    assert len(rows) == 7 and {f"{run_folder}/teacher", f"{other}/teacher"} <= set(rows)
 
 
 def test_what_cannot_be_evaluated_is_named(run_folder, tmp_path):
-    cpu = torch.device("cpu")
     with pytest.raises(FileNotFoundError, match="holds no teacher.pt, robust.pt, fsm.pt or student.pt"):
-        evaluate.load_rows([str(tmp_path)], cpu)
+        evaluate.load_rows([str(tmp_path)], CPU, SAME)
     with pytest.raises(ValueError, match="an FSM selects between a teacher and a robust model"):
-        evaluate.load_rows([str(run_folder / "fsm.pt")], cpu)
+        evaluate.load_rows([str(run_folder / "fsm.pt")], CPU, SAME)
     (tmp_path / "torn.pt").write_bytes((run_folder / "student.pt").read_bytes()[:5000])
     with pytest.raises(ValueError, match="torn.pt is corrupt"):
-        evaluate.load_rows([str(tmp_path / "torn.pt")], cpu)
+        evaluate.load_rows([str(tmp_path / "torn.pt")], CPU, SAME)
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         ("--protocol any,enm", "--protocol enm is unknown; choose of any, emm"),
-        ("--scales 0.5,0", "must be numbers above 0"),
-        ("--tile 16", "at least 32"),
         ("--batch 4", "unrecognized arguments: --batch 4"),
         ("--limit 0", "--limit"),
-        ("--size 16", "at least 32"),
         ("--device gpu", "must be auto, cpu, cuda or cuda:N"),
-        ("--markdown student.pt", "must end in .md"),
-        ("--json run/config.json", "be no run's config.json"),
-        ("--json nowhere/a.json", "its folder does not exist"),
     ],
 )
 def test_a_wrong_option_stops_with_a_sentence(arguments, sentence, capsys):
@@ -421,16 +346,71 @@ def test_a_wrong_option_stops_with_a_sentence(arguments, sentence, capsys):
 
 def test_models_that_were_trained_on_other_images_are_not_compared(run_folder, tmp_path):
     state = torch.load(run_folder / "student.pt", weights_only=True)
-    checkpoint.save_model(tmp_path / "other.pt", random_model("segformer_tiny"), {**state["meta"], "size": 64})
-    paths, cpu = [str(run_folder / "student.pt"), str(tmp_path / "other.pt")], torch.device("cpu")
-    assert len(evaluate.load_rows(paths, cpu)[0]) == 2
-    with pytest.raises(ValueError, match="other.pt was trained with size 64, but here it is 32"):
-        evaluate.load_rows(paths, cpu, same=("classes", "modalities", "size"))
+    checkpoint.save_model(tmp_path / "other.pt", random_model("segformer_tiny"), {**state["meta"], "val_size": 64})
+    paths = [str(run_folder / "student.pt"), str(tmp_path / "other.pt")]
+    assert len(evaluate.load_rows(paths, CPU, SAME)[0]) == 2
+    with pytest.raises(ValueError, match="other.pt was trained with val_size 64, but here it is 32"):
+        evaluate.load_rows(paths, CPU, [*SAME, "val_size"])
+
+
+@pytest.mark.parametrize("flag, name, sentence", [
+    ("--markdown", "student.pt", "must end in .md"),
+    ("--json", "", "must end in .json"),
+    ("--json", "nowhere/a.json", "its folder does not exist"),
+    ("--json", "config.json", "exists and is not marked as written by RMMSS"),
+    ("--markdown", "README.md", "exists and is not marked as written by RMMSS"),
+    ("--markdown", "folder.md", "is a folder"),
+])  # fmt: skip
+def test_an_output_that_may_not_be_written_stops_before_any_work(tmp_path, flag, name, sentence):
+    for foreign in ("config.json", "README.md"):
+        (tmp_path / foreign).write_text("{}, not ours" * 50)
+    (tmp_path / "folder.md").mkdir()
+    args = evaluate.options(["nowhere.pt", flag, str(tmp_path / name) if name else ""])
+    with pytest.raises(ValueError, match=sentence):  # not that nowhere.pt does not exist
+        evaluate.main(args)
+    assert (tmp_path / "README.md").read_text() == "{}, not ours" * 50
+
+
+def test_a_full_disk_leaves_the_old_file_and_the_tables_are_printed(run_folder, tmp_path, capsys, signals, monkeypatch):
+    args = evaluate.options([str(run_folder / "student.pt"), "--limit", "2", "--json", str(tmp_path / "out.json")])
+    evaluate.main(args)
+    before = (tmp_path / "out.json").read_bytes()
+    capsys.readouterr()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write .*out.json .No space left on device.; what was there before"):
+        evaluate.main(args)
+    assert "| student " in capsys.readouterr().out
+    assert (tmp_path / "out.json").read_bytes() == before and [p.name for p in tmp_path.glob("out*")] == ["out.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_answer_that_is_not_finite_stops_evaluation_and_validation_with_the_frames_name(value):
+    dataset = scenes(4, frames=5)
+    broken = dataset.frames[3].name
+
+    def predict(images, subsets, degraded=None):
+        for _ in subsets:
+            logits = torch.randn(len(images), K, 32, 32)
+            if len(images) == 2:
+                logits[1, 7, 5, 5] = value
+            yield logits
+
+    args = settings(2, protocol=["any"])
+    dataset.frames = dataset.frames[2:]  # batches of 2 and 1: the broken frame is the second of the first
+    with pytest.raises(ValueError, match=f"frame {broken} is not finite"):
+        evaluate.evaluate(predict, dataset, args, RUN)
+    run = SimpleNamespace(**vars(RUN), o=SimpleNamespace(**vars(args), data="synthetic"))
+    with pytest.raises(ValueError, match=f"frame {broken} is not finite"):
+        loop.validate(predict, dataset, [(0,)], run)
 
 
 def test_frames_without_a_label_give_no_scores():
     class Unlabelled:
-        modalities, classes, frames = SENSORS, list("abcde")[:K], []
+        modalities, classes, frames, normalisation = SENSORS, list("abcde")[:K], [], "all"
 
         def __len__(self):
             return 2
@@ -438,18 +418,18 @@ def test_frames_without_a_label_give_no_scores():
         def __getitem__(self, index):
             return torch.zeros(4, 3, 32, 32), torch.full((32, 32), 255, dtype=torch.uint8), "x"
 
-    o = SimpleNamespace(batch_size=1, workers=0, amp="off", seed=0, data="synthetic")
-    run = SimpleNamespace(o=o, rank=0, world=1, device=torch.device("cpu"), total=lambda x: x)
+    args = settings(1, protocol=["any"])
+    run = SimpleNamespace(**vars(RUN), o=SimpleNamespace(**vars(args), data="synthetic"))
     predict = loop.predictor(random_model("segformer_tiny"))
     with pytest.raises(ValueError, match="not one pixel of the 2 frames has a label"):
-        evaluate.evaluate(predict, Unlabelled(), ["any"], run)
+        evaluate.evaluate(predict, Unlabelled(), args, run)
     with pytest.raises(ValueError, match="not one pixel of the 2 validation frames has a label"):
         loop.validate(predict, Unlabelled(), [(0,)], run)
 
 
 def test_a_model_of_one_sensor_has_no_mean_over_missing_ones():
     assert loop.summarise([{"miou_published": 7.0}]) == {"miou": 7.0, "miou_full": 7.0}
-    assert evaluate.summary("any", {"R": {"miou_published": 7.0}}, ["rgb"]) == {"R": 7.0, "full": 7.0, "mean": 7.0}
+    assert evaluate.summary("any", {"R": {"miou_published": 7.0}}, ["rgb"]) == {"full": 7.0, "mean": 7.0}
     scores = loop.summarise([{"miou_published": v} for v in (1.0, 3.0, 8.0)])
     assert scores == {"miou": 4.0, "miou_full": 8.0, "miou_missing": 2.0}
 

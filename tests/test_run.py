@@ -292,7 +292,7 @@ def test_wrong_or_contradictory_options_end_with_one_sentence(whole, capsys, sta
     assert sentence.replace("WHOLE", str(whole)) in text.splitlines()[-1] and "Traceback" not in text
 
 
-@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
 def test_help_comes_before_torch_is_loaded(script):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
@@ -381,8 +381,9 @@ def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd)
             Image.fromarray(array).save(file)
     (tmp_path / "data/classes.txt").write_text("\n".join(meta["classes"]))
     model = train_stage1.build_model("segformer_tiny", 2, ["rgb"])
-    about = {"backbone": "segformer_tiny", "drop_path": 0.1, "dropout": 0.1, "size": 64, "data": "folder",
-             "root": str(tmp_path / "data"), "depth": "hha", "label_map": None, "normalisation": "all", **meta}  # fmt: skip
+    about = {"backbone": "segformer_tiny", "drop_path": 0.1, "dropout": 0.1, "size": 64, "val_size": 64,
+             "data": "folder", "root": str(tmp_path / "data"), "depth": "hha", "label_map": None,
+             "normalisation": "all", **meta}  # fmt: skip
     runs.save_model(tmp_path / "a.pt", model, about)
     for workers in "0", "2":
         assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--workers", workers])) == 2

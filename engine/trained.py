@@ -1,0 +1,71 @@
+"""Trained models as evaluate.py and predict.py take them: what a path holds, and the frames it was trained on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data import FrameDataset, open_dataset
+from engine.checkpoint import load_model, read
+from engine.loop import PHASES
+from engine.options import ROOTS
+from fsm import FSM, load_fsm
+
+
+def load_models(
+    path: Path, device: torch.device, same: Sequence[str] = ("classes", "modalities"), first: dict | None = None
+) -> tuple[dict[str, nn.Module], FSM | None, dict | None]:
+    """A model file, or all of a run folder in the order of training -> ({stem: model}, feature selection, first meta).
+
+    same: entries of meta in which all models must agree with each other, and with `first` if it is given.
+    Raises FileNotFoundError or ValueError with one sentence.
+    """
+    files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
+    if not files:
+        raise FileNotFoundError(f"{path} holds no teacher.pt, robust.pt, fsm.pt or student.pt.")
+    models, selection = {}, None
+    for file in files:
+        state = read(file)
+        meta = state.get("meta") if isinstance(state, dict) else None
+        if isinstance(meta, dict) and "rule" in meta:
+            selection = load_fsm(file, device)
+        else:
+            models[file.stem], meta = load_model(file, device, first and {name: first.get(name) for name in same})
+            first = first or meta
+    if not models:
+        raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")
+    return models, selection, first
+
+
+def open_data(meta: dict, data: str | None, root: str | None, split: str, size, **options) -> FrameDataset:
+    """The data set that a model was trained on, or `data` if that is given; options: further ones of `open_dataset`.
+
+    Raises ValueError if its classes are not the model's.
+    """
+    data = data or meta["data"]
+    if data == meta["data"]:
+        if meta["root"] and not root:
+            root = meta["root"]
+            print(f"frames: {Path(root).resolve()}")  # a relative root depends on where one stands
+        options["label_map"] = options.get("label_map") or meta["label_map"]
+    if data == "nyuv2":
+        options.update(classes=len(meta["classes"]), hold_out=meta["hold_out"])
+    dataset = open_dataset(data, root or ROOTS.get(data), split, options.pop("modalities", meta["modalities"]), size,
+                           depth=meta["depth"], **options)  # fmt: skip
+    if list(dataset.classes) != meta["classes"]:
+        raise ValueError(f"the model knows the classes {', '.join(meta['classes'])}; "
+                         f"{data} has {', '.join(dataset.classes)}.")  # fmt: skip
+    dataset.normalisation = meta["normalisation"]  # the model's, should the data set's differ
+    return dataset
+
+
+def titles(data: str, modalities: list[str]) -> list[str]:
+    """The modalities' names for people: of nyuv2, event and lidar are computed from the others, and called derived."""
+    return [f"{name} (derived)" if data == "nyuv2" and name in ("event", "lidar") else name for name in modalities]
+
+
+def caption(dataset: FrameDataset, split: str, meta: dict) -> str:
+    """What a table shows: data set, split, frames and modalities."""
+    held = " (held out of the train list)" if dataset.name == "nyuv2" and split == "val" and meta["hold_out"] else ""
+    return f"{dataset.name} {split}{held}, {len(dataset)} frames, {', '.join(titles(dataset.name, dataset.modalities))}"

@@ -82,3 +82,15 @@ def test_perfect_predictions_score_100_where_classes_occur():
     scores = metrics.scores(metrics.confusion(labels.where(labels < K, 5), labels, K))
     assert scores["miou_occurring"] == scores["f1"] == scores["accuracy"] == pytest.approx(100)
     assert scores["miou_published"] == pytest.approx(100 * 5 / K)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_class_ids_are_the_largest_logits_and_one_bad_value_names_its_frame(dtype):
+    logits = (60000 * torch.rand(3, K, 8, 8, generator=torch.Generator().manual_seed(7)).double()).to(dtype)
+    ids = metrics.class_ids(logits, ["a", "b", "c"])  # finite, though their sum is beyond half precision
+    assert torch.equal(logits.gather(1, ids[:, None])[:, 0], logits.amax(1))
+    for value in (float("nan"), float("inf"), float("-inf")):
+        broken = logits.clone()
+        broken[1, 4, 7, 0] = value
+        with pytest.raises(ValueError, match="answer to frame b is not finite"):
+            metrics.class_ids(broken, ["a", "b", "c"])

@@ -1,6 +1,6 @@
-"""Painted scenes in another data set's own layout and file formats, so that every loader can be tried without it.
+"""Synthetic scenes in another data set's own layout and file formats, so that every loader can be tried without it.
 
-Called by `python data.py --export DIR --layout deliver|muses|mcubes|folder`. Not in the paper.
+Called by `python data.py --export DIR --layout deliver|muses|mcubes|nyuv2|folder`. Not in the paper.
 """
 import struct
 import zlib
@@ -10,19 +10,21 @@ import numpy as np
 from PIL import Image
 
 from datasets import synthetic
-from datasets.layouts import LAYOUTS, parse_classes
+from datasets.layouts import LAYOUTS, NYUV2_13, parse_classes
 
-# What each of synthetic.CLASSES, in that order, is called there. Parked and moving cars are the same to all three.
+# What each of synthetic.CLASSES, in that order, is called there. Parked and moving cars are the same outdoors.
 EXPORT_CLASSES = {
     "deliver": "Sky,Building,Vegetation,Road,RoadLine,SideWalk,Pole,TrafficSign,Static,Cars,Cars,Pedestrian",
     "muses": "sky,building,vegetation,road,road,sidewalk,pole,traffic sign,wall,car,car,person",
     "mcubes": "sky,brick,leaf,asphalt,road_marking,concrete,metal,plastic,wood,metal,metal,human",
+    "nyuv2": "ceiling,wall,curtain,floor,floor mat,desk,lamp,picture,whiteboard,sofa,bed,person",
+    "nyuv2 13": "ceiling,wall,objects,floor,floor,table,objects,picture,objects,sofa,bed,objects",
 }
 MUSES_WEATHER = {"cloud": "snow/day", "fog": "fog/day", "night": "clear/night", "rain": "rain/day", "sun": "clear/day"}
 
 
 def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """A painted scene as the files of a data set, path -> uint8 or uint16 for PNG and float32 for .npy.
+    """A synthetic scene as the files of a data set, path -> uint8 or uint16 for PNG and JPEG, float32 for .npy.
 
     MUSES' radar is every fourth column of the lidar. MCubeS gets 192 empty columns on the left, and depth, events and
     lidar stand in for its AoLP, DoLP and near infrared.
@@ -52,48 +54,56 @@ def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarra
                  f"NIR_warped_mask/{key}.png": np.full_like(label, 255), f"SS/{key}.png": label}
         return {f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][:array.ndim])
                 for path, array in files.items()}
+    if layout == "nyuv2":
+        key, thirteen = f"{split}{index:04d}", class_ids(NYUV2_13, "nyuv2 13")[scene["label"]].astype(np.uint8)
+        return {f"RGB/{key}.jpg": rgb, f"HHA/{key}.png": depth, f"Depth/{key}.png": depth[..., 0],
+                f"Label/{key}.png": label + 1, f"Label13/{key}.png": thirteen + 1}
     key = f"{split}/{condition}/{case}/{index:06d}"
     return {f"rgb/{key}.png": rgb, f"depth/{key}.png": depth[..., 0].astype(np.uint16) * 257, f"event/{key}.png": event,
             f"lidar/{key}.npy": lidar / np.float32(255), f"labels/{key}.png": label}
 
 
+def class_ids(classes: str, exported: str) -> np.ndarray:
+    """For each of synthetic.CLASSES its number in a data set's list of classes."""
+    names = parse_classes(classes.split(","))[0]
+    return np.array([names.index(name) for name in EXPORT_CLASSES[exported].split(",")])
+
+
 def export(out: Path, layout: str, count: int, size: int, seed: int) -> None:
     """Write `count` scenes of height `size` (MUSES 16:9, else square): half train, a quarter each val and test.
 
-    Weather conditions and sensor failures take turns, so that six frames of a split show all of them.
+    Conditions and failures take turns, so that six frames of a split show all. Of nyuv2, test.txt lists val, too.
     """
     if count < 4:
         raise ValueError(f"--count {count} leaves a split empty; use 4 or more")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose a new folder")
-    ids = np.arange(len(synthetic.CLASSES))
-    if layout != "folder":
-        names = parse_classes(LAYOUTS[layout].classes.split(","))[0]
-        ids = np.array([names.index(name) for name in EXPORT_CLASSES[layout].split(",")])
+    ids = class_ids(LAYOUTS[layout].classes, layout) if layout != "folder" else np.arange(len(synthetic.CLASSES))
+    lists = dict.fromkeys(synthetic.SPLITS, "")
     for split, number in (("train", count - count // 4 * 2), ("val", count // 4), ("test", count // 4)):
-        keys = []
         for i in range(number):
             condition, case = synthetic.CONDITIONS[i % 5], ("none", *synthetic.CASES)[i % 6]
             shape = (size, size * 16 // 9 if layout == "muses" else size)
             files = scene_files(layout, split, i, synthetic.paint(seed, split, i, shape, condition, case), ids)
-            keys.append(Path(next(iter(files))).stem)
+            lists["test" if (layout, split) == ("nyuv2", "val") else split] += Path(next(iter(files))).stem + "\n"
             for path, array in files.items():
                 write_file(out / path, array)
-        if layout == "mcubes":
-            write_file(out / f"multimodal_dataset/list_folder/{split}.txt", "\n".join(keys) + "\n")
+    for split, text in lists.items():
+        if text and layout in ("mcubes", "nyuv2"):
+            write_file(out / ("multimodal_dataset/list_folder" if layout == "mcubes" else "") / f"{split}.txt", text)
     if layout == "folder":
         write_file(out / "classes.txt", "".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in synthetic.CLASSES))
 
 
 def write_file(path: Path, content: np.ndarray | str) -> None:
-    """Text, .npy, or PNG of 8 or 16 bit; Pillow writes no 16-bit colour, so those chunks are put together here."""
+    """Text, .npy, JPEG, PNG of 8 or 16 bit; Pillow writes no 16-bit colour, so those chunks are put together here."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
     elif path.suffix == ".npy":
         np.save(path, content)
     elif content.dtype == np.uint8:
-        Image.fromarray(content).save(path)
+        Image.fromarray(content).save(path, quality=95)     # of JPEG
     else:
         height, width = content.shape[:2]
         rows = content.astype(">u2").reshape(height, -1).view(np.uint8)     # (H, 2 W C)

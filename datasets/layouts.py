@@ -1,20 +1,18 @@
-"""How DELIVER, MUSES, MCubeS, NYU Depth v2 and a folder lie on disk: classes, palettes, paths, and how files decode.
+"""Where DELIVER, MUSES, MCubeS, NYU Depth v2 and a folder of your own keep their files, and what their classes are.
 
-Facts from the data sets' own pages and tools. Nothing here knows of splits being trained on; `data.py` makes frames
-and batches of it. A label of 255 is ignored everywhere.
+Facts from the data sets' own pages and tools. `datasets/files.py` decodes the files, `data.py` makes batches of them.
 """
 import colorsys
-import functools
+import glob
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-IGNORED = 255
-SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
+from datasets import synthetic
+from datasets.files import IGNORED, SUFFIXES
 
 
 # ---- classes and layouts --------------------------------------------------------------------------------------------
@@ -22,11 +20,14 @@ class Layout(NamedTuple):
     """Where a data set keeps its files: FOLDER/pattern, with a frame's key being the path less folder and ending."""
     title: str
     classes: str                            # "name r g b, ..."
-    sensors: dict[str, tuple[str, str]]     # modality -> (folder, ending of the file names)
+    modalities: dict[str, tuple[str, str]]  # -> (folder, ending of the file names)
     label: tuple[str, str]
     pattern: str
     expected: str                           # for people
     source: str
+    inner: str = ""                         # the folder that all this lies in, where the root is its parent
+    raw_depth: tuple[str, str] | None = None    # what depth is read from instead of HHA
+    label_map: str = "shift:0"              # see `label_table`
 
 
 LAYOUTS = {
@@ -41,7 +42,7 @@ LAYOUTS = {
          "event": ("event", "_event_front.png"), "lidar": ("lidar", "_lidar_front.png")},
         ("semantic", "_semantic_front.png"), "*/{split}/*/*",
         "{img,depth,hha,event,lidar,semantic}/{cloud,fog,night,rain,sun}/{train,val,test}/MAP_*_point*/*_front.png",
-        "see the DELIVER (CMNeXt) project page"),
+        "see the DELIVER (CMNeXt) project page", raw_depth=("depth", "_depth_front.png"), label_map="shift:-1"),
     "muses": Layout(
         "MUSES",
         "road 128 64 128, sidewalk 244 35 232, building 70 70 70, wall 102 102 156, fence 190 153 153, "
@@ -65,34 +66,25 @@ LAYOUTS = {
         ("GT", ".png"), "*",
         "multimodal_dataset/{polL_color,polL_aolp_sin,polL_aolp_cos,polL_dolp,NIR_warped,NIR_warped_mask,GT}/NAME.* "
         "and multimodal_dataset/list_folder/{train,val,test}.txt",
-        "see the MCubeSNet project page"),
+        "see the MCubeSNet project page", inner="multimodal_dataset"),
     "nyuv2": Layout(
-        "NYU Depth v2", "",     # the classes: NYUV2_CLASSES
+        "NYU Depth v2",
+        "wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk, "
+        "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refridgerator, television, "
+        "paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag, "
+        "otherstructure, otherfurniture, otherprop",
         {"rgb": ("RGB", ".jpg"), "depth": ("HHA", ".png"), "event": ("Depth", ".png"), "lidar": ("Depth", ".png")},
         ("Label", ".png"), "*",
         "NYUDepthv2/{RGB,HHA,Depth,Label}/ID.* (Label13 for 13 classes) and NYUDepthv2/{train,test}.txt",
-        "see the project pages of CMX or DFormer"),
+        "see the project pages of CMX or DFormer",
+        inner="NYUDepthv2", raw_depth=("Depth", ".png"), label_map="shift:-1"),
     "folder": Layout(
         "a folder data set", "", {}, ("labels", ".png"), "{split}/**/*",
         "classes.txt, <modality>/{train,val,test}/**/ID.{png,jpg,npy} and labels/{train,val,test}/**/ID.png",
         "python data.py --export DIR --layout folder shows one"),
 }
 DATASETS = ("synthetic", *LAYOUTS)
-RAW_DEPTH = {"deliver": ("depth", "_depth_front.png"), "nyuv2": ("Depth", ".png")}      # instead of HHA
-NYUV2_CLASSES = {
-    40: "wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk, "
-        "shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refridgerator, television, "
-        "paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag, "
-        "otherstructure, otherfurniture, otherprop",
-    13: "bed, books, ceiling, chair, floor, furniture, objects, picture, sofa, table, tv, wall, window",
-}
-
-
-def read_list(path: Path) -> set[str]:
-    """The frames that train.txt or test.txt names: the first word of each line, without folders and ending."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
-    names = {re.split(r"[/\\]", line.split()[0])[-1] for line in lines if line.strip()}
-    return {Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name for name in names}
+NYUV2_13 = "bed, books, ceiling, chair, floor, furniture, objects, picture, sofa, table, tv, wall, window"
 
 
 def parse_classes(entries: Iterable[str]) -> tuple[list[str], np.ndarray]:
@@ -101,9 +93,10 @@ def parse_classes(entries: Iterable[str]) -> tuple[list[str], np.ndarray]:
     for words in filter(None, map(str.split, entries)):
         coloured = len(words) > 3 and all(word.isdecimal() and int(word) < 256 for word in words[-3:])
         names.append(" ".join(words[:-3] if coloured else words))
-        hue = 0.618 * len(palette) % 1      # steps of the golden ratio spread any number of hues
+        number = len(palette)               # steps of the golden ratio spread any number of hues, five brightnesses
         palette.append([int(word) for word in words[-3:]] if coloured
-                       else [int(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.7, 0.9)])
+                       else [int(255 * value) for value in colorsys.hsv_to_rgb(
+                           0.618 * number % 1, 0.7, 0.95 - 0.12 * (number % 5))])
     return names, np.array(palette, np.uint8).reshape(-1, 3)
 
 
@@ -129,16 +122,14 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     return names, palette
 
 
-def label_table(label_map: dict[int, int] | str, num_classes: int) -> np.ndarray:
+def label_table(label_map: str, num_classes: int) -> np.ndarray:
     """Id in a label file -> class or 255, as a (65536,) int16 table where -1 marks ids that must not occur.
 
-    label_map: {id: class} or 'id=class,...' with 255 for ignored, or 'shift:N': class = id + N, ignored when below 0.
-    The id 255 is ignored unless the map says otherwise.
+    label_map: 'id=class,...' with 255 for ignored, or 'shift:N': class = id + N, ignored when below 0. The id 255 is
+    ignored unless the map says otherwise.
     """
     try:
-        if not isinstance(label_map, str):
-            pairs = label_map
-        elif label_map.startswith("shift:"):
+        if label_map.startswith("shift:"):
             shift = int(label_map[len("shift:"):])
             pairs = {id: id + shift if id + shift >= 0 else IGNORED for id in range(255) if id + shift < num_classes}
         else:
@@ -154,136 +145,95 @@ def label_table(label_map: dict[int, int] | str, num_classes: int) -> np.ndarray
     return table
 
 
-# ---- decoding -------------------------------------------------------------------------------------------------------
-Picture = Image.Image | np.ndarray  # 8 bit: L or RGB; else (H, W, 1 or 3) float32. Pillow resizes its own the fastest.
+# ---- frames ---------------------------------------------------------------------------------------------------------
+class Frame(NamedTuple):
+    """One moment: its files in the order of the chosen modalities; `label` is None where none is published."""
+    name: str
+    condition: str      # the weather, or "none"
+    case: str           # DELIVER's sensor failure, MUSES' day or night, or "none"
+    images: tuple[Path, ...] = ()
+    label: Path | None = None
 
 
-def read_file(path: Path) -> Picture:
-    """The values of a file as stored: 8-bit .png and .jpg an L, P or RGB image, others an (H, W) or (H, W, C) array.
+def open_layout(name: str, root: str | Path | None, depth: str, classes: int
+                ) -> tuple[Layout, Path | None, list[str], np.ndarray]:
+    """The layout as the options have it, the folder its paths begin at, the class names and the palette (K, 3)."""
+    if name == "synthetic":
+        names, palette = zip(*synthetic.CLASSES, strict=True)
+        layout = Layout("", "", dict.fromkeys(("rgb", "depth", "event", "lidar")), None, "", "", "")
+        return layout, None, list(names), np.array(palette, np.uint8)
+    layout = LAYOUTS[name]
+    if root is None or not Path(root).is_dir():
+        raise FileNotFoundError(f"{root or f'--data {name} without --root'}: no such folder; {layout.title} is "
+                                f"expected below its root as {layout.expected}; {layout.source}")
+    root = Path(root) / layout.inner if (Path(root) / layout.inner).is_dir() else Path(root)
+    if name == "folder":
+        folders = sorted(path.name for path in root.iterdir() if path.name != "labels"
+                         and any((path / split).is_dir() for split in synthetic.SPLITS))
+        layout = layout._replace(modalities={m: (m, ".png") for m in sorted(folders, key=lambda m: m != "rgb")})
+        return layout, root, *read_classes(root / "classes.txt")
+    if depth == "raw" and layout.raw_depth:
+        layout = layout._replace(modalities={**layout.modalities, "depth": layout.raw_depth})
+    if name == "nyuv2" and classes == 13:
+        layout = layout._replace(classes=NYUV2_13, label=("Label13", ".png"))
+    return layout, root, *parse_classes(layout.classes.split(","))
 
-    A missing or damaged file is a FileNotFoundError or ValueError of one sentence that names it.
+
+def find_files(base: Path, pattern: str, ending: str) -> dict[str, Path]:
+    """Frame key -> file, for all files base/pattern whose names end so, with any extension that can be read.
+
+    Follows linked folders, leaves out hidden ones.
     """
-    if not path.is_file():
-        for raw in (path.with_suffix(".h5"), path.with_suffix(".bin")):
-            if raw.is_file():
-                raise FileNotFoundError(f"{raw} is raw sensor data; project it onto the camera with the MUSES SDK "
-                                        f"and put the images it writes at {path}, or below projected_to_rgb/")
-        raise FileNotFoundError(f"{path} is missing, though its frame has other files; restore it, choose --modalities "
-                                f"without it, or let --skip-broken leave the frame out")
-    try:
-        if path.suffix.lower() == ".npy":
-            return np.load(path, allow_pickle=False)
-        if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return archive[archive.files[0]]
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            mode, tile = image.mode, image.tile[0]
-            if mode.startswith("I"):        # 16-bit grey
-                return np.asarray(image).astype(np.uint16)
-            if not str(tile[3]).endswith(";16B"):
-                image.load()
-                return image if mode in ("L", "P", "RGB") else image.convert("RGB")
-            high = np.asarray(image)
-        # Of 16-bit colour, Pillow keeps the high bytes. Told that the file is little-endian, it yields the low ones.
-        with Image.open(path, formats=("PNG",)) as image:
-            image.tile = [(*tile[:3], tile[3].replace("16B", "16L"))]
-            return (high.astype(np.uint16) << 8 | np.asarray(image))[..., :3]
-    except Exception as error:              # a decoder may raise anything on a damaged file
-        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+    stem, found = ending.rpartition(".")[0], {}
+    for name in glob.glob(f"{pattern}{stem}.*", root_dir=base, recursive=True):
+        path = base / name
+        key = Path(name).as_posix()[:-len(stem + path.suffix)]
+        if path.suffix.lower() in SUFFIXES and found.setdefault(key, path) != path:
+            raise ValueError(f"{path} and {found[key]} are of the same frame; remove one of them")
+    return found
 
 
-def read_image(path: Path) -> Picture:
-    """A sensor's file: 8 bit as stored, 16 bit as float32 in 0..1, floats (.npy, .npz) as they are."""
-    image = read_file(path)
-    if isinstance(image, Image.Image):
-        return image.convert("RGB") if image.mode == "P" else image
-    image = image[..., None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[2] not in (1, 3) or not (image.dtype.kind == "f" or image.dtype in ("u1", "u2")):
-        raise ValueError(f"{path} holds {image.dtype} of shape {image.shape}; expected (H, W), (H, W, 1) or (H, W, 3) "
-                         f"of uint8, uint16 or float")
-    if image.dtype == np.uint8:
-        return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    if image.dtype == np.uint16:
-        return image.astype(np.float32) / 65535
-    with np.errstate(over="ignore"):        # what float32 cannot hold becomes infinite, and is found below
-        image = image.astype(np.float32)
-    if not np.isfinite(image).all():
-        raise ValueError(f"{path} has NaN or infinite values; replace them, for example by 0")
-    return image
+def listed(name: str, root: Path, split: str, hold_out: int) -> list[str]:
+    """The frame keys in the lists of MCubeS or NYU Depth v2: the first word of each line, without folder and ending.
+
+    Of nyuv2, val is `hold_out` frames of the train list, evenly spread and left out of train; if 0, the test list.
+    """
+    folder = next((path for path in (root / "list_folder", root.parent / "list_folder") if path.is_dir()), root)
+    part = split if name == "mcubes" or split != "val" else "train" if hold_out else "test"
+    path = folder / f"{part}.txt"
+    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
+    words = {re.split(r"[/\\]", line.split()[0])[-1] for line in lines if line.strip()}
+    keys = sorted({word.removesuffix(Path(word).suffix) if Path(word).suffix.lower() in SUFFIXES else word
+                   for word in words})
+    if not hold_out or part == "test":
+        return keys
+    if not 0 < hold_out < len(keys):
+        raise ValueError(f"--hold-out {hold_out} is out of range; {path} lists {len(keys)} frames")
+    held = {keys[i * len(keys) // hold_out] for i in range(hold_out)}
+    return [key for key in keys if (key in held) == (split == "val")]
 
 
-def read_float(path: Path) -> np.ndarray:
-    """A sensor's file as (H, W, 1 or 3) float32, 8 and 16 bit in 0..1."""
-    return as_float(read_image(path))
-
-
-def as_float(image: Picture) -> np.ndarray:
-    return image if isinstance(image, np.ndarray) else np.atleast_3d(np.asarray(image)) / np.float32(255)
-
-
-def read_muses_range(path: Path) -> np.ndarray:
-    """MUSES lidar or radar: v / 100, so about 0..1 for metres. A PNG holds (v + 100) * 150, an .npz v; empty is 0."""
-    if path.suffix == ".npz":
-        return read_float(path) / 100
-    stored = read_file(path)
-    if isinstance(stored, Image.Image):
-        raise ValueError(f"{path} has 8 bits; MUSES lidar and radar are 16-bit PNG files; write them with the SDK")
-    return (np.atleast_3d(stored).astype(np.float32) - 15000) / 15000
-
-
-def read_mcubes(path: Path) -> np.ndarray:
-    """A MCubeS sensor without the left 192 columns, as is the custom; AoLP as sin, cos, sin; NIR 0 outside its mask."""
-    image, root = read_float(path), path.parent.parent
-    if path.parent.name == "polL_aolp_sin":
-        image = np.dstack([image, read_float(root / "polL_aolp_cos" / path.name), image])
-    mask = root / "NIR_warped_mask" / path.name
-    if path.parent.name == "NIR_warped" and mask.is_file():
-        image = image * (read_float(mask)[..., :1] > 0)
-    return image[:, 192:]
-
-
-def read_nyuv2(path: Path) -> Picture:
-    """A NYU Depth v2 file; raw depth becomes metres / 10 in 0..1: of 16 bit from millimetres, 8 bit being just that."""
-    image = read_image(path)
-    if isinstance(image, np.ndarray) and path.suffix.lower() == ".png":
-        return np.minimum(image * np.float32(65535 / 10000), 1)
-    return image
-
-
-def derived(modality: str, depth: Path, read: Callable[[Path], Picture]) -> Image.Image:
-    """What an event camera or a lidar would have seen of a real frame, from its files Depth/ID.* and RGB/ID.*."""
-    from datasets.derived import derive_event, derive_lidar
-
-    metres = as_float(read(depth))[..., 0] * 10
-    if modality == "lidar":
-        return Image.fromarray(derive_lidar(metres, depth.stem))
-    files = [depth.parents[1] / "RGB" / (depth.stem + suffix) for suffix in SUFFIXES]
-    rgb = read(next((file for file in files if file.is_file()), files[1]))
-    return Image.fromarray(derive_event(np.asarray(rgb.convert("RGB")), metres, depth.stem))
-
-
-def read_images(name: str, modalities: list[str], paths: Sequence[Path]) -> list[Picture]:
-    """The modalities of a frame of a data set, from their files."""
-    if name == "nyuv2":
-        read = functools.cache(read_nyuv2)      # derived modalities share files
-        return [derived(modality, path, read) if modality in ("event", "lidar") and path.parent.name == "Depth"
-                else read(path) for modality, path in zip(modalities, paths, strict=True)]
-    readers = {("muses", "lidar"): read_muses_range, ("muses", "radar"): read_muses_range}
-    reader = read_mcubes if name == "mcubes" else read_image
-    return [readers.get((name, modality), reader)(path) for modality, path in zip(modalities, paths, strict=True)]
-
-
-def read_label(path: Path, table: np.ndarray, red: bool) -> np.ndarray:
-    """A label file as (H, W) uint8 classes by `label_table`; `red`: the ids are in a colour image's red channel."""
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise ValueError(f"{path} is a JPEG, whose compression changes class ids; write labels as PNG")
-    ids = read_file(path)
-    ids = np.asarray(ids.getchannel(0) if red and isinstance(ids, Image.Image) else ids)
-    if ids.ndim != 2 or ids.dtype not in ("u1", "u2"):
-        raise ValueError(f"{path} is no label map; expected class ids of 8 or 16 bit in one channel")
-    label = table.take(ids)                 # (H, W), in int16: no id can wrap around
-    if label.min() < 0:
-        known = np.flatnonzero(table >= 0)
-        raise ValueError(f"{path} holds the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2]} and "
-                         f"{known[-1]}; correct the file, classes.txt or --label-map")
-    return label.astype(np.uint8)
+def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: list[str], hold_out: int) -> list[Frame]:
+    """The sorted frames of a split: every key for which a chosen modality or the label has a file."""
+    indexed = []
+    for folder, ending in [*(layout.modalities[modality] for modality in modalities), layout.label]:
+        base = root / "projected_to_rgb" / folder
+        base = base if name == "muses" and base.is_dir() else root / folder
+        indexed.append((base, ending, find_files(base, layout.pattern.format(split=split), ending)))
+    keys = sorted({key for *_, found in indexed for key in found})
+    keys = listed(name, root, split, hold_out) if name in ("mcubes", "nyuv2") else keys
+    unlabelled = split == "test" and not indexed[-1][2]     # MUSES keeps its test labels to itself
+    frames = []
+    for base, _, found in indexed:
+        if keys and not found and base.name == "HHA":
+            raise FileNotFoundError(f"{base} has no files; --depth raw reads {root / 'Depth'} instead")
+    for key in keys:
+        # A file that is not there keeps the path where it should be, so that reading the frame names it.
+        *images, label = (found.get(key, base / (key + ending)) for base, ending, found in indexed)
+        folders = key.split("/")[:-1]
+        if name == "deliver":   # condition/split/sequence; a failure is part of the sequence's name
+            condition, case = folders[0], next((c for c in synthetic.CASES if c in folders[2].lower()), "none")
+        else:                   # split/condition/case, as far as there are such folders
+            condition, case = (*folders[1:3], "none", "none")[:2]
+        frames.append(Frame(key, condition, case, tuple(images), None if unlabelled else label))
+    return frames

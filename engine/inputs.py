@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data import SUFFIXES, Frame, FrameDataset, normalise, resize, resized_to
-from datasets.layouts import read_image
+from data import Frame, FrameDataset, normalise, resize, resized_to
+from datasets.files import SUFFIXES, read_image
 from engine import pictures
 
 
@@ -73,7 +73,7 @@ def given_depth(file: Path, image, kind: str, unit: float):
     if channels != (3 if kind == "hha" else 1):
         wanted = "HHA, which has three" if kind == "hha" else "raw depth (--depth raw), which has one"
         raise ValueError(f"{file} has {channels} channel(s), but the model was trained on {wanted}.")
-    if kind == "raw" and file.suffix.lower() == ".png" and isinstance(image, np.ndarray):  # 16 bit
+    if kind == "raw" and file.suffix.lower() == ".png" and image.dtype != np.uint8:  # 16 bit
         metres = read_image(file) * np.float32(65535 * unit)
         middle = float(np.median(metres[metres > 0])) if metres.any() else 0.0
         if middle > 10:
@@ -82,7 +82,7 @@ def given_depth(file: Path, image, kind: str, unit: float):
         print(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
         return np.minimum(metres / 10, 1)
     if kind == "raw":
-        print(f"{file}: depth read as metres / 10{', 255 being 1' if isinstance(image, Image.Image) else ''}")
+        print(f"{file}: depth read as metres / 10{', 255 being 1' if image.dtype == np.uint8 else ''}")
     return image
 
 

@@ -39,7 +39,7 @@ def folder(tmp_path):
 
 def meta(**changes) -> dict:
     return {"backbone": "segformer_tiny", "classes": ["road", "car", "sky"], "modalities": ["rgb", "depth"],
-            "drop_path": 0.0, "dropout": 0.0, **changes}  # fmt: skip
+            "normalisation": "rgb", "drop_path": 0.0, "dropout": 0.0, **changes}  # fmt: skip
 
 
 def test_the_newest_checkpoint_is_read_and_the_one_before_is_kept(folder):

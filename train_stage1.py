@@ -1,4 +1,4 @@
-"""Stage 1 of RMMSS: a teacher on all sensors, then Hybrid Prototype Distillation into a robust model.
+"""Stage 1 of RMMSS: a teacher on all modalities, then Hybrid Prototype Distillation into a robust model.
 
     python train_stage1.py                                              # synthetic scenes, on the CPU
     python train_stage1.py --data deliver --root data/DELIVER --pretrained mit_b0.pth --amp bf16
@@ -8,194 +8,208 @@ Writes into the run folder (--out): config.json, log.jsonl, teacher.pt, robust.p
 (--resume). Next: python train_stage2.py --stage1 RUN.
 """
 
-from engine.options import stage1_options
-
-if __name__ == "__main__":
-    OPTIONS = stage1_options(__doc__)  # before torch is imported, so that --help and typing errors answer at once
-
 import copy
 import sys
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import anyseg
 import hpdm
-from data import draw_present, normalise, open_dataset
-from engine import loop, runs
-from engine.checkpoint import describe, load_model, save_model
-from model import MSegFormer, Output, build_model, condition_on_sensors, load_pretrained
+from data import draw_present
+from engine import loop
+from engine.checkpoint import describe, load_model
+from engine.options import stage1_options
+from engine.pretrained import load_pretrained
+from engine.runs import Phase, Run, guarded
+from model import MSegFormer, Output, build_model, condition_on_sensors
 
 
-def main(o) -> None:
-    run = runs.Run(o, "train_stage1.py")
-    kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
-                  label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
-    if o.data == "nyuv2":
-        kwargs |= {"classes": o.classes, "hold_out": o.hold_out}
-    train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
-    val = open_dataset(o.data, split="val", size=o.val_size, **kwargs)
-    for problem in (*train.broken, *val.broken):
-        run.say(f"left out: {problem}")
+def main(argv: list[str] | None = None) -> None:
+    args = stage1_options(__doc__, argv)
+    run = Run(args, "train_stage1.py")
+    train, val = run.open_splits()
     state = run.claim(("teacher", "robust"))
-    meta = describe(o, train, o.backbone)
+    meta = describe(args, train, args.backbone)
 
-    if o.teacher:
+    if args.teacher:
         expect = {k: meta[k] for k in ("classes", "modalities", "normalisation", "backbone") if meta[k]}
-        teacher, teacher_meta = load_model(o.teacher, run.device, expect, drop_path=o.drop_path, dropout=o.dropout)
-        meta["backbone"] = teacher_meta["backbone"]
-    elif state and state["phase"] == "robust":
-        teacher, _ = load_model(run.folder / "teacher.pt", run.device)
+        drops = {"drop_path": args.drop_path, "dropout": args.dropout}
+        teacher, found = load_model(args.teacher, run.device, expect, **drops)
+        meta["backbone"] = found["backbone"]
     else:
-        teacher = start_model(run, train, o.backbone)
-        train_teacher(run, teacher, train, val, meta, state)
+        if not (state and state["phase"] == "robust"):
+            train_teacher(run, start_model(run, meta), train, val, meta, state)
+            state = None
         teacher, _ = load_model(run.folder / "teacher.pt", run.device)  # the best one, not the last
-    if o.teacher and run.rank == 0 and not state:
-        save_model(run.folder / "teacher.pt", teacher, meta)
-
-    if o.distill_epochs:
+    if args.distill_epochs:
         # The paper: teacher and student have the same initialisation; the published script: the teacher's own start.
-        robust = copy.deepcopy(teacher) if o.robust_from == "teacher" else start_model(run, train, meta["backbone"])
-        train_robust(run, teacher, robust, train, val, meta, state if state and state["phase"] == "robust" else None)
+        robust = copy.deepcopy(teacher) if args.robust_from == "teacher" else start_model(run, meta)
+        train_robust(run, teacher, robust, train, val, meta, state)
     then = f"train_stage2.py --stage1 {run.folder}"
-    if not o.distill_epochs:
+    if not args.distill_epochs:
         then = f"train_stage1.py --teacher {run.folder}/teacher.pt --out DIR"
     run.say(f"stage 1 is complete, its models are in {run.folder}.\nNext: python {then}")
 
 
-def start_model(run, train, backbone: str) -> nn.Module:
-    """The weights that training starts from: --pretrained, or chance; the same for each call and process."""
-    o = run.o
-    torch.manual_seed(o.seed)
-    model = build_model(backbone, len(train.classes), train.modalities, o.drop_path, o.dropout).to(run.device)
-    if o.pretrained:
-        report = load_pretrained(model, o.pretrained)
-        run.say(f"{o.pretrained} ({report.source}): {len(report.loaded)} tensors loaded, "
+def start_model(run: Run, meta: dict) -> nn.Module:
+    """What training starts from: --pretrained, or chance; the same at each call and on each process."""
+    torch.manual_seed(run.args.seed)
+    names = "modalities", "drop_path", "dropout"
+    model = build_model(meta["backbone"], len(meta["classes"]), *(meta[name] for name in names)).to(run.device)
+    if run.args.pretrained:
+        report = load_pretrained(model, run.args.pretrained)
+        run.say(f"{run.args.pretrained} ({report.source}): {len(report.loaded)} tensors loaded, "
                 f"{len(report.missing)} start fresh, {len(report.unexpected)} unused")
     return model
 
 
-def train_teacher(run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
-    """All sensors, cross entropy only (paper, section 4.1)."""
-    o, model = run.o, run.parallel(teacher)
-    optimizer, scaler = loop.adamw(teacher, o.lr, o.weight_decay), loop.grad_scaler(run.device, o.amp)
-    progress = runs.Progress(run, "teacher", teacher, optimizer, scaler, len(train), o.epochs, meta, state)
-    for step, (images, labels, names) in progress.batches(train):
-        loop.seed_step(o.seed, "teacher", step, run.rank)
-        images = images.to(run.device, non_blocking=True)
-        images = normalise(images, train.modalities, train.normalisation)  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
+def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
+    """All modalities, cross entropy only (paper, section 4.1)."""
+    args, model = run.args, run.parallel(teacher)
+    optimizer, scaler = loop.adamw(teacher, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
+    phase = Phase(run, "teacher", args.epochs, meta, state, model=teacher, optimizer=optimizer, scaler=scaler)
+    complete = [tuple(range(len(train.modalities)))]
 
-        with loop.autocast(run.device, o.amp):
+    for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
+        lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
+        loop.seed_step(args.seed, "teacher", phase.step, run.rank)
+        model.train()
+
+        with loop.autocast(run.device, args.amp):
             logits = model(images).logits
         losses = {"ce": hpdm.ohem_cross_entropy(logits, labels)}
 
         scaler.scale(losses["ce"]).backward()
-        progress.check(losses["ce"], losses, names)
+        phase.check(losses, names, teacher)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if progress.validation_due():
-            full = loop.validate(loop.predictor(teacher), val, [tuple(range(len(val.modalities)))], run)[0]
-            progress.validated(full["miou_published"], miou=full["miou_published"])
+        phase.step += 1
+
+        if phase.due(50) or run.stopping:
+            phase.report(lr)
+        if phase.due(phase.eval_steps):
+            full = loop.validate(loop.predictor(teacher), val, complete, run)[0]
+            if phase.improved({"miou": full["miou_published"]}):
+                run.save_model("teacher", teacher, meta)
+        if phase.due(args.save_every) or run.stopping:
+            phase.save()
+        if run.stopping:
+            phase.leave()
 
 
-def train_robust(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict, state: dict | None) -> None:
+def train_robust(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict, state: dict | None) -> None:
     """Modalities dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2)."""
-    o, classes, modalities = run.o, len(train.classes), len(train.modalities)
+    args, classes, modalities = run.args, len(train.classes), len(train.modalities)
     teacher.requires_grad_(False).eval()
     robust.requires_grad_(True)
-    if o.conditioned:
+    if args.conditioned:
         condition_on_sensors(robust)
-    if o.feedback and not isinstance(teacher, MSegFormer):
-        raise ValueError(f"--feedback needs one encoder for all modalities: a segformer_*, not {meta['backbone']}.")
-    model = run.parallel(robust)
-    subsets = loop.all_subsets(modalities)
-    optimizer, scaler = loop.adamw(robust, o.lr, o.weight_decay), loop.grad_scaler(run.device, o.amp)
-    beside = {"average": loop.Average(robust)} if o.average else {}
-    if o.feedback:  # of the shared encoder alone: the decoder serves the dominant modalities, too
-        teacher.stages.requires_grad_(True)
-        feedback = loop.adamw(teacher, o.lr / 10, o.weight_decay)
-        beside |= {"teacher": teacher, "feedback": feedback}
-    frames = len(train)
-    progress = runs.Progress(run, "robust", robust, optimizer, scaler, frames, o.distill_epochs, meta, state, beside)
-    distilled = o.losses == "anyseg" or o.lambda_kl or o.alpha or o.beta or o.feedback
-    for step, (images, labels, names) in progress.batches(train):
-        generator = loop.seed_step(o.seed, "robust", step, run.rank)
-        images = images.to(run.device, non_blocking=True)
-        images = normalise(images, train.modalities, train.normalisation)  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
-        # Drawn for the whole batch on every process, so that the draw does not depend on their number.
-        present = draw_present(o.batch_size, modalities, generator, o.complete)[run.rank :: run.world]  # (B, M)
-        match = hpdm.draw_match(o.batch_size, modalities, o.match, generator)[run.rank :: run.world]  # (B, M)
+    model, subsets = run.parallel(robust), loop.all_subsets(modalities)
+    optimizer, scaler = loop.adamw(robust, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
+    parts = {"model": robust, "optimizer": optimizer, "scaler": scaler}
+    if args.average:
+        parts["average"] = average = AveragedModel(robust, use_buffers=True)
+    if args.feedback:
+        if not isinstance(teacher, MSegFormer):
+            raise ValueError(f"--feedback needs one encoder for all modalities: a segformer_*, not {meta['backbone']}.")
+        parts["teacher"] = teacher
+        teacher.stages.requires_grad_(True)  # but not the decoder, which serves the dominant modalities, too
+        for group in loop.adamw(teacher, args.lr, args.weight_decay).param_groups:
+            optimizer.add_param_group({**group, "scale": 0.1})
+    phase = Phase(run, "robust", args.distill_epochs, meta, state, **parts)
+    if phase.step == 0 and args.teacher:
+        run.save_model("teacher", teacher, meta)
+    distilled = args.losses == "anyseg" or args.lambda_kl or args.alpha or args.beta or args.feedback
+
+    for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
+        lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
+        generator = loop.seed_step(args.seed, "robust", phase.step, run.rank)
+        model.train()
+        present = run.share(draw_present(args.batch_size, modalities, generator, args.complete))  # (B, M)
+        match = run.share(hpdm.draw_match(args.batch_size, modalities, args.match, generator))  # (B, M)
         there, match = present.to(run.device, non_blocking=True), match.to(run.device, non_blocking=True)
 
-        with loop.autocast(run.device, o.amp):
+        with loop.autocast(run.device, args.amp):
             with torch.no_grad():
                 target = teacher(images) if distilled else None
-                told = teacher(images, present) if distilled and o.kl_teacher == "subset" else target
+                told = teacher(images, present) if distilled and args.kl_teacher == "subset" else target
             out = model(images, present)
         losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels)}
-        if o.losses == "anyseg":
+        if args.losses == "anyseg":
             losses["mad"] = 50 / classes * hpdm.distill_logits(out.logits, told.logits)
             losses["umd"] = 5 * anyseg.umd_loss(out.per_modality, target.per_modality, there)
             losses["cmd"] = 10 * anyseg.cmd_loss(out.per_modality, target.per_modality, there)
         else:
-            if o.lambda_kl:
-                losses["kl"] = o.lambda_kl * hpdm.distill_logits(out.logits, told.logits)
-            if o.alpha and o.fused_prototypes:  # not in the paper: prototypes of the fused features, as of one modality
-                pair = [f[:, None] for f in out.fused], [f[:, None] for f in target.fused]  # 4 x (B, 1, C_i, h_i, w_i)
-                one = there[:, :1] | True, match[:, :1] * 0
-                losses["hpdm"] = o.alpha * hpdm.hpdm_loss(*pair, labels, *one, classes, o.prototypes)
-            elif o.alpha:
-                pair = out.per_modality, target.per_modality
-                losses["hpdm"] = o.alpha * hpdm.hpdm_loss(*pair, labels, there, match, classes, o.prototypes)
-            if o.beta or o.feedback:
-                dominant = hpdm.dominant_modalities(target.per_modality, target.fused)  # (B, M)
-            if o.beta:
-                counted = there & dominant if o.variation == "dominant" else there
-                losses["variation"] = o.beta * hpdm.feature_variation_loss(
+            if args.lambda_kl:
+                losses["kl"] = args.lambda_kl * hpdm.distill_logits(out.logits, told.logits)
+            if args.alpha and args.fused_prototypes:  # as if the fused features were those of one modality
+                ours, theirs = ([f[:, None] for f in x.fused] for x in (out, target))  # 4 x (B, 1, C_i, h_i, w_i)
+                one = torch.ones_like(there[:, :1]), torch.zeros_like(match[:, :1])
+                losses["hpdm"] = args.alpha * hpdm.hpdm_loss(ours, theirs, labels, *one, classes, args.prototypes)
+            elif args.alpha:
+                ours, theirs = out.per_modality, target.per_modality
+                losses["hpdm"] = args.alpha * hpdm.hpdm_loss(
+                    ours, theirs, labels, there, match, classes, args.prototypes)
+            if args.beta:
+                counted = there
+                if args.variation == "dominant":
+                    counted = there & hpdm.dominant_modalities(target.per_modality, target.fused)
+                losses["variation"] = args.beta * hpdm.feature_variation_loss(
                     out.per_modality, target.per_modality, labels, counted, classes)
 
-        loss = sum(losses.values())
-        scaler.scale(loss).backward()
-        if o.feedback:
-            with loop.autocast(run.device, o.amp):
-                features, logits = teacher_again(teacher, images, target, ~dominant)
-            losses["teacher_ce"] = hpdm.ohem_cross_entropy(logits, labels)
-            losses["teacher_variation"] = o.feedback * hpdm.feature_variation_loss(
-                features, out.per_modality, labels, there & ~dominant, classes)
-            scaler.scale(losses["teacher_ce"] + losses["teacher_variation"]).backward()
-            run.average_gradients(teacher)
-            for group in feedback.param_groups:
-                group["lr"] = optimizer.param_groups[0]["lr"] / 10
-        progress.check(loss, losses, names)
+        if args.feedback:
+            losses |= feedback_losses(teacher, target, out, images, labels, there, args)
+
+        scaler.scale(sum(losses.values())).backward()
+        for p in teacher.parameters() if args.feedback and run.world > 1 else ():  # `model` does that by itself
+            p.grad = None if p.grad is None else run.total(p.grad) / run.world
+        phase.check(losses, names, robust, teacher)
         scaler.step(optimizer)
-        if o.feedback:
-            scaler.step(feedback)
-            feedback.zero_grad()
         scaler.update()
         optimizer.zero_grad()
-        if o.average and step >= progress.steps - o.average * progress.per_epoch:
-            beside["average"].update(robust)
-        if progress.validation_due():
-            shown = beside["average"].model if o.average and beside["average"].count else robust
-            scores = loop.summarise(loop.validate(loop.predictor(shown), val, subsets, run))
-            if progress.validated(scores["miou"], shown, **scores) and o.feedback and run.rank == 0:
-                save_model(run.folder / "teacher.pt", teacher, {**meta, "frames": len(train)})
+        phase.step += 1
+        if args.average and phase.step > phase.steps - args.average * phase.per_epoch:
+            average.update_parameters(robust)
+
+        if phase.due(50) or run.stopping:
+            phase.report(lr)
+        if phase.due(phase.eval_steps):
+            best = average.module if args.average and average.n_averaged else robust
+            scores = loop.summarise(loop.validate(loop.predictor(best), val, subsets, run))
+            if phase.improved(scores):
+                run.save_model("robust", best, meta)
+                if args.feedback:
+                    run.save_model("teacher", teacher, meta)
+        if phase.due(args.save_every) or run.stopping:
+            phase.save()
+        if run.stopping:
+            phase.leave()
 
 
-def teacher_again(teacher: MSegFormer, images: Tensor, target: Output, learning: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Features 4 x (B, M, C_i, h_i, w_i) and logits of the teacher once more, now with a gradient, but through the
-    features of the `learning` (B, M) pairs alone (CVPR 2026 version, eq. 9; its code was never released)."""
-    again = teacher.encode(images, learning.cpu())
-    features = [torch.where(learning[:, :, None, None, None], a, t)
-                for a, t in zip(again, target.per_modality, strict=True)]  # fmt: skip
+def feedback_losses(
+    teacher: MSegFormer, target: Output, out: Output, images: Tensor, labels: Tensor, present: Tensor, args
+) -> dict[str, Tensor]:
+    """The teacher learns, too (CVPR 2026 version, eq. 9; its code was never released): CE, and feature variation
+    towards the student, through the features of its modalities that are not dominant (half, rounded down) alone.
+
+    target, out: of teacher and student; present (B, M) bool, the student's modalities.
+    """
+    learning = ~hpdm.dominant_modalities(target.per_modality, target.fused)  # (B, M)
     complete = torch.ones_like(learning)
-    weights = teacher.fusion_weights(complete)[:, :, None, None, None]
-    fused = tuple((weights * f).sum(1) for f in features)  # (B, C_i, h_i, w_i)
-    return features, teacher.decoder(fused, images.shape[-2:], complete)
+    with loop.autocast(images.device, args.amp):
+        again = teacher.encode(images, learning.cpu())  # as in `target`, but with a gradient
+        features = [torch.where(learning[:, :, None, None, None], a, t)
+                    for a, t in zip(again, target.per_modality, strict=True)]  # fmt: skip
+        weights = teacher.fusion_weights(complete)[:, :, None, None, None]  # (B, M, 1, 1, 1)
+        fused = tuple((weights * f).sum(1) for f in features)  # 4 x (B, C_i, h_i, w_i)
+        logits = teacher.decoder(fused, images.shape[-2:], complete)
+    variation = hpdm.feature_variation_loss(
+        features, out.per_modality, labels, present & learning, logits.shape[1])
+    return {"teacher_ce": hpdm.ohem_cross_entropy(logits, labels), "teacher_variation": args.feedback * variation}
 
 
 if __name__ == "__main__":
-    sys.exit(runs.guarded(main, OPTIONS))
+    sys.exit(guarded(main))

@@ -9,85 +9,75 @@ fsm.pt, student.pt, and last.pt to continue from (--resume). Next: python evalua
 The paper stops at the selection; how it and the student are trained is this project's (relaxations: fsm.py).
 """
 
-from engine.options import stage2_options
-
-if __name__ == "__main__":
-    OPTIONS = stage2_options(__doc__)  # before torch is imported, so that --help and typing errors answer at once
-
 import copy
+import pathlib
 import sys
 
 import torch
 from torch import nn
 
 import hpdm
-from data import draw_present, normalise, open_dataset
-from engine import loop, runs
-from engine.checkpoint import describe, load_model
+from data import draw_present
+from engine import loop
+from engine.checkpoint import describe, load_last, load_model
+from engine.options import stage2_options
+from engine.runs import Phase, Run, guarded
 from fsm import FSM, decode, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
 from model import condition_on_sensors
 
 
-def main(o) -> None:
-    run = runs.Run(o, "train_stage2.py")
-    kwargs = dict(root=o.root, modalities=o.modalities, seed=o.seed, limit=o.limit, depth=o.depth,
-                  label_map=o.label_map, skip_broken=o.skip_broken)  # fmt: skip
-    if o.data == "nyuv2":
-        kwargs |= {"classes": o.classes, "hold_out": o.hold_out}
-    train = open_dataset(o.data, split="train", size=o.size, augment=True, **kwargs)
-    val = open_dataset(o.data, split="val", size=o.val_size, **kwargs)
-    for problem in (*train.broken, *val.broken):
-        run.say(f"left out: {problem}")
-    if o.stage1:
-        runs.require_complete(o.stage1)
-    state = run.claim(("fsm", "student"))
+def main(argv: list[str] | None = None) -> None:
+    args = stage2_options(__doc__, argv)
+    run = Run(args, "train_stage2.py")
+    begun = load_last(pathlib.Path(args.stage1)) if args.stage1 else None
+    if begun and begun["script"] == "train_stage1.py" and (begun["phase"], begun["step"]) != ("robust", begun["steps"]):
+        raise ValueError(f"stage 1 in {args.stage1} is not complete (step {begun['step']} of {begun['steps']} of phase "
+                         f"{begun['phase']}): finish it with train_stage1.py --resume {args.stage1}, or name its files "
+                         "with --teacher and --robust.")  # fmt: skip
+    train, val = run.open_splits()
+    state = run.claim(("fsm", "student"), after=args.stage1)
 
-    expect = {"classes": list(train.classes), "modalities": list(train.modalities),
-              "normalisation": train.normalisation}  # fmt: skip
-    teacher, teacher_meta = load_model(o.teacher or f"{o.stage1}/teacher.pt", run.device, expect)
-    drops = {"drop_path": o.drop_path, "dropout": o.dropout}  # of the student, which is a copy of the robust model
-    robust, robust_meta = load_model(o.robust or f"{o.stage1}/robust.pt", run.device, expect, **drops)
-    if teacher_meta["backbone"] != robust_meta["backbone"]:
-        kinds = f"{teacher_meta['backbone']} and {robust_meta['backbone']}"
-        raise ValueError(f"teacher and robust model are {kinds}; "
-                         "features can be selected only between models of one backbone.")  # fmt: skip
-    if o.student_epochs and o.unconditioned_student and robust.decoder.film is not None:
-        raise ValueError(f"--unconditioned-student: {o.robust or o.stage1} holds a robust model that is conditioned "
-                         "on its sensors already; start from another one.")  # fmt: skip
+    meta = describe(args, train, "")
+    expect = {name: meta[name] for name in ("classes", "modalities", "normalisation")}
+    teacher, found = load_model(args.teacher or f"{args.stage1}/teacher.pt", run.device, expect)
+    meta["backbone"] = expect["backbone"] = found["backbone"]  # features are selected between models of one backbone
+    drops = {"drop_path": args.drop_path, "dropout": args.dropout}  # of the student, a copy of the robust model
+    robust, _ = load_model(args.robust or f"{args.stage1}/robust.pt", run.device, expect, **drops)
+    if args.student_epochs and args.unconditioned_student and robust.decoder.film is not None:
+        raise ValueError(f"--unconditioned-student: {args.robust or args.stage1} holds a robust model that is "
+                         "conditioned on its modalities already; start from another one.")  # fmt: skip
     teacher.requires_grad_(False)
     robust.requires_grad_(False)
-    meta = describe(o, train, robust_meta["backbone"])
 
     fsm = None
-    if o.gamma_logits or o.gamma_features or not o.student_epochs:
+    if args.gamma_logits or args.gamma_features or not args.student_epochs:
         if not (state and state["phase"] == "student"):
             train_fsm(run, teacher, robust, train, val, meta, state)
+            state = None
         fsm = load_fsm(run.folder / "fsm.pt", run.device).requires_grad_(False)
-    if o.student_epochs:
-        state = state if state and state["phase"] == "student" else None
+    if args.student_epochs:
         train_student(run, teacher, robust, fsm, train, val, meta, state)
     run.say(f"stage 2 is complete, its models are in {run.folder}.\nNext: python evaluate.py {run.folder}")
 
 
-def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict, state: dict | None) -> None:
+def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict, state: dict | None) -> None:
     """The scores alone are trained; both models are frozen and see the same, possibly incomplete, input."""
-    o = run.o
-    torch.manual_seed(o.seed)
-    fsm = FSM(robust.widths, len(train.classes), len(train.modalities), rule=o.rule, temperature=o.temperature,
-              conditioned=not o.unconditioned_scores).to(run.device)  # fmt: skip
-    meta = {**meta, "rule": o.rule, "temperature": o.temperature, "conditioned": not o.unconditioned_scores,
-            "widths": list(robust.widths)}  # fmt: skip
-    model, subsets = run.parallel(fsm), loop.all_subsets(len(train.modalities))
-    optimizer, scaler = loop.adamw(fsm, o.lr, o.weight_decay), loop.grad_scaler(run.device, o.amp)
-    progress = runs.Progress(run, "fsm", fsm, optimizer, scaler, len(train), o.fsm_epochs, meta, state)
-    for step, (images, labels, names) in progress.batches(train):
-        generator = loop.seed_step(o.seed, "fsm", step, run.rank)
-        images = images.to(run.device, non_blocking=True)
-        images = normalise(images, train.modalities, train.normalisation)  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
-        present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
+    args, modalities = run.args, len(train.modalities)
+    torch.manual_seed(args.seed)
+    about = {"rule": args.rule, "temperature": args.temperature, "conditioned": not args.unconditioned_scores}
+    fsm = FSM(robust.widths, len(train.classes), modalities, **about).to(run.device)
+    meta = {**meta, **about, "widths": list(robust.widths)}
+    model, subsets = run.parallel(fsm), loop.all_subsets(modalities)
+    optimizer, scaler = loop.adamw(fsm, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
+    phase = Phase(run, "fsm", args.fsm_epochs, meta, state, model=fsm, optimizer=optimizer, scaler=scaler)
 
-        with loop.autocast(run.device, o.amp):
+    for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
+        lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
+        generator = loop.seed_step(args.seed, "fsm", phase.step, run.rank)
+        model.train()
+        present = run.share(draw_present(args.batch_size, modalities, generator, args.complete))  # (B, M)
+
+        with loop.autocast(run.device, args.amp):
             with torch.no_grad():
                 sources = [teacher(images, present), robust(images, present)]
             selected = model(sources, present.to(run.device, non_blocking=True))
@@ -95,41 +85,48 @@ def train_fsm(run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict
         losses = {"ce_logits": hpdm.ohem_cross_entropy(selected.logits, labels),
                   "ce_features": hpdm.ohem_cross_entropy(decoded, labels)}  # fmt: skip
 
-        loss = sum(losses.values())
-        scaler.scale(loss).backward()
-        progress.check(loss, losses, names)
+        scaler.scale(sum(losses.values())).backward()
+        phase.check(losses, names, fsm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if progress.validation_due():
+        phase.step += 1
+
+        if phase.due(50) or run.stopping:
+            phase.report(lr)
+        if phase.due(phase.eval_steps):
             predict = ensemble_predictor(fsm, teacher, robust)
-            scores = loop.summarise(loop.validate(predict, val, subsets, run))
-            progress.validated(scores["miou"], **scores)
+            if phase.improved(loop.summarise(loop.validate(predict, val, subsets, run))):
+                run.save_model("fsm", fsm, meta)
+        if phase.due(args.save_every) or run.stopping:
+            phase.save()
+        if run.stopping:
+            phase.leave()
 
 
 def train_student(
-    run, teacher: nn.Module, robust: nn.Module, fsm: FSM | None, train, val, meta: dict, state: dict | None
+    run: Run, teacher: nn.Module, robust: nn.Module, fsm: FSM | None, train, val, meta: dict, state: dict | None
 ) -> None:
     """One model, started from the robust one: ground truth, and the selection's logits and features as targets.
 
-    It knows which sensors are present (`model.condition_on_sensors`). fsm None is the ablation without targets.
+    It knows which modalities are present (`model.condition_on_sensors`). fsm None is the ablation without targets.
     """
-    o = run.o
+    args, modalities = run.args, len(train.modalities)
     student = copy.deepcopy(robust)
-    if not o.unconditioned_student:
+    if not args.unconditioned_student:
         condition_on_sensors(student)
     student.requires_grad_(True)
-    model, subsets = run.parallel(student), loop.all_subsets(len(train.modalities))
-    optimizer, scaler = loop.adamw(student, o.lr, o.weight_decay), loop.grad_scaler(run.device, o.amp)
-    progress = runs.Progress(run, "student", student, optimizer, scaler, len(train), o.student_epochs, meta, state)
-    for step, (images, labels, names) in progress.batches(train):
-        generator = loop.seed_step(o.seed, "student", step, run.rank)
-        images = images.to(run.device, non_blocking=True)
-        images = normalise(images, train.modalities, train.normalisation)  # (B, M, 3, H, W)
-        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
-        present = draw_present(o.batch_size, len(train.modalities), generator, o.complete)[run.rank :: run.world]
+    model, subsets = run.parallel(student), loop.all_subsets(modalities)
+    optimizer, scaler = loop.adamw(student, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
+    phase = Phase(run, "student", args.student_epochs, meta, state, model=student, optimizer=optimizer, scaler=scaler)
 
-        with loop.autocast(run.device, o.amp):
+    for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
+        lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
+        generator = loop.seed_step(args.seed, "student", phase.step, run.rank)
+        model.train()
+        present = run.share(draw_present(args.batch_size, modalities, generator, args.complete))  # (B, M)
+
+        with loop.autocast(run.device, args.amp):
             if fsm:
                 with torch.no_grad():
                     sources = [teacher(images, present), robust(images, present)]
@@ -137,21 +134,28 @@ def train_student(
                     target = ensemble_logits(selected, teacher, robust, present)
             out = model(images, present)
         losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels)}
-        if o.gamma_logits:
-            losses["kl"] = o.gamma_logits * hpdm.distill_logits(out.logits, target)
-        if o.gamma_features:
-            losses["features"] = o.gamma_features * feature_distance(out.fused, selected.fused)
+        if args.gamma_logits:
+            losses["kl"] = args.gamma_logits * hpdm.distill_logits(out.logits, target)
+        if args.gamma_features:
+            losses["features"] = args.gamma_features * feature_distance(out.fused, selected.fused)
 
-        loss = sum(losses.values())
-        scaler.scale(loss).backward()
-        progress.check(loss, losses, names)
+        scaler.scale(sum(losses.values())).backward()
+        phase.check(losses, names, student)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if progress.validation_due():
-            scores = loop.summarise(loop.validate(loop.predictor(student), val, subsets, run))
-            progress.validated(scores["miou"], **scores)
+        phase.step += 1
+
+        if phase.due(50) or run.stopping:
+            phase.report(lr)
+        if phase.due(phase.eval_steps):
+            if phase.improved(loop.summarise(loop.validate(loop.predictor(student), val, subsets, run))):
+                run.save_model("student", student, meta)
+        if phase.due(args.save_every) or run.stopping:
+            phase.save()
+        if run.stopping:
+            phase.leave()
 
 
 if __name__ == "__main__":
-    sys.exit(runs.guarded(main, OPTIONS))
+    sys.exit(guarded(main))

@@ -15,6 +15,8 @@ from torch import nn
 
 from model import build_model, condition_on_sensors
 
+KEYS = {"model": {"format", "meta", "model"},
+        "training run": {"script", "phase", "step", "steps", "best", "logged", "meta", "parts"}}  # fmt: skip
 
 def write(path: pathlib.Path, state: dict, keep_previous: bool = False) -> None:
     """Saves atomically: beside, flushed, verified, renamed; the previous file survives until then.
@@ -33,9 +35,8 @@ def write(path: pathlib.Path, state: dict, keep_previous: bool = False) -> None:
             raise OSError(reason)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        size = f"{buffer.tell() / 2**20:.1f} MB"
-        raise OSError(f"cannot save {path} ({error.strerror or error}): {size} of free space are needed there; "
-                      "what was saved before is still valid.") from error  # fmt: skip
+        raise OSError(f"cannot save {path} ({error.strerror or error}): {buffer.tell() / 2**20:.1f} MB of free space "
+                      "are needed there; what was saved before is still valid.") from error  # fmt: skip
     if keep_previous and path.exists():
         os.replace(path, path.with_suffix(".previous.pt"))
     os.replace(beside, path)
@@ -54,33 +55,35 @@ def damage(path: pathlib.Path) -> str | None:
         return f"it is cut off or overwritten ({error or type(error).__name__})"
 
 
-def read(path: pathlib.Path) -> dict:
-    """Loads a file of `write`. Raises FileNotFoundError or ValueError with one sentence."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
+def read(path: pathlib.Path, what: str = "model") -> dict:
+    """Loads a file of `write`, one of KEYS. Raises FileNotFoundError or ValueError with one sentence."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, or is no file.")
     if reason := damage(path):
         raise ValueError(f"{path} is corrupt: {reason}.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({type(error).__name__}).") from error
+    if not isinstance(state, dict) or not KEYS[what] <= state.keys() or not isinstance(state["meta"], dict):
+        raise ValueError(f"{path} is not a {what} that this version of the project saved; a run's models are "
+                         "teacher.pt, robust.pt and student.pt, and published weights go through --pretrained.")
+    return state
 
 
 def load_last(folder: pathlib.Path) -> dict | None:
     """The newest valid of a run's checkpoints, with a warning if it is not the first; None if there is none at all."""
     problem = None
     for file in (folder / "last.pt", folder / "last.previous.pt"):
-        if file.exists():
-            try:
-                state = read(file)
-                if not isinstance(state, dict) or "phase" not in state:
-                    raise ValueError(f"{file} is not the state of a training run.")
-            except ValueError as error:
-                problem = problem or error
-                continue
+        try:
+            state = read(file, "training run")
             if problem:
                 print(f"warning: {problem} Continuing from {file}, step {state['step']}.", file=sys.stderr)
             return state
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            problem = problem or error
     if problem:
         raise ValueError(f"{problem} No valid checkpoint is left in {folder}; start again in another folder.")
     return None
@@ -100,25 +103,19 @@ def load_model(
     overrides: entries of meta to replace, for training on with another drop_path or dropout.
     """
     state = read(pathlib.Path(path))
-    if isinstance(state, dict) and "phase" in state:
-        raise ValueError(f"{path} is the state of a training run; give a model of that folder, e.g. student.pt.")
-    if not isinstance(state, dict) or state.get("format") != "rmmss 1":
-        raise ValueError(f"{path} was not written by this project; published weights go through --pretrained.")
-    if "normalisation" not in state["meta"]:
-        raise ValueError(f"{path} does not say how its images are normalised: an older version wrote it; train again.")
-    require(path, state["meta"], expect or {})
-    meta = {**state["meta"], **overrides}
+    meta = state["meta"]
+    if lacking := {"backbone", "classes", "modalities", "drop_path", "dropout", "normalisation"} - meta.keys():
+        raise ValueError(f"{path} does not say its {min(lacking)}: an older version wrote it; train again.")
+    require(path, meta, expect or {})
+    meta = {**meta, **overrides}
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
     if "decoder.film" in state["model"]:
         condition_on_sensors(model)
-    weights = state["model"], model.state_dict()
-    there, here = ({k: list(getattr(v, "shape", ())) for k, v in m.items()} for m in weights)
-    if there != here:
-        name = min(k for k in {*there, *here} if there.get(k) != here.get(k))
-        kind = f"a {meta['backbone']} for {len(meta['classes'])} classes"
-        raise ValueError(f"{path} does not hold the weights of {kind}: "
-                         f"{name} is {there.get(name, 'missing')} there, and {here.get(name, 'unknown')} in the model.")
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        why = " ".join(str(error).split()[:40])
+        raise ValueError(f"{path} does not hold the weights of a {meta['backbone']}: {why} ...") from error
     return model.to(device).eval(), meta
 
 
@@ -130,9 +127,10 @@ def require(path: pathlib.Path | str, found: dict, expect: dict) -> None:
             raise ValueError(f"{path} was trained with {name} {there}, but here it is {here}.")
 
 
-def describe(o, dataset, backbone: str) -> dict:
+def describe(args, dataset, backbone: str | None) -> dict:
     """What a model's checkpoint says of itself."""
     return {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes),
-            "palette": [[int(v) for v in colour] for colour in dataset.palette], "size": o.size, "val_size": o.val_size,
-            "data": o.data, "root": o.root, "depth": o.depth, "label_map": o.label_map, "hold_out": o.hold_out,
-            "drop_path": o.drop_path, "dropout": o.dropout, "normalisation": dataset.normalisation}  # fmt: skip
+            "palette": [[int(v) for v in colour] for colour in dataset.palette], "frames": len(dataset),
+            "data": args.data, "root": args.root, "depth": args.depth, "label_map": args.label_map,
+            "hold_out": args.hold_out, "size": args.size, "val_size": args.val_size,
+            "normalisation": dataset.normalisation, "drop_path": args.drop_path, "dropout": args.dropout}  # fmt: skip

@@ -1,7 +1,4 @@
-"""A run: its processes, folder, log, signals and checkpoints. Everything that `--resume` continues from.
-
-The loops themselves stay in the scripts.
-"""
+"""A training run: its processes, folder, log and signals, and where each of its phases stands."""
 
 import json
 import math
@@ -9,363 +6,246 @@ import os
 import pathlib
 import signal
 import sys
-import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data import normalise, open_dataset
 from engine.checkpoint import load_last, require, save_model, write
-from engine.loop import (
-    EXIT_STATUS,
-    PHASES,
-    Batches,
-    git_revision,
-    keep_freed_memory,
-    learning_rate,
-    loader,
-    peak_memory,
-    sync_batch_norm,
-    versions,
-)
+from engine.loop import EXIT_STATUS, batch_keys, keep_freed_memory, loader, peak_memory, versions
 
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # by torchrun --max-restarts
+CLOCK = 255  # stands among the signals for --max-minutes
 
 
 class Run:
-    """The processes, device and folder of a run, and the signals it was sent. The loops stay in the scripts."""
+    """The processes and the device of a script, and for training its folder and the signals it was sent."""
 
-    def __init__(self, o, script: str):
-        self.o, self.script, self.folder, self.started = o, script, pathlib.Path(o.out), time.time()
+    def __init__(self, args, script: str):
+        self.args, self.script, self.started = args, script, time.time()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if script.startswith("train") and o.batch_size % self.world:
-            raise ValueError(f"--batch-size {o.batch_size} counts all processes: make it a multiple of {self.world}.")
-        cuda = torch.cuda.is_available() if o.device == "auto" else o.device.startswith("cuda")
+        cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
         if cuda and not torch.cuda.is_available():
-            raise ValueError(f"--device {o.device}: torch sees no CUDA device here; use --device cpu.")
+            raise ValueError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu.")
         local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        self.device = torch.device("cpu" if not cuda else local if o.device in ("auto", "cuda") else o.device)
+        self.device = torch.device("cpu" if not cuda else local if args.device in ("auto", "cuda") else args.device)
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         else:
             keep_freed_memory()
-        if o.deterministic:
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+
+    def claim(self, phases: tuple[str, ...], after: str | None = None) -> dict | None:
+        """Takes the run folder for these phases -> the state to continue from, or None. Never overwrites a run.
+
+        after: the folder of stage 1, in which stage 2 may go on.
+        """
+        args, folder = self.args, pathlib.Path(self.args.out)
+        self.folder, self.signalled, self.stopping = folder, 0, 0
+        if args.batch_size % self.world:
+            raise ValueError(f"--batch-size {args.batch_size} counts all processes: make it a multiple of {self.world}")
+        if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        if self.world > 1 and not dist.is_initialized():
-            # torchrun may keep its store over a restart, and with it the addresses of processes that have ended.
-            store = dist.PrefixStore(f"start {RESTARTS}", next(dist.rendezvous("env://"))[0])
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world)
-        self.writer = tensorboard_writer(self.folder) if o.tensorboard and self.rank == 0 else None
-        self.signalled = 0
+        state = load_last(folder)
+        ours = state is not None and state["script"] == self.script
+        goes_on = args.resume if ours else after and folder.resolve() == pathlib.Path(after).resolve()
+        used = [] if ours and goes_on else [f"{phase}.pt" for phase in phases]
+        used += [] if goes_on else ["last.pt", "log.jsonl"]
+        if used := [name for name in used if (folder / name).exists()]:
+            what = f"{used[0]}, but no last.pt to continue from:"
+            what = f"a run of {state['script']}: continue it with --resume {folder}, or" if state else what
+            raise ValueError(f"{folder} holds {what} choose another folder with --out.")
+        self.meet()  # nobody writes before everybody has looked
+        if self.rank == 0 and not ours:
+            folder.mkdir(parents=True, exist_ok=True)
+            config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+            config[self.script] = {"options": vars(args), "versions": versions()}
+            (folder / "config.new").write_text(json.dumps(config, indent=1) + "\n")
+            os.replace(folder / "config.new", folder / "config.json")  # whole or not at all
+        for number in EXIT_STATUS:  # from here on there is something to save
+            signal.signal(number, self.on_signal)
+        return state if ours else None
 
     def on_signal(self, number: int, _frame) -> None:
+        """Stops the run after its step; a second Ctrl-C stops it at once."""
         self.signalled = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def catch_signals(self) -> None:
-        """They stop the run after its step. A second Ctrl-C stops it now: that takes a thread, because Python itself
-        answers signals between two instructions, and a whole backward pass is one.
-        """
-        for number in EXIT_STATUS:
-            signal.signal(number, self.on_signal)
-        received, sent = os.pipe()
-        os.set_blocking(sent, False)
-        signal.set_wakeup_fd(sent)
-
-        def listen() -> None:
-            for _ in range(2):
-                while os.read(received, 1)[0] != signal.SIGINT:
-                    pass
-            os._exit(EXIT_STATUS[signal.SIGINT])
-
-        threading.Thread(target=listen, daemon=True).start()
-
-    def claim(self, phases: tuple[str, ...]) -> dict | None:
-        """Takes the run folder for these phases, or returns the state to continue from. Never overwrites a run."""
-        self.catch_signals()  # from here on there is something to save
-        o, folder = self.o, self.folder
-        file = folder / "config.json"
-        config = json.loads(file.read_text()) if file.exists() else {}
-        # torchrun --max-restarts starts the same command again. Only what the same torchrun began may go on unasked.
-        launch = [os.environ.get("TORCHELASTIC_RUN_ID"), os.getppid()]
-        own = self.rank > 0 or config.get(self.script, {}).get("torchrun") == launch
-        resume = o.resume or (RESTARTS > 0 and own)
-        state = load_last(folder) if resume else None
-        if state and state["script"] != self.script:
-            if phases[0] == "teacher":
-                raise ValueError(f"{folder} went on to {state['script']}; resume that one.")
-            state = None  # of stage 1, in the same folder: this stage was ended before its first checkpoint
-
-        # A run saves before its first step. So one without a checkpoint has done nothing yet, and may begin again.
-        own_stage1 = phases[0] == "fsm" and o.stage1 and folder.resolve() == pathlib.Path(o.stage1).resolve()
-        used = [f"{phase}.pt" for phase in phases]
-        if resume and phases[0] == "teacher" and o.teacher:
-            used.remove("teacher.pt")  # copied there before the first checkpoint
-        elif not resume and not own_stage1:
-            used += ["last.pt", "last.previous.pt", "log.jsonl"]
-        used = [name for name in used if (folder / name).exists()]
-        if own_stage1 and not resume and (begun := load_last(folder)) and begun["script"] == self.script:
-            used.append("last.pt")
-        if used and not state:
-            ways = f"continue it with --resume {folder}, or " if not resume else "but no last.pt to continue from; "
-            raise ValueError(f"{folder} is not empty ({used[0]}): {ways}choose another folder with --out.")
-        if self.world > 1:  # nobody writes before everybody has looked
-            found = [None] * self.world
-            dist.all_gather_object(found, state and (state["phase"], state["step"]))
-            if len(set(found)) > 1:
-                raise ValueError(f"the processes found different checkpoints in {folder} ({found}); "
-                                 "all nodes must see the same folder.")  # fmt: skip
-        if self.rank == 0 and not state:
-            folder.mkdir(parents=True, exist_ok=True)
-            about = {"options": vars(o), "versions": versions(), "git": git_revision(), "torchrun": launch}
-            config[self.script] = about
-            replace_text(file, json.dumps(config, indent=1) + "\n")
-        return state
+    def open_splits(self) -> tuple:
+        """The training split, augmented, and the validation split, as the options say."""
+        names = ("root", "modalities", "seed", "limit", "depth", "label_map", "skip_broken", "classes", "hold_out")
+        same = {name: getattr(self.args, name) for name in names}
+        train = open_dataset(self.args.data, split="train", size=self.args.size, augment=True, **same)
+        val = open_dataset(self.args.data, split="val", size=self.args.val_size, **same)
+        for problem in (*train.broken, *val.broken):
+            self.say(f"left out: {problem}")
+        self.say(f"{self.args.data}: {len(train)} frames to train on, {len(val)} to validate on; "
+                 f"{len(train.classes)} classes; modalities {', '.join(train.modalities)}")
+        return train, val
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as the loop calls it: compiled if asked for, and averaging gradients over the processes."""
+        """The model as the loop calls it: compiled if asked for, its gradients averaged over the processes."""
         if self.world > 1:
-            model = sync_batch_norm(model, self.device)
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # a remark on speed
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-        return torch.compile(model) if self.o.compile else model
+            cuda = self.device.type == "cuda"
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
+            model = nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if cuda else None)
+        return torch.compile(model) if self.args.compile else model
 
-    def total(self, x: Tensor) -> Tensor:
-        """Sum over the processes."""
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's rows of what was drawn for the whole batch: no draw depends on the number of processes."""
+        return rows[self.rank :: self.world]
+
+    def total(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+        """Sum (or another `op`) over the processes."""
         if self.world > 1:
-            dist.all_reduce(x := x.clone())
+            dist.all_reduce(x := x.clone(), op)
         return x
 
-    def average_gradients(self, model: nn.Module) -> None:
-        """For a model that is not `parallel`: its gradients become their mean over the processes."""
-        for p in model.parameters() if self.world > 1 else ():
-            if p.grad is not None:
-                p.grad = self.total(p.grad) / self.world
+    def meet(self) -> None:
+        """Waits until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
 
-    def say(self, text: str, end: str = "\n") -> None:
+    def say(self, text: str) -> None:
         if self.rank == 0:
-            print(text, end=end, flush=True)
-
-    def log(self, **values) -> None:
-        """One line of log.jsonl, and the numbers of it to tensorboard if asked for."""
-        if self.rank == 0:
-            line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-            file = self.folder / "log.jsonl"
             try:
-                with open(file, "a") as lines:
-                    lines.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise OSError(f"cannot write {file} ({error.strerror}); then --resume {self.folder}.") from error
-            for name, value in line.items() if self.writer else ():
-                if isinstance(value, float):
-                    self.writer.add_scalar(f"{line['phase']}/{name}", value, line["step"])
+                print(text, flush=True)
+            except BrokenPipeError:  # nobody listens any more; the log has it all
+                sys.stdout = open(os.devnull, "w")
 
-    def rewind_log(self, phase: str, step: int) -> None:
-        """Drops what was logged after the checkpoint that the run continues from; it will be logged again."""
-        file = self.folder / "log.jsonl"
-        if self.rank == 0 and file.exists():
-            whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            values = [json.loads(line) for line in whole]
-            keep = [(PHASES.index(v["phase"]), v["step"]) <= (PHASES.index(phase), step) for v in values]
-            replace_text(file, "".join(line for line, kept in zip(whole, keep, strict=True) if kept))
+    def save_model(self, name: str, model: nn.Module, meta: dict) -> None:
+        if self.rank == 0:
+            save_model(self.folder / f"{name}.pt", model, meta)
+        self.meet()  # the others may read it next
 
 
-def replace_text(file: pathlib.Path, text: str) -> None:
-    """Writes a whole file or, when cut off, nothing."""
-    beside = file.with_suffix(".new")
-    beside.write_text(text)
-    os.replace(beside, file)
+class Phase:
+    """Where a phase of a run stands: its step, its best score, and all that has a state.
 
-
-class Progress:
-    """Where a phase stands: step, best score, log, checkpoints. Everything that `--resume` continues from.
-
-    for step, batch in progress.batches(train):      # saves and stops between two turns of the loop
-        ...; loss.backward()
-        progress.check(loss, losses, names)          # before the optimizer: stops on a value that is not finite
-        ...; optimizer.step()
-        if progress.validation_due(): ...; progress.validated(score)
-
-    meta describes the model (checkpoint.describe); state is what to continue from, or None.
+    meta: what its models say of themselves (`checkpoint.describe`); state: what to continue from, or None; parts:
+    model, optimizer, scaler and whatever else must come back, by name.
     """
 
-    def __init__(
-        self, run: Run, phase: str, model: nn.Module, optimizer, scaler, frames: int, epochs: float, meta: dict, state,
-        beside: dict | None = None,
-    ):  # fmt: skip
-        o = run.o
-        self.run, self.phase, self.model, self.optimizer, self.scaler = run, phase, model, optimizer, scaler
-        self.beside = beside or {}  # what else has a state: {name: module, optimizer or average}
-        self.meta = {**meta, "frames": frames}  # the stream of batches depends on the number of frames
-        self.per_epoch = frames / o.batch_size  # steps, a fraction too: the stream of frames does not stop at an epoch
+    def __init__(self, run: Run, name: str, epochs: float, meta: dict, state: dict | None, **parts):
+        args, self.log_file = run.args, run.folder / "log.jsonl"
+        self.run, self.name, self.meta, self.parts = run, name, meta, parts
+        self.per_epoch = meta["frames"] / args.batch_size  # steps, a fraction too: the stream of frames has no gap
         self.steps = max(1, math.ceil(epochs * self.per_epoch))
-        self.warmup = min(round(o.warmup_epochs * self.per_epoch), self.steps // 2)
-        self.every = max(1, round(o.eval_every * self.per_epoch))
-        self.step, self.best = 0, -1.0
+        self.warmup = min(round(args.warmup_epochs * self.per_epoch), self.steps // 2)
+        self.eval_steps = max(1, round(args.eval_every * self.per_epoch))
+        self.step, self.best, self.sums = 0, -1.0, {}
         if state:
-            kept = ("backbone", "classes", "modalities", "frames")
-            require(run.folder / "last.pt", state["meta"], {name: self.meta[name] for name in kept})
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            for name, thing in self.beside.items():
-                thing.load_state_dict(state["beside"][name])
+            kept = ("backbone", "classes", "modalities", "normalisation", "frames")
+            require(run.folder / "last.pt", state["meta"], {key: meta[key] for key in kept})
+            for key, part in parts.items():
+                part.load_state_dict(state["parts"][key])
             self.step, self.best = state["step"], state["best"]
-            run.rewind_log(phase, self.step)
-        self.sums: dict[str, Tensor] = {}
-        self.since, self.waited, self.counted, self.stop = time.time(), 0.0, 0, 0
-
-    def state(self) -> dict:
-        return {"script": self.run.script, "phase": self.phase, "step": self.step, "best": self.best,
-                "steps": self.steps, "meta": self.meta, "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "beside": {name: thing.state_dict() for name, thing in self.beside.items()}}  # fmt: skip
-
-    def batches(self, dataset) -> Iterator[tuple[int, tuple]]:
-        run, o = self.run, self.run.o
-        keys = Batches(len(dataset), o.batch_size, o.seed, self.step, self.steps, run.rank, run.world)
-        source = iter(loader(dataset, keys, o.workers, run.device))
-        if self.step == 0:
-            self.save()  # a run folder without a checkpoint has done nothing, and too full a disk shows now
-        while self.step < self.steps:
-            began = time.time()
-            batch = next(source)
-            self.waited += time.time() - began
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, self.steps, self.warmup, o.lr)
-            self.model.train()
-            yield self.step, batch
-            self.step += 1
-            self.counted += 1
-            if self.step % 50 == 0 or self.step == self.steps or self.stop:
-                self.report()
-            if self.step % o.save_every == 0 or self.step == self.steps or self.stop:
-                self.save()
-            if self.stop:
-                if run.world > 1:
-                    dist.barrier()  # torchrun ends the others soon after the first has left
-                why = signal.Signals(self.stop).name if self.stop > 1 else f"--max-minutes {o.max_minutes:g}"
-                run.say(f"\nstopped by {why} after step {self.step}; continue with --resume {run.folder}")
-                raise SystemExit(EXIT_STATUS.get(self.stop, 0))
+            if run.rank == 0 and self.log_file.exists():  # what was logged since will be logged again
+                os.truncate(self.log_file, min(state["logged"], self.log_file.stat().st_size))
+        else:
+            self.save()  # a folder without a checkpoint has done nothing, and too full a disk shows now
+        self.began, self.waited, self.reported = time.time(), 0.0, self.step
 
     def save(self) -> None:
+        """last.pt, all that `--resume` continues from."""
+        logged = self.log_file.stat().st_size if self.log_file.exists() else 0
+        state = {"script": self.run.script, "phase": self.name, "step": self.step, "steps": self.steps,
+                 "best": self.best, "logged": logged, "meta": self.meta,
+                 "parts": {key: part.state_dict() for key, part in self.parts.items()}}  # fmt: skip
         if self.run.rank == 0:
-            write(self.run.folder / "last.pt", self.state(), keep_previous=True)
+            write(self.run.folder / "last.pt", state, keep_previous=True)
 
-    def check(self, loss: Tensor, losses: dict[str, Tensor], names: list[str]) -> None:
-        """After backward: a loss or gradient that is not finite ends the run before it can reach the weights.
+    def batches(self, dataset) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        """From this step on: images (B, M, 3, H, W) normalised and labels (B, H, W) int64, on the device, and names."""
+        run, args, asked = self.run, self.run.args, time.time()
+        keys = batch_keys(len(dataset), args.batch_size, args.seed, self.step, self.steps, run.rank, run.world)
+        for images, labels, names in loader(dataset, keys, args.workers, run.device):
+            self.waited += time.time() - asked
+            images = images.to(run.device, non_blocking=True)
+            labels = labels.to(run.device, non_blocking=True).long()
+            yield normalise(images, dataset.modalities, dataset.normalisation), labels, names
+            asked = time.time()
 
-        The one read of the device in a step; it also tells all processes to stop together when one was asked to.
+    def check(self, losses: dict[str, Tensor], names: list[str], *models: nn.Module) -> None:
+        """After backward: a loss or gradient that is not finite ends the run before it reaches the weights; else the
+        losses enter the next report. The one read of the device in a step: by it the processes also agree to stop.
         """
-        run = self.run
-        late = run.o.max_minutes and time.time() - run.started > 60 * run.o.max_minutes
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        # fp16's scaler skips steps whose gradients overflow, which is its normal way to find the scale
-        flags = torch.tensor([0, 0, run.signalled or int(bool(late))], device=loss.device)
-        flags[0] = ~torch.isfinite(loss.detach())
-        flags[1] = ~torch.isfinite(norm) & (not self.scaler.is_enabled())
-        if run.world > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad_loss, bad_gradient, self.stop = flags.tolist()
-        if bad_loss or bad_gradient:
-            bad = [name for name, value in losses.items() if not bool(torch.isfinite(value))] or ["the gradient"]
-            if bad_loss and bool(torch.isfinite(loss)):
-                raise ValueError("the loss of another process is not finite; its message names the frames.")
-            file = run.folder / f"nonfinite-{run.rank}.pt"
-            write(file, {**self.state(), "losses": {k: v.detach() for k, v in losses.items()}, "frames": list(names)})
-            raise ValueError(f"{' and '.join(bad)} of phase {self.phase}, step {self.step} is not finite on process "
-                             f"{run.rank}; frames of its batch: {', '.join(names)}. The weights were not updated; they "
-                             f"are in {file} with the losses.")  # fmt: skip
+        run, args = self.run, self.run.args
+        late = args.max_minutes and time.time() - run.started > 60 * args.max_minutes
+        values = {name: value.detach() for name, value in losses.items()}
+        if args.amp != "fp16":  # its scaler skips steps whose gradients overflow: so it finds the scale
+            gradients = [p.grad for model in models for p in model.parameters() if p.grad is not None]
+            values["the gradient"] = torch.nn.utils.get_total_norm(gradients)
+        flags = [~value.isfinite() for value in values.values()]
+        stop = torch.tensor(run.signalled or (CLOCK if late else 0), device=run.device)
+        *bad, run.stopping = run.total(torch.stack([*flags, stop]).int(), dist.ReduceOp.MAX).tolist()
+        if any(bad):
+            what = " and ".join(name for name, flag in zip(values, bad, strict=True) if flag)
+            raise ValueError(f"{what} of phase {self.name}, step {self.step} is not finite; frames of the batch of "
+                             f"process {run.rank}: {', '.join(names)}. The weights were not updated.")
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def report(self) -> None:
-        """The progress line and a line of the log: means since the last one."""
-        run, seconds = self.run, time.time() - self.since
-        sums = run.total(torch.stack(list(self.sums.values()))) / (self.counted * run.world)
-        losses = dict(zip(self.sums, sums.tolist(), strict=True))
-        rate = self.counted * run.o.batch_size / seconds
-        left = (self.steps - self.step) * seconds / self.counted
-        lr = self.optimizer.param_groups[0]["lr"]
-        run.log(phase=self.phase, step=self.step, epoch=self.step / self.per_epoch, **losses, lr=lr,
-                images_per_second=rate, data_wait=self.waited / seconds,
-                peak_memory_mb=peak_memory(run.device))  # fmt: skip
-        text = (f"{self.phase} epoch {self.step / self.per_epoch:.1f}/{self.steps / self.per_epoch:.0f} "
-                f"step {self.step}/{self.steps} loss {sum(losses.values()):.3f} {rate:.1f} images/s "
-                f"{left / 60:.1f} min left")  # fmt: skip
-        run.say(f"\r{text}\033[K" if sys.stdout.isatty() else text, "" if sys.stdout.isatty() else "\n")
-        self.sums, self.since, self.waited, self.counted = {}, time.time(), 0.0, 0
+    def due(self, steps: int) -> bool:
+        return self.step % steps == 0 or self.step == self.steps
 
-    def validation_due(self) -> bool:
-        return (self.step + 1) % self.every == 0 or self.step + 1 == self.steps
+    def report(self, lr: float) -> None:
+        """Logs the means since the last report."""
+        run, seconds, steps = self.run, time.time() - self.began, self.step - self.reported
+        means = run.total(torch.stack(list(self.sums.values()))) / (steps * run.world)
+        self.log(**dict(zip(self.sums, means.tolist(), strict=True)), lr=lr, data_wait=self.waited / seconds,
+                 images_per_second=steps * run.args.batch_size / seconds,
+                 minutes_left=(self.steps - self.step) * seconds / steps / 60,
+                 peak_memory_mb=peak_memory(run.device))  # fmt: skip
+        self.sums, self.began, self.waited, self.reported = {}, time.time(), 0.0, self.step
 
-    def validated(self, score: float, model: nn.Module | None = None, **values: float) -> bool:
-        """Keeps the best model so far as <phase>.pt, and logs the scores -> whether it is the best."""
-        if better := score > self.best:
-            self.best = score
-            if self.run.rank == 0:
-                save_model(self.run.folder / f"{self.phase}.pt", model or self.model, self.meta)
-        self.run.log(phase=self.phase, step=self.step + 1, epoch=(self.step + 1) / self.per_epoch, **values)
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
-        self.run.say(f"{chr(10) if sys.stdout.isatty() else ''}{self.phase} step {self.step + 1}: {shown}")
+    def log(self, **values: float) -> None:
+        """A line of log.jsonl, and one to read."""
+        values = {name: float(f"{value:.6g}") for name, value in values.items()}
+        line = {"phase": self.name, "step": self.step, "epoch": self.step / self.per_epoch, **values}
+        if self.run.rank == 0:
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.run.say(f"{self.name} step {self.step} of {self.steps}: {shown}")
+
+    def improved(self, scores: dict[str, float]) -> bool:
+        """Logs the scores of a validation -> whether this model is the phase's best so far, by scores["miou"]."""
+        self.log(**scores)
+        better, self.best = scores["miou"] > self.best, max(scores["miou"], self.best)
         return better
 
-
-def require_complete(folder: str) -> None:
-    """Refuses a run of stage 1 that was interrupted, or has no robust model: stage 2 would take over its folder."""
-    state = load_last(pathlib.Path(folder))
-    if state and state["script"] == "train_stage1.py":
-        phase, step, steps = state["phase"], state["step"], state.get("steps", state["step"])
-        if step < steps:
-            raise ValueError(f"stage 1 in {folder} stopped at step {step} of {steps} of phase {phase}: finish it with "
-                             f"train_stage1.py --resume {folder}, or name its files with --teacher and --robust.")
-        if phase == "teacher":
-            raise ValueError(f"stage 1 in {folder} has a teacher only: go on with train_stage1.py --resume {folder}, "
-                             f"or, if it was to end there, train_stage1.py --teacher {folder}/teacher.pt --out DIR.")
+    def leave(self) -> None:
+        """Ends the run, whose state is saved, as a signal or the clock asked for."""
+        self.run.meet()  # torchrun ends the others soon after the first has left
+        why = "--max-minutes" if self.run.stopping == CLOCK else signal.Signals(self.run.stopping).name
+        self.run.say(f"stopped by {why} after step {self.step}; continue with --resume {self.run.folder}")
+        raise SystemExit(EXIT_STATUS.get(self.run.stopping, 0))
 
 
-def tensorboard_writer(folder: pathlib.Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
-    return SummaryWriter(str(folder))
-
-
-def guarded(main: Callable, o) -> int:
+def guarded(main: Callable, *arguments) -> int:
     """Runs a script's main -> exit status; what the user can mend is told in one sentence, status 2."""
     status = 0
     try:
-        main(o)
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            status = error.code
-        elif isinstance(error, KeyboardInterrupt):
-            status = EXIT_STATUS[signal.SIGINT]
-        else:
-            status = 2 if (text := sentence(error)) else 1
-            rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-            print(f"\nerror{rank}: {text}" if text else traceback.format_exc(), file=sys.stderr)
+        main(*arguments)
+    except SystemExit as end:
+        status = end.code
+    except KeyboardInterrupt:
+        status = EXIT_STATUS[signal.SIGINT]
+    except Exception as error:
+        mendable, text = isinstance(error, (ValueError, OSError)), str(error).strip()
+        if text.startswith("Caught "):  # a loader worker sends a traceback, the sentence in its last line
+            text = text.splitlines()[-1].partition(": ")[2]
+        print(f"\nerror: {text}" if mendable else traceback.format_exc(), file=sys.stderr)
+        status = 2 if mendable else 1
         # The loader lives on in the frames of the error, its workers with it, and Python would wait for them for ever.
         traceback.clear_frames(error.__traceback__)
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
-
-
-def sentence(error: BaseException) -> str | None:
-    """What to tell the user, or None: then it is a mistake of the program, and its traceback is needed."""
-    text = str(error)
-    if isinstance(error, (ValueError, OSError)):
-        # A loader worker sends a traceback, the sentence in its last line.
-        return text.strip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
-    if isinstance(error, dist.DistError) or "gloo" in text:
-        return f"another process of this run has ended, perhaps with a message of its own ({text.splitlines()[0]})"
-    return None

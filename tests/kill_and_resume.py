@@ -22,7 +22,6 @@ import torch
 import train_stage1
 import train_stage2
 from engine import runs
-from engine.options import stage1_options, stage2_options
 
 SMALL = "--limit 8 --size 32 --batch-size 4 --eval-every 1 --save-every 2 --device cpu".split()
 SMALL += ["--modalities", "rgb,depth,lidar"]
@@ -32,11 +31,7 @@ STAGE2 = "--fsm-epochs 1 --student-epochs 2".split()
 
 def train(stage: int, argv: list[str]) -> int:
     """A training script in this process -> its exit status."""
-    parse, main = ((stage1_options, train_stage1.main), (stage2_options, train_stage2.main))[stage - 1]
-    try:
-        return runs.guarded(main, parse("", argv))
-    except SystemExit as end:
-        return end.code
+    return runs.guarded((train_stage1.main, train_stage2.main)[stage - 1], argv)
 
 
 def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
@@ -54,7 +49,7 @@ def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
         elif torch.is_tensor(x) and torch.is_tensor(y):
             if x.dtype != y.dtype or not torch.equal(x, y):
                 found.append(f"{where}: {x.flatten()[:3].tolist()} and {y.flatten()[:3].tolist()} ...")
-        elif x != y:
+        elif x != y and where != "last.pt/logged":  # the log's length, which the digits of its times change
             found.append(f"{where}: {x} and {y}")
 
     for name in files:

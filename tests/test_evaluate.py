@@ -403,14 +403,14 @@ def test_an_answer_that_is_not_finite_stops_evaluation_and_validation_with_the_f
     dataset.frames = dataset.frames[2:]  # batches of 2 and 1: the broken frame is the second of the first
     with pytest.raises(ValueError, match=f"frame {broken} is not finite"):
         evaluate.evaluate(predict, dataset, args, RUN)
-    run = SimpleNamespace(**vars(RUN), o=SimpleNamespace(**vars(args), data="synthetic"))
+    run = SimpleNamespace(**vars(RUN), args=args)
     with pytest.raises(ValueError, match=f"frame {broken} is not finite"):
         loop.validate(predict, dataset, [(0,)], run)
 
 
 def test_frames_without_a_label_give_no_scores():
     class Unlabelled:
-        modalities, classes, frames, normalisation = SENSORS, list("abcde")[:K], [], "all"
+        name, modalities, classes, frames, normalisation = "none", SENSORS, list("abcde")[:K], [], "all"
 
         def __len__(self):
             return 2
@@ -419,7 +419,7 @@ def test_frames_without_a_label_give_no_scores():
             return torch.zeros(4, 3, 32, 32), torch.full((32, 32), 255, dtype=torch.uint8), "x"
 
     args = settings(1, protocol=["any"])
-    run = SimpleNamespace(**vars(RUN), o=SimpleNamespace(**vars(args), data="synthetic"))
+    run = SimpleNamespace(**vars(RUN), args=args)
     predict = loop.predictor(random_model("segformer_tiny"))
     with pytest.raises(ValueError, match="not one pixel of the 2 frames has a label"):
         evaluate.evaluate(predict, Unlabelled(), args, run)

@@ -113,9 +113,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
     for group, seed, backbone in itertools.product(GROUPS, args.seeds, args.backbone.split(",")):
         base = folder(args, backbone) / f"seed{seed}"
         for row in [row for row in args.rows if row.groups.split()[0] == group]:
-            if row.name == "feedback" and backbone.startswith("cmnext"):  # it needs one encoder for all modalities
-                continue
             run, done = row.name if row.name in TRAIN else row.train, base / f"{row.name}-{args.split}.json"
+            if run == "feedback" and backbone.startswith("cmnext"):  # it needs one encoder for all modalities
+                continue
             jobs |= {name: training(args, name, backbone, base, seed) for name in chain(run)}
             model = base / run / ("" if row.take in ("switch", "FSM ensemble") else f"{row.take}.pt")
             command = ["evaluate.py", str(model), "--only", row.take, *row.evaluation.split(), "--split", args.split,

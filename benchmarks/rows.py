@@ -24,40 +24,42 @@ Row = namedtuple("Row", "name groups what train take evaluation", defaults=("rob
 GROUPS = ("main", "sweep", "cvpr", "ablation", "stage2")
 ROBUST, LONGER = (f"--teacher {{teacher}}/teacher.pt --distill-epochs {{{epochs}}}" for epochs in ("short", "both"))
 CE = " --lambda-kl 0 --alpha 0"
+SIMPLE = LONGER + CE + " --complete 0.5"
 KL = ROBUST + " --lambda-kl {lambda}"
 HPDM = KL + " --alpha {alpha}"
 VARIATION = " --beta 12 --variation all"
 SELECT, STUDENT = (f"--stage1 {{hpdm}} --fsm-epochs {{fsm}} --student-epochs {epochs}" for epochs in ("0", "{short}"))
-PLAIN = " --gamma-logits 0 --gamma-features 0"
+PLAIN, UNTOLD = " --gamma-logits 0 --gamma-features 0", " --unconditioned-student"
 ROWS = [
     Row("teacher", "main", "teacher", "--epochs {long} --distill-epochs 0", "teacher"),
-    Row("longer", "main", "teacher, trained on as long as robust model and student",
+    Row("longer", "main", "teacher, trained on as long as robust model + student",
         "--pretrained {teacher}/teacher.pt --epochs {both} --distill-epochs 0", "teacher"),
     Row("dropped", "main", "modalities dropped, CE only", ROBUST + CE),
-    Row("dropped_longer", "main", "the same, as long as robust model and student", LONGER + CE),
-    Row("simple", "main", "the same, half of the inputs complete", LONGER + CE + " --complete 0.5"),
-    Row("conditioned", "main", "the same, conditioned", LONGER + CE + " --complete 0.5 --conditioned"),
+    Row("dropped_longer", "main", "modalities dropped, CE only, as long as robust + student", LONGER + CE),
+    Row("simple", "main", "simple baseline: the same, half of the inputs complete", SIMPLE),
+    Row("conditioned", "main", "simple baseline, conditioned on its modalities", SIMPLE + " --conditioned"),
     Row("anyseg", "main", "AnySeg's losses", ROBUST + " --losses anyseg"),
     Row("kl_0.3", "sweep", "CE + KL, lambda 0.3", ROBUST + " --lambda-kl 0.3 --alpha 0"),
     Row("kl_1", "sweep", "CE + KL, lambda 1", ROBUST + " --lambda-kl 1 --alpha 0"),
     Row("kl", "main sweep cvpr", "CE + KL, published lambda", KL + " --alpha 0"),
-    *(Row(f"{match}_{a}", "sweep", f"+ HPDM, {match} matching, alpha {a}", f"{KL} --alpha {a} --match {match}")
+    *(Row(f"{match}_{a}", "sweep", f"CE + KL + HPDM, {match} matching, alpha {a}", f"{KL} --alpha {a} --match {match}")
       for match in ("random", "same") for a in (0.1, 1, 5)),
-    Row("same", "main sweep", "+ HPDM, same matching, published alpha", HPDM + " --match same"),
-    Row("hpdm", "main sweep cvpr", "+ HPDM, random matching, published alpha", HPDM),
-    Row("prototypes", "ablation", "the same, published prototypes", HPDM + " --prototypes published"),
-    Row("start", "ablation", "the same, from the teacher's start weights", HPDM + " --robust-from start"),
-    Row("variation", "cvpr", "CE + KL + feature variation", KL + " --alpha 0" + VARIATION),
+    Row("same", "main sweep", "CE + KL + HPDM, same matching, published alpha", HPDM + " --match same"),
+    Row("hpdm", "main sweep cvpr", "CE + KL + HPDM, random matching, published alpha", HPDM),
+    Row("prototypes", "ablation", "HPDM, published prototypes", HPDM + " --prototypes published"),
+    Row("start", "ablation", "HPDM, from the teacher's start weights", HPDM + " --robust-from start"),
+    Row("variation", "cvpr", "KL + feature variation", KL + " --alpha 0" + VARIATION),
     Row("both", "cvpr", "HPDM + feature variation", HPDM + VARIATION),
-    Row("dominant", "cvpr", "HPDM + feature variation, dominant modalities", HPDM + " --beta 12"),
-    Row("feedback", "cvpr", "the same + feedback to the teacher", HPDM + " --beta 12 --feedback 12"),
+    Row("dominant", "cvpr", "HPDM + feature variation of dominant modalities", HPDM + " --beta 12"),
+    Row("feedback", "cvpr", "HPDM + dominant feature variation + feedback", HPDM + " --beta 12 --feedback 12"),
+    Row("fed_teacher", "cvpr", "the teacher after that feedback", "feedback", "teacher"),
     Row("switch", "main stage2", "switch: teacher if complete, else robust", "hpdm", "switch"),
     Row("hard", "stage2", "FSM, published hard rule", "candidate", "FSM ensemble", "--fsm-rule hard"),
     Row("candidate", "stage2", "FSM, relaxed candidates", SELECT + " --rule candidate", "FSM ensemble"),
     Row("score", "stage2", "FSM, scores", SELECT + " --unconditioned-scores", "FSM ensemble"),
     Row("fsm", "main stage2", "FSM, conditioned scores", "student", "FSM ensemble"),
-    Row("neither", "stage2", "student, neither", STUDENT + PLAIN + " --unconditioned-student", "student"),
-    Row("unconditioned", "stage2", "student, not conditioned", STUDENT + " --unconditioned-student", "student"),
+    Row("neither", "stage2", "student, no targets, not conditioned", STUDENT + PLAIN + UNTOLD, "student"),
+    Row("unconditioned", "stage2", "student, not conditioned", STUDENT + UNTOLD, "student"),
     Row("untargeted", "stage2", "student, no targets", STUDENT + PLAIN, "student"),
     Row("student", "main stage2", "student", STUDENT, "student"),
 ]  # fmt: skip

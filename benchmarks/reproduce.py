@@ -136,14 +136,14 @@ def begin(job: Job, args: argparse.Namespace, device: str) -> subprocess.Popen:
                                 env={**os.environ, "OMP_NUM_THREADS": threads}, start_new_session=True)  # fmt: skip
 
 
-def work(jobs: list[Job], args: argparse.Namespace) -> None:
-    """Runs the jobs, one at a time on each device, each as soon as what it needs is there."""
-    free, running = list(args.device), {}
+def work(jobs: list[Job], args: argparse.Namespace) -> int:
+    """Runs the jobs, one at a time on each device, each as soon as what it needs is there -> how many failed."""
+    free, running, failed = list(args.device), {}, 0
     try:
         while True:
             ready = [job for job in jobs if all(need.exists() for need in job.needs)]
             if not (ready or running):
-                return
+                return failed
             for job in ready[: len(free)]:
                 jobs.remove(job)
                 device = free.pop()
@@ -153,6 +153,7 @@ def work(jobs: list[Job], args: argparse.Namespace) -> None:
                 job, device = running.pop(process)
                 free.append(device)
                 if process.returncode:
+                    failed += 1
                     print(f"{job.command[0]} ended with {process.returncode}: see {job.done}.log", file=sys.stderr)
                 elif job.text:
                     job.done.write_text(job.text)
@@ -217,11 +218,12 @@ def main() -> None:
         print(*(shlex.join(["python", *job.command, "--device", args.device[0]]) for job in jobs), sep="\n")
         return
     try:
-        work([] if args.report_only else jobs, args)
+        failed = work([] if args.report_only else jobs, args)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here.")
     for backbone in args.backbone.split(","):
         print(report(args, backbone))
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":

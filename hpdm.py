@@ -1,8 +1,7 @@
 """Hybrid Prototype Distillation (RMMSS, arXiv 2505.12861 v2, section 4.2): the losses of stage 1.
 
-A frozen teacher sees all modalities, the student a random subset of them. Both encode every modality on its own. The
-class prototypes of the student's modalities are pulled towards those of randomly matched teacher modalities, so that
-each modality learns what the others know and can stand in for them.
+A frozen teacher sees all modalities, the student a random subset. The class prototypes of the student's modalities are
+pulled towards those of randomly matched teacher modalities, so that each learns what the others know.
 
     eq. 4   prototype   p[b, m, c]  = mean of the features of modality m over the pixels of class c in sample b
     eq. 5   matching    student modality m answers to teacher modality pi_b(m), pi_b a random permutation per sample
@@ -10,9 +9,8 @@ each modality learns what the others know and can stand in for them.
                         averaged over channels and present (sample, modality) pairs, summed over the four stages
     total   L = CE + lambda * KL(teacher logits || student logits) + alpha * L_hpdm           (CE is OHEM)
 
-Weights. Published: lambda 50 on a mean over pixels and classes, which is 50 / K on the mean over pixels used here;
-alpha 100 on a mean over classes and channels, summed over the present modalities, which is 100 / K times their mean
-number ((M + 1) / 2) here.
+Published weights: lambda 50 on a mean over pixels and classes, here 50 / K on a mean over pixels; alpha 100 on a mean
+over classes and channels and a sum over present modalities, here 100 / K times their mean number (M + 1) / 2.
 
 Axes: B samples, M modalities, K classes, C channels of a stage, H W image, h w stage.
 """
@@ -55,9 +53,8 @@ def hpdm_loss(
 ) -> Tensor:  # fmt: skip
     """Section 4.2, eqs. 4 and 5, summed over the stages -> scalar >= 0, gradient to the student only.
 
-    student, teacher: per-modality features, 4 x (B, M, C_i, h_i, w_i); labels (B, H, W) with 255 = ignore;
-    present (B, M) bool, the student's modalities; match (B, M) from `draw_match`; prototypes: "mean", the paper's, or
-    "published", the published code's (an ablation, see `published_distance`).
+    student, teacher: per-modality features, 4 x (B, M, C_i, h_i, w_i); labels (B, H, W) with 255 = ignore; present
+    (B, M) bool, the student's modalities; match (B, M) from `draw_match`; prototypes: "mean", or "published" (below).
     """
     distance = kernels.prototype_distance if prototypes == "mean" else published_distance
     loss = labels.new_zeros((), dtype=torch.float32)
@@ -71,11 +68,9 @@ def published_distance(
 ) -> Tensor:
     """`kernels.prototype_distance` as the published code has it (mmkd/Prototype.py): the means are divided by the pixel
     count once more, and classes that do not occur enter the softmax as zeros. So small classes rule."""
-    log = []
-    for x in (student, teacher):
-        prototypes, counts = kernels.prototype_pool(x, labels, num_classes)  # (B, M, K, C), (B, K)
-        log.append((prototypes / counts.clamp(min=1)[:, None, :, None]).log_softmax(2))
-    log_s, log_t = log[0], log[1].gather(1, match[:, :, None, None].expand_as(log[1]))
+    (p_s, counts), (p_t, _) = (kernels.prototype_pool(x, labels, num_classes) for x in (student, teacher))
+    p_t = p_t.gather(1, match[:, :, None, None].expand_as(p_t))  # (B, M, K, C)
+    log_s, log_t = ((p / counts.clamp(min=1)[:, None, :, None]).log_softmax(2) for p in (p_s, p_t))
     divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(2).mean(2)  # (B, M)
     return (divergence * present).sum() / present.sum()
 
@@ -93,19 +88,15 @@ def ohem_cross_entropy(logits: Tensor, labels: Tensor, threshold: float = 0.7) -
     """Cross entropy over the hard pixels: those whose own class has a probability below `threshold`, or, if they are
     fewer than a sixteenth of the valid ones, that hardest sixteenth -> scalar (0 if no pixel is valid).
 
-    logits (B, K, H, W), labels (B, H, W) with 255 = ignore. Nothing is copied to the host: both means are formed, and
-    the device chooses.
+    logits (B, K, H, W), labels (B, H, W) with 255 = ignore. Both means are formed, so that nothing waits for the host.
     """
     loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none").flatten()  # 0 where ignored
     hard = loss > -math.log(threshold)
     hardest = loss.topk(len(loss) // 16).values  # in descending order; the first `least` of them count
     least = (labels != IGNORE).sum() // 16
     first = torch.arange(len(hardest), device=loss.device) < least
-    return torch.where(
-        hard.sum() < least,
-        (hardest * first).sum() / least.clamp(min=1),
-        (loss * hard).sum() / hard.sum().clamp(min=1),
-    )
+    few, enough = (hardest * first).sum() / least.clamp(min=1), (loss * hard).sum() / hard.sum().clamp(min=1)
+    return torch.where(hard.sum() < least, few, enough)
 
 
 # ---- the optional second half: intra-class feature variation (CVPR 2026 version) ------------------------------
@@ -113,8 +104,8 @@ def ohem_cross_entropy(logits: Tensor, labels: Tensor, threshold: float = 0.7) -
 
 def dominant_modalities(per_modality: Sequence[Tensor], fused: Sequence[Tensor]) -> Tensor:
     """The half of the modalities (rounded up) whose features point most along the fused ones -> (B, M) bool."""
-    cosine = sum(F.cosine_similarity(x.float(), f[:, None].float(), dim=2).mean((2, 3)) for x, f in
-                 zip(per_modality, fused, strict=True))  # (B, M)  # fmt: skip
+    pairs = zip(per_modality, fused, strict=True)
+    cosine = sum(F.cosine_similarity(x.float(), f[:, None].float(), dim=2).mean((2, 3)) for x, f in pairs)  # (B, M)
     best = cosine.topk((cosine.shape[1] + 1) // 2, dim=1).indices
     return torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, best, True)
 
@@ -136,7 +127,7 @@ def feature_variation_loss(
             prototypes, _ = kernels.prototype_pool(x, y, num_classes)  # (B, M, K, C)
             cosines.append(kernels.pixel_prototype_cosine(x, y, prototypes).flatten(2))  # (B, M, h w)
         ignored = (y == IGNORE).flatten(1)[:, None]
-        # a large negative number and not -inf, so that a sample without any label gives 0 instead of NaN
+        # not -inf, or a sample without any label would give NaN
         log_s, log_t = (x.masked_fill(ignored, -1e30).log_softmax(2) for x in cosines)
         divergence = torch.where(ignored, 0.0, log_t.exp() * (log_t - log_s)).sum(2)  # (B, M)
         loss = loss + (divergence * counted).sum() / counted.sum().clamp(min=1)

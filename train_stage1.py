@@ -145,21 +145,17 @@ def train_robust(run: Run, teacher: nn.Module, robust: nn.Module, train, val, me
         else:
             if args.lambda_kl:
                 losses["kl"] = args.lambda_kl * hpdm.distill_logits(out.logits, told.logits)
-            if args.alpha and args.fused_prototypes:  # as if the fused features were those of one modality
-                ours, theirs = ([f[:, None] for f in x.fused] for x in (out, target))  # 4 x (B, 1, C_i, h_i, w_i)
-                one = torch.ones_like(there[:, :1]), torch.zeros_like(match[:, :1])
-                losses["hpdm"] = args.alpha * hpdm.hpdm_loss(ours, theirs, labels, *one, classes, args.prototypes)
-            elif args.alpha:
-                ours, theirs = out.per_modality, target.per_modality
-                losses["hpdm"] = args.alpha * hpdm.hpdm_loss(
-                    ours, theirs, labels, there, match, classes, args.prototypes)
+            if args.alpha:
+                ours, theirs, pairs = out.per_modality, target.per_modality, (there, match)
+                if args.fused_prototypes:  # as if the fused features were those of a single modality
+                    ours, theirs = ([f[:, None] for f in x.fused] for x in (out, target))  # 4 x (B, 1, C_i, h_i, w_i)
+                    pairs = torch.ones_like(there[:, :1]), torch.zeros_like(match[:, :1])
+                losses["hpdm"] = args.alpha * hpdm.hpdm_loss(ours, theirs, labels, *pairs, classes, args.prototypes)
             if args.beta:
-                counted = there
-                if args.variation == "dominant":
-                    counted = there & hpdm.dominant_modalities(target.per_modality, target.fused)
+                dominant = hpdm.dominant_modalities(target.per_modality, target.fused)  # (B, M)
+                counted = there & dominant if args.variation == "dominant" else there
                 losses["variation"] = args.beta * hpdm.feature_variation_loss(
                     out.per_modality, target.per_modality, labels, counted, classes)
-
         if args.feedback:
             losses |= feedback_losses(teacher, target, out, images, labels, there, args)
 

@@ -259,7 +259,7 @@ def bench_load(quick: bool, repeats: int) -> list[dict]:
         subprocess.run(command, check=True, capture_output=True, cwd=pathlib.Path(__file__).parents[1])
         dataset = open_dataset("deliver", f"{folder}/x", "train", size=crop, augment=True)
         for workers in (0, 2):
-            keys = loop.Batches(len(dataset), 4, 0, 0, 2 * count // 4, 0, 1)
+            keys = loop.batch_keys(len(dataset), 4, 0, 0, 2 * count // 4, 0, 1)
             frames = iter(loop.loader(dataset, keys, workers, DEVICE))
             next(frames)  # the workers have started
             start = time.perf_counter()

@@ -48,24 +48,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive(kind: type, zero: bool = False):
-    """Type of an option: a number of this kind above 0 (or from 0 on), and below a billion."""
+def positive(kind: type, zero: bool = False, most: float = 1e9):
+    """Type of an option: a number of this kind above 0 (or from 0 on), up to `most`."""
 
     def parse(text: str):
         value = kind(text)
-        if not 0 <= value < 1e9 or (value == 0 and not zero):
+        if not 0 <= value <= most or (value == 0 and not zero):
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} {'from 0 on' if zero else 'above 0'}"
+    parse.__name__ = f"{kind.__name__} {'from 0' if zero else 'above 0'}{'' if most == 1e9 else f' to {most:g}'}"
     return parse
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be in 0..1")
-    return value
 
 
 def names(text: str) -> list[str]:
@@ -92,9 +85,11 @@ def device(text: str) -> str:
 
 
 COUNT, RATE, COUNT_OR_0, WEIGHT = positive(int), positive(float), positive(int, zero=True), positive(float, zero=True)
+SHARE = positive(float, zero=True, most=1.0)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_common_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """What both stages have: data, training, run."""
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
     add("--root", type=path, help="its folder, in the published layout (README); None: data/NAME")
@@ -102,34 +97,26 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--depth", choices=("hha", "raw"), default="hha", help="of DELIVER and NYUv2; published models: hha")
     add("--label-map", type=path, help='folder: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
     add("--classes", type=int, choices=(13, 40), default=40, help="NYUv2: which of its two label sets")
-    add("--hold-out", type=COUNT_OR_0, default=0, metavar="N", help="NYUv2: validate on N frames of the train list, to "
-        "choose settings; 0: on the test list, as everyone reports it")
+    add("--hold-out", type=COUNT_OR_0, default=0, metavar="N", help="NYUv2: validate on N frames of the train list")
     add("--size", type=COUNT, help="side of the training crop in pixels, from 32 on")
     add("--val-size", type=COUNT, help="shorter side in validation and evaluation. None: --size")
     add("--limit", type=COUNT, help="use only N frames of each split, spread evenly; for trials")
     add("--skip-broken", type=COUNT_OR_0, default=0, metavar="N", help="leave out at most N broken frames, listed")
     add("--workers", type=COUNT_OR_0, help="loader processes; more while the log's data_wait is above 0.05")
-
-
-def add_training_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=COUNT, help="frames per step over all processes; halve --lr when you halve it")
     add("--lr", type=RATE, help="peak of AdamW, 1e-5..3e-3; pretrained: 6e-5, a tiny model from scratch: 2e-3")
     add("--weight-decay", type=WEIGHT, default=0.01, help="none for 1-D parameters")
     add("--warmup-epochs", type=WEIGHT, help="linear rise from a tenth of --lr; at most half a phase is used")
-    add("--drop-path", type=share, default=0.1, help="rate of the last block; 0 for very small models")
-    add("--dropout", type=share, default=0.1, help="of the decoder's channels")
-    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision: bf16 on CPUs with AMX and GPUs "
-        "from 8.0 on, fp16 on older GPUs")
+    add("--drop-path", type=SHARE, default=0.1, help="rate of the last block; 0 for very small models")
+    add("--dropout", type=SHARE, default=0.1, help="of the decoder's channels")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; bf16: AMX or GPUs from 8.0")
     add("--compile", action="store_true", help="torch.compile the models: minutes at the start, gain not measured")
     add("--eval-every", type=RATE, help="epochs between validations (fractions allowed); the best model is kept")
     add("--seed", type=COUNT_OR_0, default=0, help="same seed, same machine: same numbers")
-
-
-def add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--out", type=path, default=out, help="run folder; must be empty or new, unless --resume continues it")
-    add("--resume", type=path, metavar="RUN", help="continue this run folder (or its last.pt) exactly")
+    add("--resume", type=path, metavar="RUN", help="continue this run exactly: its folder, or a file in it")
     add("--config", type=path, metavar="FILE", help="take the options of a run's config.json; others overrule them")
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="bit-for-bit repeatable on a GPU as well; slower")
@@ -137,12 +124,12 @@ def add_run_options(parser: argparse.ArgumentParser, out: str) -> None:
     add("--max-minutes", type=RATE, help="save and stop by the clock, exit status 0")
 
 
-def early(argv: list[str], *flags: str) -> argparse.Namespace:
-    """A few flags of this command line, read before the real parse because they decide its defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def early(argv: list[str] | None, *flags: str) -> argparse.Namespace:
+    """A few flags of the command line, read before the real parse because they decide its defaults."""
+    first, given = argparse.ArgumentParser(add_help=False, allow_abbrev=False), sys.argv[1:] if argv is None else argv
     for flag in flags:
         first.add_argument(flag)
-    return first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0]
+    return first.parse_known_args([a for a in given if a not in ("-h", "--help")])[0]
 
 
 def read_config(parser: argparse.ArgumentParser, where: str) -> tuple[pathlib.Path, dict]:
@@ -156,7 +143,7 @@ def read_config(parser: argparse.ArgumentParser, where: str) -> tuple[pathlib.Pa
         parser.error(f"{file} holds no options of {parser.prog} ({type(error).__name__}); is {where} its run folder?")
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str], recipe: dict) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict) -> argparse.Namespace:
     """The command line, over --config or the resumed run's config.json, over the recipe."""
     known = vars(parser.parse_args([]))
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
@@ -169,16 +156,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str], recipe: dict) -> arg
         args = parser.parse_args(argv)
     if args.resume:
         args.out = str(file.parent)
-        if args.resume.endswith(".pt") and pathlib.Path(args.resume).name != "last.pt":
-            parser.error(f"--resume {args.resume}: give the run folder or its last.pt, where all is that a run needs.")
         if args.config or (out and pathlib.Path(out) != file.parent):
             parser.error(f"--resume {args.resume} has its own folder and options: give neither --out nor --config.")
         for name in sorted(saved.keys() - FREE):
             if getattr(args, name) != saved[name]:
                 parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {file}, which says "
                              f"{saved[name]}: leave it out, or start a new run with --config {file} --out DIR.")
-    elif args.config and not out:
-        parser.error(f"--config {args.config} repeats a run: give it a folder of its own with --out DIR.")
     args.root, args.val_size = args.root or ROOTS.get(args.data), args.val_size or args.size
     if min(args.size, args.val_size) < 32:
         parser.error("--size and --val-size must be at least 32: the coarsest stage needs that many pixels.")
@@ -186,41 +169,36 @@ def parse(parser: argparse.ArgumentParser, argv: list[str], recipe: dict) -> arg
 
 
 def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
     first = early(argv, "--data", "--teacher", "--classes")
     recipe = dict(RECIPES.get(first.data, RECIPES["synthetic"]))
     recipe |= {"lambda_kl": 50 / 13} if (first.data, first.classes) == ("nyuv2", "13") else {}
     recipe |= {"backbone": None} if first.teacher else {}
     parser = Parser("train_stage1.py", doc)
-    add_data_options(parser)
+    add_common_options(parser, f"runs/{first.data or 'synthetic'}")
     add = parser.add_argument_group("model").add_argument
     add("--backbone", help="segformer_b0..b5, cmnext_b0..b5; for trials segformer_tiny, cmnext_tiny")
     add("--pretrained", type=path, help="MiT ImageNet weights or a published model's, to start the teacher from")
     add("--teacher", type=path, help="a trained teacher: skip its training")
-    add_training_options(parser)
     add = parser.add_argument_group("stage 1").add_argument
     add("--epochs", type=RATE, help="of the teacher, on all modalities")
-    add("--distill-epochs", type=WEIGHT, help="of the robust model, modalities dropped at random; 0: the teacher only")
-    add("--robust-from", choices=("teacher", "start"), default="teacher", help="what the robust model starts "
-        "from: the paper: the teacher; the published script: what the teacher started from (--pretrained, --seed)")
-    add("--losses", choices=("rmmss", "anyseg"), default="rmmss", help="anyseg: the baseline (anyseg.py), "
-        "without --lambda-kl, --alpha, --beta")
+    add("--distill-epochs", type=WEIGHT, help="of the robust model, modalities dropped; 0: the teacher only")
+    add("--robust-from", choices=("teacher", "start"), default="teacher", help="start of the robust model. start: "
+        "what the teacher itself started from (--pretrained or --seed), as the published script has it")
+    add("--losses", choices=("rmmss", "anyseg"), default="rmmss", help="anyseg: the baseline, with its weights")
     add("--lambda-kl", type=WEIGHT, help="weight of KL(teacher || student) per pixel, 0..10; published: 50 / K classes")
-    add("--alpha", type=WEIGHT, help="weight of the prototype distance, 0..30, 0: plain distillation. Published: 100 / K "
-        "times the mean number of present modalities, 10 for 25 classes and 4 modalities")
+    add("--alpha", type=WEIGHT, help="weight of the prototype distance, 0..30; 0: plain distillation; published: "
+        "100 / K times the mean number of present modalities, 10 for 25 classes and 4 modalities")
     add("--match", choices=("random", "same"), default="random", help="of modalities; same is the ablation")
     add("--prototypes", choices=("mean", "published"), default="mean", help="published: as that code has it (hpdm.py)")
     add("--beta", type=WEIGHT, default=0.0, help="weight of intra-class feature variation; CVPR 2026 version: 12")
     add("--variation", choices=("dominant", "all"), default="dominant", help="present modalities that --beta counts")
-    add("--feedback", type=WEIGHT, default=0.0, help="CVPR 2026 version: the teacher learns, too, with this weight "
-        "of feature variation (train_stage1.py); 0: it does not")
+    add("--feedback", type=WEIGHT, default=0.0, help="weight of variation in a teacher that learns too; 0: it does not")
     add = parser.add_argument_group("stage 1, not in the paper").add_argument
-    add("--complete", type=share, default=0.0, help="share of the robust model's inputs that are complete in any case")
+    add("--complete", type=SHARE, default=0.0, help="share of the robust model's inputs that are complete in any case")
     add("--conditioned", action="store_true", help="a robust model that knows which modalities are present (model.py)")
     add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
     add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")
     add("--average", type=WEIGHT, default=0.0, metavar="N", help="keep the mean of the weights over the last N epochs")
-    add_run_options(parser, f"runs/{first.data or 'synthetic'}")
     args = parse(parser, argv, recipe)
     if args.teacher and args.pretrained and args.robust_from == "teacher":
         parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
@@ -228,18 +206,16 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
 
 
 def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
     first = early(argv, "--data", "--stage1")
     folder = run_folder(first.stage1) if first.stage1 else None
     stage1 = read_config(Parser("train_stage1.py", doc), folder)[1] if folder else {}
     recipe = RECIPES.get(first.data or stage1.get("data"), RECIPES["synthetic"])
     parser = Parser("train_stage2.py", doc)
-    add_data_options(parser)
+    add_common_options(parser, folder or "runs/stage2")
     add = parser.add_argument_group("models").add_argument
     add("--stage1", type=run_folder, metavar="RUN", help="run folder of stage 1, or one of its models: both are used")
     add("--teacher", type=path, help="the full-modality teacher, instead of --stage1")
     add("--robust", type=path, help="the robust model, instead of --stage1")
-    add_training_options(parser)
     add = parser.add_argument_group("stage 2").add_argument
     add("--fsm-epochs", type=RATE, help="of the feature selection, which has few parameters and needs few")
     add("--student-epochs", type=WEIGHT, help="of the final student, from the robust model on; 0: the selection only")
@@ -247,10 +223,9 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--temperature", type=RATE, default=0.2, help="of its softmax, 0.05..1; smaller is closer to the hard rule")
     add("--unconditioned-scores", action="store_true", help="scores that do not know which modalities are present")
     add("--unconditioned-student", action="store_true", help="a student that does not know it either (model.py)")
-    add("--complete", type=share, default=0.5, help="share of inputs that are complete in any case")
+    add("--complete", type=SHARE, default=0.5, help="share of inputs that are complete in any case")
     add("--gamma-logits", type=WEIGHT, default=1.0, help="weight of KL(ensemble || student) per pixel, 0..10")
     add("--gamma-features", type=WEIGHT, default=0.1, help="weight of the distance to the selected features, 0..10")
-    add_run_options(parser, folder or "runs/stage2")
     args = parse(parser, argv, {**recipe, **{name: stage1[name] for name in INHERITED if name in stage1}})
     if bool(args.stage1) == bool(args.teacher or args.robust) or bool(args.teacher) != bool(args.robust):
         parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")

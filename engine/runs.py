@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -92,6 +93,7 @@ class Run:
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model as the loop calls it: compiled if asked for, its gradients averaged over the processes."""
         if self.world > 1:
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # a remark on speed
             cuda = self.device.type == "cuda"
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
             model = nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if cuda else None)

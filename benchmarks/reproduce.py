@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import shlex
 import shutil
 import signal
@@ -64,11 +63,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError:
         parser.error("--seeds must be a number, or numbers by comma; --epochs three numbers by comma.")
     present = (args.modalities.count(",") + 2) / 2  # modalities in a sample, on average
-    args.values = {"long": long, "short": short, "both": 2 * short, "fsm": fsm, "lambda": 50 / args.classes,
-                   "alpha": 100 / args.classes * present}  # fmt: skip
-    recipe = RECIPES[data]["flags"].format(classes=args.classes).split()
+    args.values = dict(long=long, short=short, both=2 * short, fsm=fsm, alpha=100 / args.classes * present)
+    args.values["lambda"] = 50 / args.classes
     args.limit = ["--limit", args.limit] if args.limit else []
-    args.flags = ["--data", data, "--modalities", args.modalities, *args.limit, *recipe, *flags]
+    args.flags = ["--data", data, "--modalities", args.modalities, *args.limit,
+                  *RECIPES[data]["flags"].format(classes=args.classes).split(), *flags]  # fmt: skip
     if unknown := [name for name in args.rows.split(",") if name not in names]:
         parser.error(f"--rows {unknown[0]} is unknown; choose of {', '.join(names)}.")
     args.rows = [row for row in ROWS if {"all", row.name, *row.groups.split()} & set(args.rows.split(","))]
@@ -88,7 +87,7 @@ def folder(args: argparse.Namespace, backbone: str) -> pathlib.Path:
 
 def chain(run: str) -> list[str]:
     """A run after all that it starts from."""
-    return [*(name for other in re.findall(r"{(teacher|hpdm)}", TRAIN[run]) for name in chain(other)), run]
+    return [*(name for other in ("teacher", "hpdm") if f"{{{other}}}" in TRAIN[run] for name in chain(other)), run]
 
 
 def training(args: argparse.Namespace, run: str, backbone: str, base: pathlib.Path, seed: int) -> Job:
@@ -116,7 +115,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
             run, done = row.name if row.name in TRAIN else row.train, base / f"{row.name}-{args.split}.json"
             if run == "feedback" and backbone.startswith("cmnext"):  # it needs one encoder for all modalities
                 continue
-            jobs |= {name: training(args, name, backbone, base, seed) for name in chain(run)}
+            jobs |= {base / name: training(args, name, backbone, base, seed) for name in chain(run)}
             model = base / run / ("" if row.take in ("switch", "FSM ensemble") else f"{row.take}.pt")
             command = ["evaluate.py", str(model), "--only", row.take, *row.evaluation.split(), "--split", args.split,
                        "--protocol", "any,emm,rmm,nm", "--json", str(done), *args.limit, *args.root]  # fmt: skip
@@ -195,8 +194,10 @@ def report(args: argparse.Namespace, backbone: str) -> str:
     git = ["git", "describe", "--always", "--dirty"]
     revision = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    about = (f"{args.data} ({args.split}), {backbone}, {args.modalities}, seeds {list(args.seeds)}, {machine}, "
-             f"{datetime.date.today()}, revision {revision or 'unknown'}; mIoU in per cent, mean ± standard deviation; "
+    derived = " (event and lidar derived)" if args.data == "nyuv2" and args.modalities.count(",") > 1 else ""
+    about = (f"{args.data} ({args.split}), {backbone}, {args.modalities}{derived}, seeds {list(args.seeds)}, "
+             f"{machine}, {datetime.date.today()}, revision {revision or 'unknown'}; mIoU in per cent, mean ± standard "
+             "deviation; paper: CVPR 2026 version, DELIVER val, MiT-B0; "
              f"`python -m benchmarks.reproduce {shlex.join(sys.argv[1:])}`")  # fmt: skip
     text = "\n".join([about, "", *("| " + " | ".join(cells) + " |" for cells in lines), "",
                       f"Not run: {', '.join(left) or 'nothing'}.", ""])  # fmt: skip
@@ -212,7 +213,8 @@ def report(args: argparse.Namespace, backbone: str) -> str:
 def main() -> None:
     args = parse()
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     jobs = plan(args)
     if args.dry_run:
         print(*(shlex.join(["python", *job.command, "--device", args.device[0]]) for job in jobs), sep="\n")

@@ -54,9 +54,18 @@ def test_a_row_waits_for_its_run_and_that_for_all_it_starts_from():
     ]  # fmt: skip
 
 
+def test_every_seed_trains_its_own_models():
+    argv = ["--seeds", "1,4", "--rows", "dropped", "--backbone", "segformer_b0,cmnext_b0"]
+    runs = [job for job in reproduce.plan(reproduce.parse(argv)) if job.command[0] == "train_stage1.py"]
+    assert len({job.done for job in runs}) == len(runs) == 8  # two runs, two seeds, two backbones
+    for job in runs:
+        assert job.done.parent.name == f"seed{job.command[job.command.index('--seed') + 1]}"
+        assert all(need.parent == job.done.parent for need in job.needs)
+
+
 def test_the_main_rows_of_every_seed_come_before_the_sweep():
     names = [job.done.name for job in reproduce.plan(reproduce.parse(["--seeds", "2"]))]
-    assert names[0] == "teacher.done"
+    assert names[0] == "teacher.done" and names.count("teacher.done") == 2
     assert max(i for i, name in enumerate(names) if name == "student-test.json") < names.index("kl_1.done")
 
 

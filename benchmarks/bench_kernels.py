@@ -1,265 +1,165 @@
-"""Measures the fused kernels against plain PyTorch, and prints one table with the conditions it was taken under.
+"""Time of the fused kernels beside a copy of the same bytes, the plain definitions and the published loop.
 
-    python -m benchmarks.bench_kernels                              # all of it; on a machine without a GPU the CPU paths
-    python -m benchmarks.bench_kernels --quick                      # B0, 512 pixels, batch 2, float32
-    python -m benchmarks.bench_kernels --what kernels --json benchmarks/h200.json
+    python -m benchmarks.bench_kernels                     # compiles for minutes; without a GPU the same as --quick
+    python -m benchmarks.bench_kernels --quick --json quick.json                                 # under a minute
 
-Writes nothing but the file named by --json. Columns of the section kernels: milliseconds (median, 20th and 80th
-percentile), memory at the peak beyond the inputs (GPU), the bytes that must move over the time, and that as a part of
-what a plain copy reached in the same run; each path's result is checked against the transparent loop or the definitions
-before it is timed. What the other sections time (bench_steps.py) is compared by tests/test_bench.py.
+What training launches: DELIVER at 1024 x 1024 (--quick: 512), batch 2, four modalities, B0's widths, features
+channels-last as MSegFormer gives them and channels-first as CMNeXt does; stage 2's logits (25 classes). On a GPU the
+queue is filled before the clock starts, so that no launch is waited for, and the inputs rotate, so that the cache does
+not answer. of_copy: the time of a copy that moves the same bytes, over this time; 1 is as fast as the memory allows.
 """
 
 import argparse
 import datetime
 import itertools
 import json
-import os
 import pathlib
 import platform
+import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 import kernels
-from benchmarks import bench_steps
 from kernels import reference
 
-WIDTHS = {"B0": (32, 64, 160, 256), "B2": (64, 128, 320, 512)}  # channels of the stages, strides 4, 8, 16, 32
-MODALITIES, CLASSES, SOURCES = 4, 25, 2  # DELIVER's sensors and classes; teacher and robust model
+BATCH, MODALITIES, CLASSES, SOURCES = 2, 4, 25, 2  # sources: teacher and robust model
+PIXELS, WIDTHS, STRIDES = 1024, (32, 64, 160, 256), (4, 8, 16, 32)
 CUDA = torch.cuda.is_available()
+LAYOUTS = ("channels-last", "channels-first")
+DTYPES = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # and the error allowed, in units of the largest value
 DEVICE = "cuda" if CUDA else "cpu"
-ROTATED = 256 * 2**20 if CUDA else 0  # bytes of inputs to go through before one comes again: several times the L2 cache
+ROTATED = 256 * 2**20 if CUDA else 0  # bytes of inputs to go through before one comes again: several L2 caches
 
 
-# ------------------------------------------------------------------------------------------------- measuring
-
-
-def measure(calls: list, repeats: int) -> dict:
-    """Milliseconds of one call, going round the list (each with inputs of its own), and peak memory in MiB."""
-    for call in calls[: 3 if CUDA else 1]:
-        call()
-    memory = None
-    if CUDA:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def measure(calls: list[Callable], repeats: int = 5) -> float:
+    """Milliseconds of one call, going round the list: the median of the repeats."""
+    calls = calls * (max(1, 4 // len(calls)) if CUDA else 1)
     times = []
-    for i in range(repeats):
-        call = calls[i % len(calls)]
+    for _ in range(repeats + 1):  # the first one warms up
         if CUDA:
+            torch.cuda.synchronize()
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(200_000_000)  # cycles, about 0.1 s, in which the host queues the calls
             start.record()
+        begun = time.perf_counter()
+        for call in calls:
             call()
-            stop.record()
-            times.append((start, stop))
-        else:
-            start = time.perf_counter()
-            call()
-            times.append(1000 * (time.perf_counter() - start))
-    if CUDA:
-        torch.cuda.synchronize()
-        times = [start.elapsed_time(stop) for start, stop in times]
-        memory = (torch.cuda.max_memory_allocated() - before) / 2**20
-    low, median, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return {"ms": median, "ms_20": low, "ms_80": high, "memory_mib": memory}
-
-
-def copy_bandwidth() -> float:
-    """GB/s read plus written by a copy of 512 MiB (CPU: 128 MiB)."""
-    source = torch.empty((512 if CUDA else 128) * 2**18, device=DEVICE).normal_()
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / measure([lambda: target.copy_(source)], 20)["ms"] / 1e6
-
-
-def with_path(path: str, function):
-    """The function with RMMSS_KERNELS set to path while it runs."""
-
-    def run(*args):
-        before = os.environ.get("RMMSS_KERNELS")
-        os.environ["RMMSS_KERNELS"] = path
-        try:
-            return function(*args)
-        finally:
-            os.environ.pop("RMMSS_KERNELS") if before is None else os.environ.update(RMMSS_KERNELS=before)
-
-    return run
-
-
-# --------------------------------------------------------------------------------------------------- kernels
-
-
-def loop_distance(student, teacher, labels, present, match, num_classes):
-    """The same distance as the published code computes it: one sample, one modality, one class at a time."""
-    total = torch.zeros((), device=student.device)
-    for b, m in itertools.product(range(student.shape[0]), range(student.shape[1])):
-        if not present[b, m]:
-            continue
-        student_means, teacher_means = [], []
-        for k in range(num_classes):
-            mask = labels[b] == k
-            count = mask.sum()
-            if count > 0:
-                student_means.append((student[b, m].float() * mask).sum((1, 2)) / count)
-                teacher_means.append((teacher[b, match[b, m]].float() * mask).sum((1, 2)) / count)
-        if student_means:
-            log_s = torch.stack(student_means).log_softmax(0)  # (classes seen, C)
-            log_t = torch.stack(teacher_means).log_softmax(0)
-            total = total + F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(0).mean()
-    return total / present.sum()
-
-
-def scene_labels(batch: int, side: int) -> torch.Tensor:
-    """Labels in patches of 8 x 8 pixels of the stage, one in ten ignored: (B, h, w)."""
-    coarse = torch.randint(0, CLASSES, (batch, -(-side // 8), -(-side // 8)))
-    coarse[torch.rand(coarse.shape) < 0.1] = 255
-    return coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :side, :side].contiguous().to(DEVICE)
-
-
-def distance_inputs(batch, channels, side, dtype):
-    student, teacher = torch.randn(2, batch, MODALITIES, channels, side, side, device=DEVICE).to(dtype)
-    present = torch.ones(batch, MODALITIES, dtype=torch.bool, device=DEVICE)
-    match = torch.rand(batch, MODALITIES, device=DEVICE).argsort(1)
-    return student.clone().requires_grad_(), teacher.clone(), scene_labels(batch, side), present, match, CLASSES
-
-
-def select_inputs(batch, channels, side, dtype):
-    """As in stage 2: the features come from frozen models, the scores learn."""
-    features = [torch.randn(batch, channels, side, side, device=DEVICE).to(dtype) for _ in range(SOURCES)]
-    weight = torch.randn(SOURCES, channels, 3, 3, device=DEVICE) / (3 * channels**0.5)
-    return features, weight.requires_grad_(), torch.zeros(SOURCES, device=DEVICE, requires_grad=True)
-
-
-def select(features, weight, bias):
-    return kernels.feature_score_select(features, weight, bias, 0.2)[0]
-
-
-def select_definition(features, weight, bias):
-    return reference.feature_score_select(features, weight, bias, 0.2)[0]
-
-
-def all_stages(operation, backward: bool, inputs: list, wanted: list):
-    """One call of the operation per stage, summed, and the gradients of what is wanted."""
-    outputs = [operation(*stage) for stage in inputs]
-    if backward:
-        torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs])
-
-
-def bench_kernels(quick: bool, repeats: int) -> list[dict]:
-    quick = quick or not CUDA  # a CPU would take hours for the others
-    bandwidth = copy_bandwidth()
-    operations = {  # name: inputs, traffic in tensors of the features' size (forward, backward), call, definition
-        "distance": (distance_inputs, (2, 1), kernels.prototype_distance, reference.prototype_distance),
-        "select": (select_inputs, (SOURCES + 1, SOURCES + 1), select, select_definition),
-    }
-    rows = []
-    settings = itertools.product(
-        operations, ["B0"] if quick else WIDTHS, [512] if quick else [512, 1024], [2] if quick else [2, 8],
-        [torch.float32] if quick or not CUDA else [torch.float32, torch.bfloat16], ["1", "1-4"], [False, True],
-    )  # fmt: skip
-    for name, backbone, pixels, batch, dtype, stages, backward in settings:
-        make, traffic, operation, definition = operations[name]
-        shapes = [(c, pixels // s) for c, s in zip(WIDTHS[backbone], (4, 8, 16, 32), strict=True)]
-        shapes = shapes[:1] if stages == "1" else shapes
-        paths = {"pytorch": with_path("reference", operation)}
+        elapsed = time.perf_counter() - begun
         if CUDA:
-            torch.compiler.reset()
-            paths = {
-                "triton": with_path("triton", operation),
-                **paths,
-                "compile": torch.compile(definition),
-            }
-        if name == "distance":
-            paths["loop"] = loop_distance
-
-        elements = sum(batch * (MODALITIES if name == "distance" else 1) * c * side**2 for c, side in shapes)
-        moved = elements * dtype.itemsize * sum(traffic[: 1 + backward])
-        rounds = max(1, -(-ROTATED // moved))
-        sets = [[make(batch, c, side, dtype) for c, side in shapes] for _ in range(rounds)]
-        truth = paths.get("loop", paths["pytorch"])(*sets[0][-1])
-        tolerance = 1e-3 if dtype == torch.float32 else 2e-2
-        for path, function in paths.items():
-            if not torch.allclose(function(*sets[0][-1]).float(), truth.float(), rtol=tolerance, atol=tolerance):
-                raise SystemExit(f"{name} by {path} differs from the plain definition: run the tests before timing it.")
-            calls = []
-            for inputs in sets:
-                wanted = [x for stage in inputs for x in stage if torch.is_tensor(x) and x.requires_grad]
-                calls.append(lambda f=function, i=inputs, w=wanted, back=backward: all_stages(f, back, i, w))
-            slow = path == "loop"
-            row = {
-                "operation": name, "widths": backbone, "pixels": pixels, "batch": batch,
-                "dtype": str(dtype).removeprefix("torch."), "stages": stages,
-                "pass": "forward + backward" if backward else "forward", "path": path,
-                **measure(calls[:1] if slow else calls, min(repeats, 3) if slow else repeats),
-            }  # fmt: skip
-            row["gb_per_s"] = moved / row["ms"] / 1e6
-            row["of_copy"] = row["gb_per_s"] / bandwidth
-            rows.append(row)
-            show(row)
-        del sets, calls
-    print(f"copy: {bandwidth:.0f} GB/s")
-    return rows
+            stop.record()
+            torch.cuda.synchronize()
+            elapsed = start.elapsed_time(stop) / 1000
+        times.append(1000 * elapsed / len(calls))
+    return statistics.median(times[1:])
 
 
-# ------------------------------------------------------------------------------------------------------ table
+def feature_maps(*shape: int, layout: str, dtype: torch.dtype) -> Tensor:
+    """Random (..., C, h, w), in memory (..., h, w, C) if the layout is channels-last."""
+    *batch, c, h, w = shape
+    if layout == LAYOUTS[1]:
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+    return torch.randn(*batch, h, w, c, device=DEVICE).to(dtype).movedim(-1, -3)
 
 
-def show(row: dict) -> None:
-    """One line of the table; the first call also prints the head."""
-    cells = {k: f"{v:.3g}" if isinstance(v, float) else "-" if v is None else str(v) for k, v in row.items()}
-    widths = [max(len(k), {"pass": 18, "what": 52}.get(k, 9)) for k in cells]
-    if tuple(cells) != show.head:
-        show.head = tuple(cells)
-        print("  ".join(k.ljust(w) for k, w in zip(cells, widths, strict=True)))
-    print("  ".join(v.ljust(w) for v, w in zip(cells.values(), widths, strict=True)), flush=True)
+def distance_inputs(c: int, side: int, **kind) -> tuple:
+    """Stage 1: labels in patches of 8 x 8 positions, one in ten ignored; every modality present, matched at random."""
+    coarse = torch.randint(0, CLASSES, (BATCH, -(-side // 8), -(-side // 8)), device=DEVICE)  # (B, h / 8, w / 8)
+    coarse[torch.rand(coarse.shape, device=DEVICE) < 0.1] = 255
+    labels = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :side, :side].contiguous()  # (B, h, w)
+    student, teacher = (feature_maps(BATCH, MODALITIES, c, side, side, **kind) for _ in range(2))
+    present = torch.ones(BATCH, MODALITIES, dtype=torch.bool, device=DEVICE)
+    match = torch.rand(BATCH, MODALITIES, device=DEVICE).argsort(1)
+    return student.requires_grad_(), teacher, labels, present, match, CLASSES
 
 
-show.head = ()
+def select_inputs(c: int, side: int, **kind) -> tuple:
+    """Stage 2: the features come from frozen models, the scores' weights learn; the default rule."""
+    features = [feature_maps(BATCH, c, side, side, **kind) for _ in range(SOURCES)]
+    weight = torch.randn(SOURCES, c, 3, 3, device=DEVICE) / (3 * c**0.5)
+    return features, weight.requires_grad_(), torch.zeros(SOURCES, device=DEVICE, requires_grad=True), "score", 0.2
 
 
-def conditions() -> dict:
-    """What a number depends on: device, versions, threads, date."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ModuleNotFoundError:
-        triton_version = None
-    return {
-        "device": torch.cuda.get_device_name() if CUDA else f"CPU {platform.machine()}",
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-        "triton": triton_version, "cuda": torch.version.cuda,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-    }  # fmt: skip
+def call(function: Callable, levels: list[tuple], gradients: list[Tensor] | None = None) -> list[Tensor]:
+    """The function at each level; with `gradients` (of its outputs) also backward to the inputs that learn."""
+    with torch.set_grad_enabled(gradients is not None):
+        outputs = [function(*inputs) for inputs in levels]
+    outputs = [out[0] if isinstance(out, tuple) else out for out in outputs]
+    if gradients is not None:
+        learn = [x for inputs in levels for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        torch.autograd.grad(outputs, learn, gradients)
+    return outputs
 
 
-SECTIONS = {"kernels": bench_kernels, **bench_steps.SECTIONS}  # name: function (quick, repeats) -> rows of the table
+def kernel_rows(quick: bool):
+    """Yields one row of the table after the other."""
+    pixels = PIXELS // 2 if quick else PIXELS
+    stages = [(c, pixels // stride) for c, stride in zip(WIDTHS, STRIDES, strict=True)]
+    named = {f"stage {i + 1}": [size] for i, size in enumerate(stages)}
+    logits = (CLASSES, pixels)
+    operations = [  # inputs; maps of a level's size: those read and written, more of them backward; levels; function
+        (distance_inputs, MODALITIES, (2, 1), {**named, "all": stages}, "prototype_distance"),
+        (select_inputs, 1, (SOURCES + 1, SOURCES + 1), {**named, "logits": [logits], "all": [*stages, logits]},
+         "feature_select"),
+    ]  # fmt: skip
+    for (make, maps, traffic, levels, name), layout, dtype in itertools.product(
+        operations, LAYOUTS[:1] if quick else LAYOUTS, [torch.float32] if quick else DTYPES
+    ):
+        torch.compiler.reset()
+        definition = getattr(reference, name)
+        paths = {"kernels": getattr(kernels, name)} | ({"definition": definition} if CUDA else {})
+        paths |= {} if quick else {"compiled": torch.compile(definition, dynamic=False)}
+        for level, sizes in levels.items():
+            size = sum(BATCH * maps * c * side**2 * dtype.itemsize for c, side in sizes)  # bytes
+            sets = [[make(c, side, layout=layout, dtype=dtype) for c, side in sizes]
+                    for _ in range(min(16, 1 + ROTATED // (2 * size)))]  # fmt: skip
+            truth = call(definition, sets[0])
+            gradients = [torch.randn_like(out) for out in truth]
+            once = (name, level, layout, dtype) == ("prototype_distance", "all", LAYOUTS[0], torch.float32)
+            loop = {"loop": reference.prototype_distance_loop} if once else {}
+            for (path, function), backward in itertools.product((paths | loop).items(), (False, True)):
+                for found, wanted in zip(call(function, sets[0]), truth, strict=True):
+                    torch.testing.assert_close(found, wanted, rtol=0, atol=DTYPES[dtype] * wanted.abs().max().item())
+                calls = [lambda f=function, s=s, g=gradients if backward else None: call(f, s, g) for s in sets]
+                ms = measure(calls[:1], 1) if path == "loop" else measure(calls)
+                half = size * (traffic[0] + backward * traffic[1]) // 2  # a copy reads it and writes it
+                copies = torch.empty(len(sets), 2, half, dtype=torch.uint8, device=DEVICE)
+                copy = measure([lambda c=c: c[0].copy_(c[1]) for c in copies])
+                yield {"operation": name, "layout": layout, "dtype": str(dtype).removeprefix("torch."), "level": level,
+                       "pass": "forward + backward" if backward else "forward", "path": path, "ms": ms, "copy_ms": copy,
+                       "of_copy": copy / ms}  # fmt: skip
 
 
-def main(what: list[str], quick: bool, repeats: int, json_path: pathlib.Path | None) -> None:
-    torch.manual_seed(0)
-    report = {"conditions": conditions(), "command": "python -m benchmarks.bench_kernels " + " ".join(sys.argv[1:])}
-    print("  ".join(f"{k} {v}" for k, v in report["conditions"].items()))
-    for section in what:
-        print(f"\n{section}")
-        report[section] = SECTIONS[section](quick, repeats)
-        for row in report[section] if section != "kernels" else ():  # which shows its rows as they come
-            show(row)
-        show.head = ()
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(report, indent=1) + "\n")
+def show(row: dict, head: bool) -> None:
+    cells = {name: f"{value:.3g}" if isinstance(value, float) else str(value or "-") for name, value in row.items()}
+    widths = [58 if name == "what" else max(18 if isinstance(row[name], str) else 9, len(name)) for name in cells]
+    for line in [list(cells), list(cells.values())][0 if head else 1 :]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
+
+
+def main(sections: dict[str, Callable], doc: str) -> None:
+    """Runs the sections, name -> function(quick) that yields rows; shows them, and saves them with their conditions."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, in under a minute")
+    parser.add_argument("--json", type=pathlib.Path, help="also write conditions and rows to this file")
+    args = parser.parse_args()
+    device = torch.cuda.get_device_name() if CUDA else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    report = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda,
+              "date": str(datetime.date.today()), "options": sys.argv[1:]}  # fmt: skip
+    print(", ".join(f"{name} {value}" for name, value in report.items()))
+    for name, section in sections.items():
+        report[name] = []
+        for row in section(args.quick):
+            show(row, head=not report[name] or list(row) != list(report[name][-1]))
+            report[name].append(row)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to run")
-    parser.add_argument("--quick", action="store_true", help="one small setting instead of all")
-    parser.add_argument("--repeats", type=int, default=100 if CUDA else 5, help="timed calls per row (>= 1)")
-    parser.add_argument("--json", type=pathlib.Path, help="write conditions and rows to this file")
-    options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}: give at least 1.")
-    main(options.what, options.quick, options.repeats, options.json)
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # the compiled definitions meet more sizes than the usual eight
+    main({"kernels": lambda quick: kernel_rows(quick or not CUDA)}, __doc__)

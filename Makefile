@@ -33,6 +33,7 @@ demo: .venv/installed
 
 bench: .venv/installed
 	$(RUN) -m benchmarks.bench_kernels
+	$(RUN) -m benchmarks.bench_steps
 
 reproduce: .venv/installed
 	$(RUN) -m benchmarks.reproduce

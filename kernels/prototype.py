@@ -1,6 +1,10 @@
-"""Prototype pooling and hybrid prototype distance, fused for the GPU.
+"""Hybrid prototype distance: class-wise pooling, matching, masked softmax and KL, fused for the GPU.
 
-Axes: B samples, M modalities, K classes, C channels, P = h*w pixels, R = M*C rows of features of one sample.
+Called in a default run: by `hpdm.hpdm_loss`, for each of the four stages in every step of stage 1, with its gradient.
+M-SegFormer's features come channels-last (a permuted (B, M, h, w, C)), CMNeXt's channels-first; both float32, under
+autocast too. Either layout is read and written 16 bytes at a time.
+
+Axes: B samples, M modalities, K classes, C channels, P = h*w pixels.
 
 Pooling (paper eq. 4)      p[b,m,k,c] = sum_i [y[b,i] = k] f[b,m,c,i] / n[b,k],   n[b,k] = sum_i [y[b,i] = k]
 Distance (eq. 5)           S[b,m,:,c] and T[b,m,:,c]: softmax over the classes with n > 0 of the student's p[b,m,:,c]
@@ -9,28 +13,23 @@ Distance (eq. 5)           S[b,m,:,c] and T[b,m,:,c]: softmax over the classes w
 Its gradient               dL/df[b,m,c,i] = (S - T)[b,m,y_i,c] / (n[b,y_i] * C * pairs), 0 for ignored pixels
 
 Bytes that must move, with N bytes in one (B, M, C, h, w) tensor: forward 2 N (student and teacher, once each),
-backward N (the gradient). Labels (8 bytes a pixel, shared by all R rows) and prototypes are small beside it.
+backward N (the gradient). B0 on DELIVER (1024 x 1024, batch 2, four modalities): N = 67, 34, 21 and 8 MB at the four
+stages; labels (8 bytes a pixel) and prototypes are small beside that. Fused away: a masked copy of the features for
+each class, the matched copy of the teacher, the gradients of the sums.
 
-Fused away: the masked copy of the features per class (K N read, K N written), the matched copy of the teacher, the
-gradients of the pooled sums. Features of absent student modalities, and teacher ones that nobody answers to, are not
-read: `present` and `match` predicate the loads on the device, so the host never waits to learn them.
+Features of absent student modalities, and teacher ones that nobody answers to, are not read: a program learns from
+`present` and `match` on the device whether its modality is needed, so the host never waits to know.
 
-Pooling is a product with the one-hot labels, (R x P) times (P x K), and runs on tensor cores: plain float32
-FMAs would be 32 per element read (1.1 GFLOP for 67 MB at B0, 1024 pixels), about as long as the reading itself.
-One-hot entries are exact in TF32, and so are bfloat16 and float16 features: one TF32 product loses nothing. float32
-features are split in two TF32 parts ("tf32x3"), 22 of 24 bits, accumulated in float32. As tensor cores truncate
-where they accumulate, a program sums at most CHUNK pixels; the chunks are added by ordinary float32 additions, in a
-fixed order, so that the result is the same every time (no atomics).
+Pooling is a product with the one-hot labels, (C x P) times (P x K), on tensor cores; plain float32 arithmetic would
+take as long as the reading itself. One-hot entries and 16-bit features are exact in TF32. float32 features are split
+into two TF32 parts, 22 of 24 bits. Tensor cores truncate where they accumulate, so a program sums at most 1024 pixels;
+the chunks are added by ordinary float32 additions in a fixed order, without atomics: the result is the same every time.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-CHUNK = 1024  # pixels summed by one program of pool_kernel
-
 
 # ------------------------------------------------------------------------------------------------ jit kernels
 
@@ -43,72 +42,51 @@ def class_of(labels_ptr, offs_p, mask_p, stride_p, K):
 
 
 @triton.jit
-def row_offsets(offs_r, C, stride_m, stride_c):
-    """Rows run over (m, c); int64, for a sample of many modalities may exceed 2^31 elements."""
-    return (offs_r // C).to(tl.int64) * stride_m + (offs_r % C).to(tl.int64) * stride_c
-
-
-@triton.jit
 def pool_kernel(
-    x_ptr,  # (B, M, C, P) features, of the student where there is a teacher; read
-    y_ptr,  # (B, M, C, P) features of the teacher, or None; read
-    factor_ptr,  # (B, M, P) float32, contiguous, multiplies x, or None; read
+    student_ptr,  # (B, M, C, P); read
+    teacher_ptr,  # (B, M, C, P), with the student's strides; read
     labels_ptr,  # (B, P) int64; read
-    present_ptr,  # (B, M) bool, contiguous, or None without a teacher; read
-    match_ptr,  # (B, M) int64, contiguous, or None without a teacher; read
-    sums_ptr,  # (1 or 2, B, CHUNKS, M*C, K) float32, contiguous; written
+    present_ptr,  # (B, M) bool, contiguous; read
+    match_ptr,  # (B, M) int64, contiguous; read
+    sums_ptr,  # (2, B, M, CHUNKS, K, C) float32, contiguous: student, teacher; written
     counts_ptr,  # (B, CHUNKS, K) int32, contiguous; written
-    B, M, C, P, K, x_stride_b, x_stride_m, x_stride_c, x_stride_p, y_stride_b, y_stride_m, y_stride_c, y_stride_p,
-    labels_stride_b, labels_stride_p,
-    SPLIT: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    B, M, C, P, K, chunk, x_stride_b, x_stride_m, x_stride_c, x_stride_p, labels_stride_b, labels_stride_p,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the pixels of each class, of BLOCK_R rows and one chunk of pixels of one sample."""
+    """Sums over the pixels of each class, of BLOCK_C channels and one chunk of pixels of one (b, m)."""
     pid_chunk = tl.program_id(0)
-    pid_r = tl.program_id(1)
-    class_blocks = tl.cdiv(K, BLOCK_K)
-    pid_k = tl.program_id(2) % class_blocks
-    pid_tb = tl.program_id(2) // class_blocks  # which of student and teacher, then the sample
-    b = (pid_tb % B).to(tl.int64)
-    is_teacher = pid_tb >= B
+    pid_c = tl.program_id(1)
+    pid_tbm = tl.program_id(2)  # which of student and teacher, then the sample, then the modality
+    b = (pid_tbm // M % B).to(tl.int64)
+    m = pid_tbm % M
+    is_teacher = pid_tbm >= B * M
 
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_r = offs_r < M * C
-    start = pid_chunk * CHUNK
-    stop = tl.minimum(start + CHUNK, P)
-    stop_reading = stop
-    if y_ptr is not None:
-        # A row is read if a present student modality asks for it: for itself, or for the one it answers to.
-        offs_m = tl.arange(0, BLOCK_M)
-        present = tl.load(present_ptr + b * M + offs_m, mask=offs_m < M, other=0).to(tl.int32)
-        answers_to = tl.load(match_ptr + b * M + offs_m, mask=offs_m < M, other=-1)
-        asked = tl.where(present > 0, tl.where(is_teacher, answers_to, offs_m.to(tl.int64)), -1)
-        needed = tl.max((asked[None, :] == (offs_r // C)[:, None]).to(tl.int32), axis=1) > 0
-        mask_r = mask_r & needed
-        stop_reading = tl.where(tl.max(mask_r.to(tl.int32), axis=0) > 0, stop, start)
-        if is_teacher:
-            x_rows = y_ptr + b * y_stride_b + row_offsets(offs_r, C, y_stride_m, y_stride_c)
-            stride_p = y_stride_p
-        else:
-            x_rows = x_ptr + b * x_stride_b + row_offsets(offs_r, C, x_stride_m, x_stride_c)
-            stride_p = x_stride_p
+    # Needed by a present student modality: for itself, or as the one that it answers to.
+    offs_m = tl.arange(0, BLOCK_M)
+    present = tl.load(present_ptr + b * M + offs_m, mask=offs_m < M, other=0).to(tl.int32)
+    answers_to = tl.load(match_ptr + b * M + offs_m, mask=offs_m < M, other=-1).to(tl.int32)
+    asked = tl.where(is_teacher, answers_to, offs_m)
+    needed = tl.sum(tl.where(asked == m, present, 0), axis=0) > 0
+    start = pid_chunk * chunk
+    stop = tl.minimum(start + chunk, P)
+    stop_reading = tl.where(needed, stop, start)
+
+    if is_teacher:
+        x_ptr = teacher_ptr
     else:
-        x_rows = x_ptr + b * x_stride_b + row_offsets(offs_r, C, x_stride_m, x_stride_c)
-        stride_p = x_stride_p
-
+        x_ptr = student_ptr
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_rows = x_ptr + b * x_stride_b + m.to(tl.int64) * x_stride_m + offs_c.to(tl.int64) * x_stride_c
     labels_ptr += b * labels_stride_b
-    acc_sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    acc_sums = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
     for p in range(start, stop_reading, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
-        mask_p = offs_p < P
-        label = class_of(labels_ptr, offs_p, mask_p, labels_stride_p, K)
+        label = class_of(labels_ptr, offs_p, offs_p < P, labels_stride_p, K)
         member = (label[:, None] == offs_k[None, :]).to(tl.float32)  # (BLOCK_P, BLOCK_K)
-        mask = mask_r[:, None] & mask_p[None, :]
-        x_tile = tl.load(x_rows[:, None] + offs_p[None, :] * stride_p, mask=mask, other=0).to(tl.float32)
-        if factor_ptr is not None:
-            factor = factor_ptr + (b * M + offs_r // C)[:, None] * P + offs_p[None, :]
-            x_tile *= tl.load(factor, mask=mask, other=0)
+        mask = (offs_c < C)[:, None] & (offs_p < P)[None, :]
+        x_tile = tl.load(x_rows[:, None] + offs_p[None, :] * x_stride_p, mask=mask, other=0).to(tl.float32)
+        x_tile = tl.where((label >= 0)[None, :], x_tile, 0.0)  # 0 x NaN is NaN: an ignored pixel's may be anything
         if SPLIT:  # the upper 11 bits of the significand, exact in TF32, then what they leave
             upper = (x_tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
             acc_sums = tl.dot(upper, member, acc_sums, input_precision="tf32")
@@ -116,11 +94,11 @@ def pool_kernel(
         acc_sums = tl.dot(x_tile, member, acc_sums, input_precision="tf32")
 
     chunks = tl.num_programs(0)
-    sums_ptr += (pid_tb.to(tl.int64) * chunks + pid_chunk) * M * C * K
-    mask_rk = (offs_r < M * C)[:, None] & (offs_k < K)[None, :]
-    tl.store(sums_ptr + offs_r[:, None] * K + offs_k[None, :], acc_sums, mask=mask_rk)
+    sums_ptr += (pid_tbm.to(tl.int64) * chunks + pid_chunk) * K * C
+    mask_ck = (offs_c < C)[:, None] & (offs_k < K)[None, :]
+    tl.store(sums_ptr + offs_k[None, :] * C + offs_c[:, None], acc_sums, mask=mask_ck)
 
-    if (pid_r == 0) & (pid_tb < B):
+    if (pid_c == 0) & (m == 0) & (pid_tbm < B * M):
         acc_counts = tl.zeros((BLOCK_K,), tl.int32)
         for p in range(start, stop, BLOCK_P):
             offs_p = p + tl.arange(0, BLOCK_P)
@@ -136,49 +114,19 @@ def sum_chunks(x_ptr, offs, mask, chunks, stride, BLOCK_S: tl.constexpr):
     for s in range(0, chunks, BLOCK_S):
         offs_s = s + tl.arange(0, BLOCK_S)
         mask_s = (offs_s < chunks)[:, None, None] & mask[None, :, :]
-        tile = tl.load(x_ptr + offs_s.to(tl.int64)[:, None, None] * stride + offs[None, :, :], mask=mask_s, other=0)
+        tile = tl.load(x_ptr + offs_s[:, None, None] * stride + offs[None, :, :], mask=mask_s, other=0)
         acc += tl.sum(tile, axis=0)
     return acc
 
 
 @triton.jit
-def finish_kernel(
-    sums_ptr,  # (B, CHUNKS, M*C, K) float32, contiguous; read
-    counts_ptr,  # (B, CHUNKS, K) int32, contiguous; read
-    out_ptr,  # (B, M, K, C) float32, contiguous: prototypes, or plain sums unless DIVIDE; written
-    total_ptr,  # (B, K) int32, contiguous; written
-    M, C, K, chunks,
-    DIVIDE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Adds the chunks of BLOCK_C channels of one (sample, modality), and divides by the class's pixels."""
-    pid_bm = tl.program_id(0)
-    pid_c = tl.program_id(1)
-    pid_k = tl.program_id(2)
-    b = (pid_bm // M).to(tl.int64)
-    m = pid_bm % M
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (offs_c < C)[:, None] & (offs_k < K)[None, :]
-    counts_ptr += b * chunks * K
-    count = sum_chunks(counts_ptr, offs_k[None, :], (offs_k < K)[None, :], chunks, K, BLOCK_S)  # (1, BLOCK_K)
-    sums_ptr += b * chunks * M * C * K
-    total = sum_chunks(sums_ptr, (m * C + offs_c)[:, None] * K + offs_k[None, :], mask, chunks, M * C * K, BLOCK_S)
-    if DIVIDE:
-        total = total / tl.maximum(count, 1).to(tl.float32)
-    out_ptr += pid_bm.to(tl.int64) * K * C
-    tl.store(out_ptr + offs_k[None, :] * C + offs_c[:, None], total, mask=mask)
-    if (m == 0) & (pid_c == 0):
-        tl.store(total_ptr + b * K + offs_k[None, :], count, mask=(offs_k < K)[None, :])
-
-
-@triton.jit
 def distance_kernel(
-    sums_ptr,  # (2, B, CHUNKS, M*C, K) float32, contiguous: student, teacher; read
+    sums_ptr,  # (2, B, M, CHUNKS, K, C) float32, contiguous: student, teacher; read
     counts_ptr,  # (B, CHUNKS, K) int32, contiguous; read
     present_ptr,  # (B, M) bool, contiguous; read
     match_ptr,  # (B, M) int64, contiguous; read
-    loss_ptr,  # (B*M, channel blocks) float32, contiguous: parts that add up to the distance; written
-    table_ptr,  # (B, M, C, K) float32, contiguous: its gradient for one pixel of class k; written
+    parts_ptr,  # (B*M, channel blocks) float32, contiguous: parts that add up to the distance; written
+    table_ptr,  # (B, M, K, C) float32, contiguous: its gradient for one pixel of class k; written
     B, M, C, K, chunks,
     BLOCK_S: tl.constexpr, BLOCK_BM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -186,32 +134,28 @@ def distance_kernel(
     pid_bm = tl.program_id(0)
     pid_c = tl.program_id(1)
     b = (pid_bm // M).to(tl.int64)
-    m = pid_bm % M
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = (offs_k < K)[None, :]
     mask = (offs_c < C)[:, None] & mask_k
+    offs = offs_k[None, :] * C + offs_c[:, None]  # (BLOCK_C, BLOCK_K) of a (K, C) table
 
     offs_bm = tl.arange(0, BLOCK_BM)
     pairs = tl.sum(tl.load(present_ptr + offs_bm, mask=offs_bm < B * M, other=0).to(tl.int32), axis=0)
     present = tl.load(present_ptr + pid_bm).to(tl.int32) > 0
-    answers_to = tl.load(match_ptr + pid_bm).to(tl.int32)
+    answers_to = tl.load(match_ptr + pid_bm)
 
     count = sum_chunks(counts_ptr + b * chunks * K, offs_k[None, :], mask_k, chunks, K, BLOCK_S)  # (1, BLOCK_K)
-    seen = (count > 0) & mask  # (BLOCK_C, BLOCK_K)
-    stride = M * C * K
-    read = tl.where(present, seen, False)
-    student_ptr = sums_ptr + b * chunks * stride
-    teacher_ptr = sums_ptr + (B + b) * chunks * stride
-    offs_s = (m * C + offs_c)[:, None] * K + offs_k[None, :]
-    offs_t = (answers_to * C + offs_c)[:, None] * K + offs_k[None, :]
     size = tl.maximum(count, 1).to(tl.float32)
-    student = sum_chunks(student_ptr, offs_s, read, chunks, stride, BLOCK_S) / size
-    teacher = sum_chunks(teacher_ptr, offs_t, read, chunks, stride, BLOCK_S) / size
+    seen = tl.where(present, (count > 0) & mask, False)  # (BLOCK_C, BLOCK_K)
+    student_ptr = sums_ptr + pid_bm.to(tl.int64) * chunks * K * C
+    teacher_ptr = sums_ptr + ((B + b) * M + answers_to) * chunks * K * C
+    student = sum_chunks(student_ptr, offs, seen, chunks, K * C, BLOCK_S) / size
+    teacher = sum_chunks(teacher_ptr, offs, seen, chunks, K * C, BLOCK_S) / size
 
-    # Masked softmax; without any class a row is all -1e30, its shares are meaningless and `read` drops them.
-    student = tl.where(read, student, -1e30)
-    teacher = tl.where(read, teacher, -1e30)
+    # Masked softmax; without any class a row is all -1e30, its shares are meaningless and `seen` drops them.
+    student = tl.where(seen, student, -1e30)
+    teacher = tl.where(seen, teacher, -1e30)
     student -= tl.max(student, axis=1)[:, None]
     teacher -= tl.max(teacher, axis=1)[:, None]
     share_s = tl.exp(student)
@@ -222,186 +166,118 @@ def distance_kernel(
     share_t /= sum_t
     divergence = share_t * ((teacher - tl.log(sum_t)) - (student - tl.log(sum_s)))
     scale = 1.0 / (C * tl.maximum(pairs, 1)).to(tl.float32)
-    loss = tl.sum(tl.sum(tl.where(read, divergence, 0.0), axis=1), axis=0) * scale
-    tl.store(loss_ptr + pid_bm * tl.num_programs(1) + pid_c, loss)
-    table = tl.where(read, (share_s - share_t) * scale / size, 0.0)
-    table_ptr += pid_bm.to(tl.int64) * C * K
-    tl.store(table_ptr + offs_c[:, None] * K + offs_k[None, :], table, mask=mask)
+    part = tl.sum(tl.sum(tl.where(seen, divergence, 0.0), axis=1), axis=0) * scale
+    tl.store(parts_ptr + pid_bm * tl.num_programs(1) + pid_c, part)
+    table = tl.where(seen, (share_s - share_t) * scale / size, 0.0)
+    tl.store(table_ptr + pid_bm.to(tl.int64) * K * C + offs, table, mask=mask)
 
 
 @triton.jit
 def spread_kernel(
-    table_ptr,  # (B, M, C, K) float32, any strides; read
-    scale_ptr,  # scalar, multiplies the table, or None; read
+    table_ptr,  # (B, M, K, C) float32, contiguous; read
+    scale_ptr,  # scalar float32, multiplies the table; read
     labels_ptr,  # (B, P) int64; read
-    grad_ptr,  # (B, M, C, P): table[b, m, c, label of the pixel], 0 for the ignored; written
-    M, C, P, K, table_stride_b, table_stride_m, table_stride_c, table_stride_k,
-    labels_stride_b, labels_stride_p, grad_stride_b, grad_stride_m, grad_stride_c, grad_stride_p,
-    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad_ptr,  # (B, M, C, P): scale * table[b, m, label of the pixel, c], 0 for the ignored; written
+    M, C, P, K, labels_stride_b, labels_stride_p, grad_stride_b, grad_stride_m, grad_stride_c, grad_stride_p,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the pooling: each pixel gets its class's entry; the table stays in the L1 cache."""
+    """Backward of the pooling: each pixel gets its class's row of the table, which stays in the L1 cache."""
     pid_p = tl.program_id(0)
-    pid_r = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+    pid_c = tl.program_id(1)
+    b = (tl.program_id(2) // M).to(tl.int64)
+    m = (tl.program_id(2) % M).to(tl.int64)
     offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_p = offs_p < P
-    mask = (offs_r < M * C)[:, None] & mask_p[None, :]
-    label = class_of(labels_ptr + b * labels_stride_b, offs_p, mask_p, labels_stride_p, K)
-    table_rows = table_ptr + b * table_stride_b + row_offsets(offs_r, C, table_stride_m, table_stride_c)
-    entry = table_rows[:, None] + (label * table_stride_k)[None, :]
-    value = tl.load(entry, mask=mask & (label >= 0)[None, :], other=0)
-    if scale_ptr is not None:
-        value *= tl.load(scale_ptr).to(tl.float32)
-    grad_rows = grad_ptr + b * grad_stride_b + row_offsets(offs_r, C, grad_stride_m, grad_stride_c)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = (offs_c < C)[:, None]
+    label = class_of(labels_ptr + b * labels_stride_b, offs_p, offs_p < P, labels_stride_p, K)
+    entry = table_ptr + (b * M + m) * K * C + label[None, :] * C + offs_c[:, None]
+    value = tl.load(entry, mask=mask_c & (label >= 0)[None, :], other=0) * tl.load(scale_ptr)
+    grad_rows = grad_ptr + b * grad_stride_b + m * grad_stride_m + offs_c.to(tl.int64) * grad_stride_c
     # the store converts to the gradient's dtype
-    tl.store(grad_rows[:, None] + offs_p[None, :] * grad_stride_p, value, mask=mask)
+    tl.store(grad_rows[:, None] + offs_p[None, :] * grad_stride_p, value, mask=mask_c & (offs_p < P)[None, :])
 
 
-# -------------------------------------------------------------------------------------------------- launchers
+# --------------------------------------------- launchers, as custom ops: torch.compile does not look into them
 
 
-def pool_blocks(rows: int, num_classes: int, dtype: torch.dtype, factor: bool) -> dict:
-    """Tile of pool_kernel. 64 rows share one one-hot tile; more than 64 classes take several programs."""
-    block_k = min(64, max(16, triton.next_power_of_2(num_classes)))
-    split = factor or dtype == torch.float32
-    return {
-        "BLOCK_R": 64 if rows > 32 else 32,
-        "BLOCK_P": 32 if factor or (split and block_k == 64) else 64,  # the registers' limit
-        "BLOCK_K": block_k,
-        "SPLIT": split,
-        "CHUNK": CHUNK,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
-
-
-def distance_blocks(num_classes: int) -> dict:
-    """Tile of distance_kernel: all classes of a channel in one tile, for the softmax runs over them."""
-    block_k = max(16, triton.next_power_of_2(num_classes))
-    return {"BLOCK_S": 16, "BLOCK_C": max(1, min(4, 128 // block_k)), "BLOCK_K": block_k, "num_warps": 4}
-
-
-FINISH_BLOCKS = {"BLOCK_S": 16, "BLOCK_C": 4, "BLOCK_K": 32, "num_warps": 4}
-SPREAD_BLOCKS = {"BLOCK_R": 32, "BLOCK_P": 256, "num_warps": 8}
-
-
-def launch_pool(
-    x: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    teacher: Tensor | None = None,
-    present: Tensor | None = None,
-    match: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(B, M, C, P) features, and a teacher's with present and match or not; x times factor (B, M, P) or not.
-
-    Returns sums (1 or 2, B, CHUNKS, M*C, K) float32 and counts (B, CHUNKS, K) int32, the chunks not yet added.
-    """
-    B, M, C, P = x.shape
-    K = num_classes
-    tensors = 1 if teacher is None else 2
-    blocks = pool_blocks(M * C, K, x.dtype, factor is not None)
-    chunks = triton.cdiv(P, CHUNK)
-    sums = torch.empty((tensors, B, chunks, M * C, K), device=x.device, dtype=torch.float32)
-    counts = torch.empty((B, chunks, K), device=x.device, dtype=torch.int32)
-    grid = (chunks, triton.cdiv(M * C, blocks["BLOCK_R"]), tensors * B * triton.cdiv(K, blocks["BLOCK_K"]))
-    pool_kernel[grid](
-        x, teacher, factor, labels, present, match, sums, counts, B, M, C, P, K,
-        *x.stride(), *(x if teacher is None else teacher).stride(), *labels.stride(),
-        BLOCK_M=triton.next_power_of_2(M), **blocks,
-    )  # fmt: skip
-    return sums, counts
-
-
-def launch_class_sums(
-    x: Tensor, labels: Tensor, num_classes: int, factor: Tensor | None = None, divide: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(B, M, C, P), times factor (B, M, P) or not -> sums or means (B, M, K, C) float32, counts (B, K) int32."""
-    B, M, C, _ = x.shape
-    sums, counts = launch_pool(x, labels, num_classes, factor=factor)
-    out = torch.empty((B, M, num_classes, C), device=x.device, dtype=torch.float32)
-    total = torch.empty((B, num_classes), device=x.device, dtype=torch.int32)
-    blocks = FINISH_BLOCKS
-    grid = (B * M, triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(num_classes, blocks["BLOCK_K"]))
-    finish_kernel[grid](sums, counts, out, total, M, C, num_classes, counts.shape[1], DIVIDE=divide, **blocks)
-    return out, total
-
-
-def launch_distance(
+@torch.library.custom_op("rmmss::prototype_distance", mutates_args=())
+def distance_op(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """(B, M, C, P) twice -> the distance's parts (B*M, channel blocks), and its gradient's table (B, M, C, K)."""
+    """(B, M, C, P) twice, labels (B, P) -> the distance, a scalar, and its gradient's table (B, M, K, C)."""
+    (B, M, C, P), K = student.shape, num_classes
+    like = {"device": student.device, "dtype": torch.float32}
+    split = student.dtype == torch.float32
+    block_k = max(16, triton.next_power_of_2(K))  # all classes in one tile, for the softmax runs over them
+    block_c = 64 if C % 64 == 0 and K <= 64 else 32
+    block_p = max(16, min(4096 // block_c, (2048 if split else 4096) // block_k))  # what registers allow
+    channel_tiles = triton.cdiv(C, block_c)
+    chunk = 1024  # pixels of a program; fewer where a stage is small, so that the GPU has enough programs
+    while chunk > 256 and triton.cdiv(P, chunk) * channel_tiles * 2 * B * M < 512:
+        chunk //= 2
+    chunks = triton.cdiv(P, chunk)
+    sums = torch.empty((2, B, M, chunks, K, C), **like)
+    counts = torch.empty((B, chunks, K), device=student.device, dtype=torch.int32)
+    channel_blocks = triton.cdiv(C, 8)
+    parts = torch.empty((B * M, channel_blocks), **like)
+    table = torch.empty((B, M, K, C), **like)
+    with torch.cuda.device_of(student):  # Triton launches on the current device, whatever its arguments lie on
+        pool_kernel[(chunks, channel_tiles, 2 * B * M)](
+            student, teacher, labels, present, match, sums, counts, B, M, C, P, K, chunk,
+            *student.stride(), *labels.stride(), SPLIT=split, BLOCK_M=triton.next_power_of_2(M),
+            BLOCK_C=block_c, BLOCK_P=block_p, BLOCK_K=block_k, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        distance_kernel[(B * M, channel_blocks)](
+            sums, counts, present, match, parts, table, B, M, C, K, chunks, BLOCK_BM=triton.next_power_of_2(B * M),
+            BLOCK_S=max(1, min(16, 512 // block_k)), BLOCK_C=8, BLOCK_K=block_k, num_warps=4,
+        )  # fmt: skip
+    return parts.sum(), table
+
+
+@distance_op.register_fake
+def _(student, teacher, labels, present, match, num_classes):
     B, M, C, _ = student.shape
-    present, match = present.contiguous(), match.contiguous()
-    sums, counts = launch_pool(student, labels, num_classes, teacher, present, match)
-    blocks = distance_blocks(num_classes)
-    channel_blocks = triton.cdiv(C, blocks["BLOCK_C"])
-    parts = torch.empty((B * M, channel_blocks), device=student.device, dtype=torch.float32)
-    table = torch.empty((B, M, C, num_classes), device=student.device, dtype=torch.float32)
-    distance_kernel[(B * M, channel_blocks)](
-        sums, counts, present, match, parts, table, B, M, C, num_classes, counts.shape[1],
-        BLOCK_BM=triton.next_power_of_2(B * M), **blocks,
-    )  # fmt: skip
-    return parts, table
+    return student.new_empty((), dtype=torch.float32), student.new_empty((B, M, num_classes, C), dtype=torch.float32)
 
 
-def launch_spread(table: Tensor, scale: Tensor | None, labels: Tensor, like: Tensor) -> Tensor:
-    """Table (B, M, C, K), any strides -> its entry at each pixel's class, times scale; (B, M, C, P) as `like`."""
-    grad = torch.empty_like(like)
+@torch.library.custom_op("rmmss::prototype_distance_backward", mutates_args=())
+def spread_op(table: Tensor, scale: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+    """Table (B, M, K, C) -> its row at each pixel's class, times the scalar scale; (B, M, C, P) as `like`."""
     B, M, C, P = like.shape
-    blocks = SPREAD_BLOCKS
-    grid = (triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(M * C, blocks["BLOCK_R"]), B)
-    spread_kernel[grid](
-        table, scale, labels, grad, M, C, P, table.shape[3], *table.stride(), *labels.stride(), *grad.stride(), **blocks
-    )
+    grad = torch.empty_like(like)
+    with torch.cuda.device_of(like):
+        spread_kernel[(triton.cdiv(P, 128), triton.cdiv(C, 32), B * M)](
+            table, scale, labels, grad, M, C, P, table.shape[2], *labels.stride(), *grad.stride(),
+            BLOCK_C=32, BLOCK_P=128, num_warps=4,
+        )  # fmt: skip
     return grad
 
 
-# --------------------------------------------------------------------------------------------------- autograd
+@spread_op.register_fake
+def _(table, scale, labels, like):
+    return torch.empty_like(like)
 
 
-class PrototypePool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, labels, num_classes):
-        prototypes, counts = launch_class_sums(x, labels, num_classes, divide=True)
-        ctx.save_for_backward(x, labels, counts)  # x for its shape and strides alone
-        ctx.mark_non_differentiable(counts)
-        return prototypes, counts
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_prototypes, _):
-        x, labels, counts = ctx.saved_tensors
-        table = grad_prototypes / counts.clamp(min=1)[:, None, :, None]  # (B, M, K, C)
-        return launch_spread(table.transpose(2, 3), None, labels, x), None, None
+def setup_distance(ctx, inputs, output):
+    student, _, labels, *_ = inputs
+    ctx.save_for_backward(output[1], labels, student)  # student for its shape and strides alone
 
 
-class PrototypeDistance(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, labels, present, match, num_classes):
-        parts, table = launch_distance(student, teacher, labels, present, match, num_classes)
-        ctx.save_for_backward(student, labels, table)  # student for its shape and strides alone
-        return parts.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_distance):
-        student, labels, table = ctx.saved_tensors
-        return launch_spread(table, grad_distance, labels, student), None, None, None, None, None
+def backward_distance(ctx, grad_distance, _):
+    table, labels, student = ctx.saved_tensors
+    return spread_op(table, grad_distance, labels, student), None, None, None, None, None
 
 
-# ----------------------------------------------------------------------------------------------- public calls
-# Documented and checked in __init__.py. flatten is a view of contiguous and channels-last maps, and copies others.
+distance_op.register_autograd(backward_distance, setup_context=setup_distance)
 
-
-def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    return PrototypePool.apply(features.flatten(3), labels.flatten(1), num_classes)  # (B, M, C, P), (B, P)
+# ------------------------------------------------------------------------------------------------ public call
 
 
 def prototype_distance(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> Tensor:
-    maps = student.flatten(3), teacher.flatten(3), labels.flatten(1)  # (B, M, C, P) twice, (B, P)
-    return PrototypeDistance.apply(*maps, present, match, num_classes)
+    """Documented and checked in `__init__.py`. flatten is a view of contiguous and channels-last maps."""
+    student, teacher, labels = student.flatten(3), teacher.flatten(3), labels.flatten(1)
+    if teacher.stride() != student.stride():  # not in training: both models have one structure
+        student, teacher = student.contiguous(), teacher.contiguous()
+    return distance_op(student, teacher, labels, present.contiguous(), match.contiguous(), num_classes)[0]

@@ -1,10 +1,13 @@
-"""The plain definitions of every kernel, in vectorised PyTorch: specification, CPU path and gradcheck target.
+"""The plain definitions of the public calls, in vectorised PyTorch: specification, CPU path and gradcheck target.
 
-No loop over classes, samples or modalities. Everything is computed in float32 (float64 stays float64), and the
-gradients are autograd's own. `kernels/__init__.py` holds the public calls, the checks and the choice of the path.
+No loop over classes, samples or modalities. Everything is computed in float32 (float64 stays float64), under autocast
+too, and the gradients are autograd's own. Shapes and ranges stand at the public calls in `kernels/__init__.py`.
 
 Axes: B samples, M modalities, K classes, C channels of a stage, h x w its positions, P = h*w, S sources.
 """
+
+import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -14,97 +17,125 @@ COSINE_EPS = 1e-8  # below this product of the two norms there is no direction t
 MASKED = -1e30  # a logit that softmax turns into an exact 0, and that stays finite when every class is masked
 
 
-def _wide(x: Tensor) -> Tensor:
+def without_autocast(definition):
+    @functools.wraps(definition)
+    def run(*args):
+        with torch.autocast(args[1].device.type, enabled=False):
+            return definition(*args)
+
+    return run
+
+
+def wide(x: Tensor) -> Tensor:
     """float32 at least: bfloat16 and float16 are widened, float64 is kept for gradcheck."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _members(labels: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def members(labels: Tensor, num_classes: int, features: Tensor) -> tuple[Tensor, Tensor]:
     """Labels (B, h, w) -> one-hot (B, P, K), which 255 leaves empty, and the pixels of each class (B, 1, 1, K)."""
     classes = torch.arange(num_classes, device=labels.device)
-    member = (labels.flatten(1)[:, :, None] == classes).to(dtype)  # (B, P, K)
+    member = wide((labels.flatten(1)[:, :, None] == classes).to(features.dtype))
     return member, member.sum(1)[:, None, None]
 
 
-def _class_sums(features: Tensor, member: Tensor) -> Tensor:
-    """Sum over the pixels of each class, as one product of matrices: (B, M, C, h, w) -> (B, M, C, K)."""
-    rows = _wide(features).flatten(3).flatten(1, 2)  # (B, M*C, P)
-    return torch.bmm(rows, member).unflatten(1, features.shape[1:3])
+def class_means(features: Tensor, member: Tensor, counts: Tensor) -> Tensor:
+    """Means over the pixels of each class, as a product of matrices: (B, M, C, h, w) -> (B, M, C, K).
+
+    0 x NaN is NaN, but the feature of an ignored pixel may be anything: it is set to 0 before the product. That costs
+    as much as the product, so eager on the CPU it is done only if the sums turn out to need it.
+    """
+
+    def product(rows: Tensor) -> Tensor:
+        if rows.stride(2) == 1:  # channels-last, M-SegFormer's layout, which (M*C, P) would copy
+            return (member.mT[:, None] @ rows.mT).mT
+        return torch.bmm(rows.flatten(1, 2), member).unflatten(1, rows.shape[1:3])
+
+    rows = wide(features).flatten(3)  # (B, M, C, P)
+    always = features.is_cuda or torch.compiler.is_compiling()  # where no branch may wait for a value
+    sums = None if always else product(rows)
+    if always or not sums.isfinite().all():
+        sums = product(rows.where(member.any(2)[:, None, None], 0))
+    return sums / counts.clamp(min=1)
 
 
+@without_autocast
 def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Paper eq. 4: the mean of the features over the pixels of each class; see `kernels.prototype_pool`."""
-    member, counts = _members(labels, num_classes, torch.promote_types(features.dtype, torch.float32))
-    prototypes = (_class_sums(features, member) / counts.clamp(min=1)).transpose(2, 3)  # (B, M, K, C)
+    """Paper eq. 4: the mean of the features over the pixels of each class."""
+    member, counts = members(labels, num_classes, features)
+    prototypes = class_means(features, member, counts).transpose(2, 3)  # (B, M, K, C)
     return prototypes, counts[:, 0, 0].to(torch.int32)  # (B, K)
 
 
+@without_autocast
 def prototype_distance(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> Tensor:
-    """Paper eq. 5 with the masked softmax over the classes that occur; see `kernels.prototype_distance`."""
-    C = student.shape[2]
-    member, counts = _members(labels, num_classes, torch.promote_types(student.dtype, torch.float32))
-    seen = present[:, :, None, None] & (counts > 0)  # (B, M, 1, K)
-    student_prototypes = _class_sums(student, member) / counts.clamp(min=1)  # (B, M, C, K)
-    teacher_prototypes = _class_sums(teacher.detach(), member) / counts.clamp(min=1)
+    """Paper eq. 5: masked softmax over the classes that occur, and KL(teacher || student)."""
+    member, counts = members(labels, num_classes, student)
+    student_prototypes = class_means(student, member, counts)  # (B, M, C, K)
+    teacher_prototypes = class_means(teacher, member, counts)
     matched = match[:, :, None, None].expand_as(teacher_prototypes)
     teacher_prototypes = teacher_prototypes.gather(1, matched)  # (B, M, C, K), row m the teacher's match[b, m]
     # An absent pair is masked before the softmax as well, so that whatever its features hold stays out.
+    seen = present[:, :, None, None] & (counts > 0)  # (B, M, 1, K)
     log_s = student_prototypes.masked_fill(~seen, MASKED).log_softmax(3)
     log_t = teacher_prototypes.masked_fill(~seen, MASKED).log_softmax(3)
     divergence = torch.where(seen, log_t.exp() * (log_t - log_s), 0)  # (B, M, C, K)
-    return divergence.sum() / (C * present.sum().clamp(min=1))
+    return divergence.sum() / (student.shape[2] * present.sum().clamp(min=1))
 
 
+def prototype_distance_loop(
+    student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
+) -> Tensor:
+    """The same one sample, one modality, one class at a time, as the published code does it: for tests and benchmarks
+    to compare with. In the features' own dtype."""
+    total = student.new_zeros(())
+    for b, m in itertools.product(*map(range, present.shape)):
+        masks = [labels[b] == k for k in range(num_classes)]
+        masks = [mask for mask in masks if mask.any()]
+        if present[b, m] and masks:
+            log_s = torch.stack([student[b, m][:, mask].mean(1) for mask in masks]).log_softmax(0)  # (classes, C)
+            log_t = torch.stack([teacher[b, match[b, m]][:, mask].mean(1) for mask in masks]).log_softmax(0)
+            total = total + F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(0).mean()
+    return total / present.sum()
+
+
+@without_autocast
 def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-    """Intra-class variation (DESIGN section 5, second half); see `kernels.pixel_prototype_cosine`.
+    """All K products of a pixel are one matrix product and its own class's is picked.
 
-    All K products of a pixel are one matrix product and its own class's is picked: (B, M, K, P) is smaller than
-    the (B, M, C, P) map of centres for every stage with C > K.
+    (B, M, K, P) is smaller than the (B, M, C, P) map of each pixel's own prototype wherever C > K.
     """
-    B, M, C, h, w = features.shape
-    K = prototypes.shape[2]
-    features = _wide(features).reshape(B, M, C, h * w)  # (B, M, C, P)
-    prototypes = _wide(prototypes).to(features.dtype)
-    labels = labels.reshape(B, 1, h * w)  # (B, 1, P)
-    inside = (labels >= 0) & (labels < K)
-    own = labels.where(inside, 0).expand(B, M, h * w)  # (B, M, P), class 0 stands in for the ignored
+    shape, labels = labels.shape[1:], labels.flatten(1)[:, None]  # (B, 1, P)
+    inside = (labels >= 0) & (labels < prototypes.shape[2])
+    own = labels.where(inside, 0).expand(-1, features.shape[1], -1)  # (B, M, P), class 0 stands in for the ignored
+    features = wide(features).flatten(3).where(inside[:, None], 0)  # (B, M, C, P)
+    prototypes = wide(prototypes).to(features.dtype)
     dot = (prototypes @ features).gather(2, own[:, :, None])[:, :, 0]  # (B, M, K, P) -> (B, M, P)
     norms = features.square().sum(2) * prototypes.square().sum(3).gather(2, own)  # |f|^2 |p|^2, (B, M, P)
     valid = inside & (norms > COSINE_EPS**2)
     cosine = torch.where(valid, dot * norms.where(valid, 1).rsqrt(), 0)
-    return cosine.reshape(B, M, h, w)
+    return cosine.unflatten(2, shape)
 
 
-def _scores(features: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-    """The folded 3x3 convolution and its sigmoid -> (S, B, 1, h, w) in float32 (or float64)."""
-    S, B = len(features), features[0].shape[0]
-    pairs = zip(features, weight, strict=True)
-    maps = torch.stack([F.conv2d(_wide(f), _wide(w)[None], padding=1) for f, w in pairs])
-    bias = _wide(bias).reshape(-1, S).t().reshape(S, -1, 1, 1, 1)  # (S, 1 or B, 1, 1, 1)
-    return torch.sigmoid(maps + bias.expand(S, B, 1, 1, 1))
-
-
-def feature_score(features: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-    """sigmoid(conv3x3(f) + bias) per source; see `kernels.feature_score`."""
-    return _scores(features, weight, bias).to(features[0].dtype)
-
-
-def feature_score_select(
-    features: list[Tensor], weight: Tensor, bias: Tensor, temperature: float | None
+@without_autocast
+def feature_select(
+    features: list[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Feature Selection: scores, candidates (1 + s) f, and their hard or relaxed choice; see the public call."""
-    dtype = features[0].dtype
-    scores = _scores(features, weight, bias)  # (S, B, 1, h, w)
-    sources = torch.stack([_wide(f) for f in features])  # (S, B, C, h, w)
-    candidates = (1 + scores) * sources
-    if temperature is None:
-        choice = candidates.argmax(0, keepdim=True)  # (1, B, C, h, w), ties: the first source
-        selected = sources.gather(0, choice)[0]
-        share = torch.stack([(choice == j).float().mean() for j in range(len(features))])
+    """Folded convolution and sigmoid for the scores, then the sources weighted by the rule."""
+    S, sources = len(features), [wide(f) for f in features]
+    maps = [F.conv2d(f, w[None].to(f.dtype), padding=1) for f, w in zip(sources, weight, strict=True)]  # (B, 1, h, w)
+    bias = wide(bias).expand(maps[0].shape[0], S).t()[:, :, None, None, None]  # (S, B, 1, 1, 1)
+    scores = torch.sigmoid(torch.stack(maps) + bias)  # (S, B, 1, h, w)
+    logits = scores
+    if rule != "score":
+        logits = torch.stack([(1 + s) * f for s, f in zip(scores, sources, strict=True)])  # (S, B, C, h, w)
+    if rule == "hard":
+        choice = logits.argmax(0)  # (B, C, h, w), ties: the first source
+        selected = torch.stack(sources).gather(0, choice[None])[0]
+        share = torch.stack([(choice == j).float().mean() for j in range(S)])
     else:
-        weights = torch.softmax(candidates / temperature, 0)
-        selected = (weights * sources).sum(0)
+        weights = (logits / temperature).softmax(0)  # (S, B, 1 or C, h, w)
+        selected = sum(w * f for w, f in zip(weights, sources, strict=True))
         share = weights.detach().float().mean((1, 2, 3, 4))
-    return selected.to(dtype), share
+    return selected.to(features[0].dtype), share

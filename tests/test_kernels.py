@@ -1,4 +1,4 @@
-"""The kernels against definitions written out here, Triton against the reference, on the GPU or in the interpreter."""
+"""The definitions against loops and plain PyTorch, Triton against the definitions, on a GPU or in the interpreter."""
 
 import itertools
 import os
@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 torch.backends.cudnn.allow_tf32 = False  # on a GPU the reference's convolutions would round their inputs
 
-needs_triton = pytest.mark.skipif(
-    kernels._prototype is None or (DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"),
-    reason="needs triton, and without a GPU TRITON_INTERPRET=1",
-)
+RUNS_TRITON = kernels.prototype is not None and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+PATHS = ["reference", "triton"] if RUNS_TRITON else ["reference"]
+needs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="needs triton, and without a GPU TRITON_INTERPRET=1")
 
 
 # ------------------------------------------------------------------------------------------------- helpers
@@ -32,8 +32,8 @@ def labelled(B, h, w, K, ignored=0.2):
     return labels.masked_fill(torch.rand(B, h, w, device=DEVICE) < ignored, 255)
 
 
-def sensors(B, M):
-    """present (B, M) with at least one sensor a sample, match (B, M): a permutation a sample."""
+def modalities(B, M):
+    """present (B, M) with at least one modality a sample, match (B, M): a permutation a sample."""
     present = torch.rand(B, M, device=DEVICE) < 0.6
     present[torch.arange(B), torch.randint(0, M, (B,))] = True
     return present, torch.rand(B, M, device=DEVICE).argsort(1)
@@ -88,135 +88,129 @@ def assert_triton_agrees(call, inputs, monkeypatch, floor=0.0):
     assert_close(found, evaluate("reference", call, inputs, monkeypatch), floor)
 
 
-# -------------------------------------------------------------- the reference against loops written out
+# ------------------------------------------------------- the definitions against loops and plain PyTorch
 
 
-def loop_pool(features, labels, K):
-    """One sample, one modality, one class at a time; works in the features' own dtype."""
-    B, M, C = features.shape[:3]
-    rows = []
-    for b, m, k in itertools.product(range(B), range(M), range(K)):
-        pixels = features[b, m][:, labels[b] == k]  # (C, n)
-        rows.append(pixels.mean(1) if pixels.shape[1] else features.new_zeros(C))
-    return torch.stack(rows).reshape(B, M, K, C)
-
-
-def loop_distance(student, teacher, labels, present, match, K):
-    B, M, C = student.shape[:3]
-    s, t = loop_pool(student, labels, K), loop_pool(teacher, labels, K)
-    total = 0
-    for b, m in itertools.product(range(B), range(M)):
-        seen = [k for k in range(K) if (labels[b] == k).any()]
-        if present[b, m] and seen:
-            q_s = s[b, m, seen].softmax(0)  # (classes seen, C)
-            q_t = t[b, match[b, m], seen].softmax(0)
-            total = total + (q_t * (q_t / q_s).log()).sum() / C
-    return total / present.sum()
-
-
-def loop_cosine(features, labels, prototypes):
-    B, M, C, h, w = features.shape
-    out = torch.zeros(B, M, h, w, dtype=features.dtype, device=features.device)
-    for b, m, y, x in itertools.product(range(B), range(M), range(h), range(w)):
-        k = labels[b, y, x]
-        if k < prototypes.shape[2]:
-            f, p = features[b, m, :, y, x], prototypes[b, m, k].to(features.dtype)
-            out[b, m, y, x] = (f * p).sum() / (f.square().sum() * p.square().sum()).sqrt()
-    return out
-
-
-def plain_scores(features, weight, bias):
-    """Depth-wise 3x3 convolution, then the sum over channels, in the features' dtype."""
+def plain_select(features, weight, bias, rule, temperature):
+    """Depth-wise convolution, sum over channels, sigmoid, choice; in the features' dtype."""
     C = features[0].shape[1]
-    maps = []
-    for j, f in enumerate(features):
-        depthwise = F.conv2d(f, weight[j][:, None].to(f.dtype), padding=1, groups=C)
-        maps.append(torch.sigmoid(depthwise.sum(1, keepdim=True) + bias[..., j].to(f.dtype).reshape(-1, 1, 1, 1)))
-    return torch.stack(maps)
+    maps = [F.conv2d(f, w[:, None].to(f.dtype), padding=1, groups=C) for f, w in zip(features, weight, strict=True)]
+    bias = bias.to(maps[0].dtype).expand(len(maps[0]), len(maps))  # (B, S)
+    scores = [torch.sigmoid(m.sum(1, keepdim=True) + bias[:, j, None, None, None]) for j, m in enumerate(maps)]
+    candidates = torch.stack([(1 + s) * f for s, f in zip(scores, features, strict=True)])
+    sources = torch.stack(list(features))
+    if rule == "hard":
+        selected, best = features[0], candidates[0]
+        for f, candidate in zip(features[1:], candidates[1:], strict=True):
+            selected = torch.where(candidate > best, f, selected)
+            best = torch.maximum(best, candidate)
+        return selected
+    weights = ((torch.stack(scores) if rule == "score" else candidates) / temperature).softmax(0)
+    return (weights * sources).sum(0)
 
 
-def plain_select(features, weight, bias, temperature):
-    candidates = (1 + plain_scores(features, weight, bias)) * torch.stack(list(features))
-    if temperature is not None:
-        return ((candidates / temperature).softmax(0) * torch.stack(list(features))).sum(0)
-    selected, best = features[0], candidates[0]
-    for f, candidate in zip(features[1:], candidates[1:], strict=True):
-        selected = torch.where(candidate > best, f, selected)
-        best = torch.maximum(best, candidate)
-    return selected
-
-
-def test_reference_pooling_is_the_mean_over_each_class(monkeypatch):
-    monkeypatch.setenv("RMMSS_KERNELS", "reference")
+def test_the_definition_of_pooling_is_the_mean_over_each_class(monkeypatch):
     features, labels = random(2, 3, 5, 7, 6), labelled(2, 7, 6, 9)
     prototypes, counts = kernels.prototype_pool(features, labels, 9)
-    assert_close([prototypes], [loop_pool(features, labels, 9)])
-    assert counts.dtype == torch.int32
-    assert counts.tolist() == [[int((labels[b] == k).sum()) for k in range(9)] for b in range(2)]
+    assert counts.dtype == torch.int32 and prototypes.dtype == torch.float32
+    for b, k in itertools.product(range(2), range(9)):
+        pixels = features[b, :, :, labels[b] == k]  # (M, C, n)
+        assert counts[b, k] == pixels.shape[2]
+        assert_close([prototypes[b, :, k]], [pixels.mean(2) if pixels.shape[2] else torch.zeros(3, 5).to(pixels)])
 
 
-def test_reference_distance_is_the_loop_over_samples_modalities_and_classes(monkeypatch):
+@pytest.mark.parametrize("layout", ["channels first", "channels last"])
+def test_the_definition_of_the_distance_is_the_loop_over_samples_modalities_and_classes(layout, monkeypatch):
     monkeypatch.setenv("RMMSS_KERNELS", "reference")
     student, teacher, labels = 3 * random(3, 4, 5, 6, 7), 3 * random(3, 4, 5, 6, 7), labelled(3, 6, 7, 12)
+    if layout == "channels last":
+        student, teacher = (x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for x in (student, teacher))
     labels[1] = 255  # a sample without a labelled pixel adds 0
-    present, match = sensors(3, 4)
+    present, match = modalities(3, 4)
     found = kernels.prototype_distance(student, teacher, labels, present, match, 12)
-    assert_close([found], [loop_distance(student, teacher, labels, present, match, 12)])
+    assert_close([found], [reference.prototype_distance_loop(student, teacher, labels, present, match, 12)])
 
 
-def test_reference_cosine_is_the_one_to_the_pixels_own_class(monkeypatch):
-    monkeypatch.setenv("RMMSS_KERNELS", "reference")
+def test_the_definition_of_the_cosine_is_the_one_to_the_pixels_own_class():
     features, labels, prototypes = random(2, 2, 5, 4, 6), labelled(2, 4, 6, 3), random(2, 2, 3, 5)
+    features[1, 1] = 0  # as of an absent modality: no direction, so 0
+    features.requires_grad_()
     found = kernels.pixel_prototype_cosine(features, labels, prototypes)
-    assert_close([found], [loop_cosine(features, labels, prototypes)])
+    for b, m, y, x in itertools.product(range(2), range(2), range(4), range(6)):
+        expected = torch.zeros((), device=DEVICE)
+        if labels[b, y, x] < 3:
+            expected = F.cosine_similarity(features[b, m, :, y, x], prototypes[b, m, labels[b, y, x]], dim=0)
+        assert found[b, m, y, x].item() == pytest.approx(expected.item(), abs=1e-6)
+    grad = torch.autograd.grad(found.sum(), features)[0]
+    assert not grad[1, 1].any() and not grad[0, :, :, labels[0] == 255].any() and grad[0].any()
 
 
-@pytest.mark.parametrize("temperature", [None, 0.2, 3.0])
-def test_reference_selection_is_the_folded_convolution_and_the_choice(temperature, monkeypatch):
+@pytest.mark.parametrize("rule", kernels.RULES)
+@pytest.mark.parametrize("temperature", [0.2, 3.0])
+def test_the_definition_of_the_selection_is_the_convolution_and_the_choice(rule, temperature, monkeypatch):
     monkeypatch.setenv("RMMSS_KERNELS", "reference")
     features, weight, bias = [random(2, 6, 5, 7) for _ in range(3)], random(3, 6, 3, 3), random(2, 3)
-    assert_close([kernels.feature_score(features, weight, bias)], [plain_scores(features, weight, bias)])
-    found, share = kernels.feature_score_select(features, weight, bias, temperature)
-    assert_close([found], [plain_select(features, weight, bias, temperature)])
+    found, share = kernels.feature_select(features, weight, bias, rule, temperature)
+    assert_close([found], [plain_select(features, weight, bias, rule, temperature)])
     assert share.shape == (3,) and share.sum().item() == pytest.approx(1, abs=1e-5) and not share.requires_grad
 
 
-def test_a_cosine_without_a_direction_is_zero_with_zero_gradient(monkeypatch):
-    for path in ("reference", "triton") if kernels._prototype else ("reference",):
-        features, labels = random(1, 2, 3, 4, 5), labelled(1, 4, 5, 2, ignored=0)
-        features[:, 1] = 0  # as of an absent modality
-        call = lambda f, p, y=labels: kernels.pixel_prototype_cosine(f, y, p)  # noqa: E731
-        cosine, grad, _ = evaluate(path, call, [features, random(1, 2, 2, 3)], monkeypatch)
-        assert (cosine[:, 1] == 0).all() and (grad[:, 1] == 0).all() and grad[:, 0].abs().min() > 0
+def test_the_share_is_each_sources_mean_weight(monkeypatch):
+    """Of sources that are 0 and 1 everywhere, the selection is the weight of the second."""
+    features = [torch.zeros(2, 3, 5, 7, device=DEVICE), torch.ones(2, 3, 5, 7, device=DEVICE)]
+    for path, rule in itertools.product(PATHS, kernels.RULES):
+        monkeypatch.setenv("RMMSS_KERNELS", path)
+        selected, share = kernels.feature_select(features, random(2, 3, 3, 3), random(2, 2), rule, 0.5)
+        assert share.tolist() == pytest.approx([1 - selected.mean().item(), selected.mean().item()], abs=1e-6)
 
 
 def test_equal_candidates_select_the_first_source(monkeypatch):
-    for path in ("reference", "triton") if kernels._prototype else ("reference",):
-        f = random(1, 3, 4, 5)
-        weight, bias = random(1, 3, 3, 3).expand(3, 3, 3, 3), torch.zeros(3, device=DEVICE)
-        call = lambda *x, w=weight, b=bias: kernels.feature_score_select(x, w, b, None)  # noqa: E731
-        selected, share, *grads = evaluate(path, call, [f, f, f], monkeypatch)
-        assert torch.equal(selected, f) and share.tolist() == [1, 0, 0]
-        assert grads[0].abs().min() > 0 and not grads[1].any() and not grads[2].any()
+    f = random(1, 3, 4, 5)
+    weight, bias = random(1, 3, 3, 3).expand(2, 3, 3, 3), torch.zeros(2, device=DEVICE)
+    for path in PATHS:
+        monkeypatch.setenv("RMMSS_KERNELS", path)
+        selected, share = kernels.feature_select([f, f.clone()], weight, bias, "hard", 0.2)
+        assert torch.equal(selected, f) and share.tolist() == [1, 0]
 
 
-def test_gradients_of_the_reference_pass_gradcheck(monkeypatch):
+def test_an_ignored_pixel_that_is_not_a_number_poisons_nothing(monkeypatch):
+    B, M, C, h, w, K = 2, 2, 5, 6, 7, 4
+    labels, (present, match) = labelled(B, h, w, K), modalities(B, M)
+    labels[0, 0, :3] = 255
+    student, teacher, prototypes = random(B, M, C, h, w), random(B, M, C, h, w), random(B, M, K, C)
+    broken = student.clone(), teacher.clone()
+    for x in broken:
+        x[0, :, :, 0, 0] = float("nan")
+        x[0, :, :, 0, 1] = float("inf")
+        x[0, :, :, 0, 2] = -float("inf")
+    calls = {
+        "distance": lambda s, t, _: kernels.prototype_distance(s, t.detach(), labels, present, match, K),
+        "pool": lambda s, *_: kernels.prototype_pool(s, labels, K)[0],
+        "cosine": lambda s, _, p: kernels.pixel_prototype_cosine(s, labels, p),
+    }
+    for path, call in itertools.product(PATHS, calls.values()):
+        found = evaluate(path, call, [*broken, prototypes], monkeypatch)
+        assert_close(found, evaluate(path, call, [student, teacher, prototypes], monkeypatch))
+
+
+def test_gradients_of_the_definitions_pass_gradcheck(monkeypatch):
     monkeypatch.setenv("RMMSS_KERNELS", "reference")
     double = {"dtype": torch.float64, "device": DEVICE, "requires_grad": True}
-    x, labels, (present, match) = torch.randn(2, 2, 3, 4, 3, **double), labelled(2, 4, 3, 4), sensors(2, 2)
+    x, labels, (present, match) = torch.randn(2, 2, 3, 4, 3, **double), labelled(2, 4, 3, 4), modalities(2, 2)
+    last = torch.randn(2, 2, 4, 3, 3, **double)
     teacher, prototypes = torch.randn(2, 2, 3, 4, 3, **double).detach(), torch.randn(2, 2, 4, 3, **double)
-    features = [torch.randn(1, 2, 3, 4, **double) for _ in range(2)]
+    features = [torch.randn(1, 2, 3, 4, **double).detach() for _ in range(2)]
     weight, bias = torch.randn(2, 2, 3, 3, **double), torch.randn(1, 2, **double)
     check = torch.autograd.gradcheck
     assert check(lambda f: kernels.prototype_pool(f, labels, 4)[0], x)
     assert check(lambda f: kernels.prototype_distance(f, teacher, labels, present, match, 4), x)
+    assert check(lambda f: kernels.prototype_pool(f.permute(0, 1, 4, 2, 3), labels, 4)[0], last)
     assert check(lambda f, p: kernels.pixel_prototype_cosine(f, labels, p), (x, prototypes))
-    assert check(lambda w, b, *f: kernels.feature_score(f, w, b), (weight, bias, *features))
-    assert check(lambda w, b, *f: kernels.feature_score_select(f, w, b, 0.7)[0], (weight, bias, *features))
-    assert check(lambda *f: kernels.feature_score_select(f, weight.detach(), bias.detach(), None)[0], features)
+    for rule in ("score", "candidate"):
+        assert check(lambda w, b, rule=rule: kernels.feature_select(features, w, b, rule, 0.7)[0], (weight, bias))
 
 
-# ------------------------------------------------------------------------- Triton against the reference
+# ------------------------------------------------------------------------- Triton against the definitions
 
 MAPS = [  # B, M, C, h, w, K
     (1, 1, 1, 1, 1, 1),
@@ -225,96 +219,85 @@ MAPS = [  # B, M, C, h, w, K
     (2, 2, 33, 13, 17, 19),
     (1, 1, 512, 3, 5, 7),
     (1, 2, 20, 37, 31, 25),  # more pixels than one program of the pooling sums
-    (1, 2, 4, 5, 5, 70),  # more classes than one
+    (1, 2, 4, 5, 5, 200),
 ]
-SOURCES = [  # S, B, C, h, w
-    (2, 1, 1, 1, 1),
-    (2, 2, 5, 7, 11),
-    (2, 1, 17, 7, 31),  # several tiles, and a C that is no multiple of any block
-    (1, 1, 512, 2, 3),
-    (3, 2, 5, 3, 2),
-    (8, 1, 3, 5, 5),
+SOURCES = [  # B, C, h, w
+    (1, 1, 1, 1),
+    (2, 5, 7, 11),
+    (1, 17, 7, 31),  # several tiles, and a C that is no multiple of any block
+    (1, 70, 3, 33),
+    (2, 5, 13, 2),
 ]
+
+
+def distance_to(teacher, labels, present, match, K):
+    return lambda student: kernels.prototype_distance(student, teacher, labels, present, match, K)
+
+
+def selection_of(features, rule, temperature):
+    """The call as a function of weight and bias, which alone have gradients."""
+    return lambda weight, bias: kernels.feature_select(features, weight, bias, rule, temperature)
 
 
 @needs_triton
 @pytest.mark.parametrize("B, M, C, h, w, K", MAPS)
-def test_triton_prototypes_and_distance_equal_the_reference(B, M, C, h, w, K, monkeypatch):
-    labels, (present, match) = labelled(B, h, w, K), sensors(B, M)
+def test_triton_distance_equals_the_definition(B, M, C, h, w, K, monkeypatch):
+    labels, (present, match) = labelled(B, h, w, K), modalities(B, M)
     student, teacher = 3 * random(B, M, C, h, w), 3 * random(B, M, C, h, w)
-    assert_triton_agrees(lambda f: kernels.prototype_pool(f, labels, K), [student], monkeypatch)
-    distance = lambda f: kernels.prototype_distance(f, teacher, labels, present, match, K)  # noqa: E731
-    assert_triton_agrees(distance, [student], monkeypatch)
+    assert_triton_agrees(distance_to(teacher, labels, present, match, K), [student], monkeypatch)
 
 
 @needs_triton
-@pytest.mark.parametrize("B, M, C, h, w, K", MAPS)
-def test_triton_cosine_equals_the_reference(B, M, C, h, w, K, monkeypatch):
-    labels = labelled(B, h, w, K)
-    cosine = lambda f, p: kernels.pixel_prototype_cosine(f, labels, p)  # noqa: E731
-    floor = 0.1 if C == 1 else 0.0  # one channel: the cosine is 1 or -1, and its gradient nothing but rounding
-    assert_triton_agrees(cosine, [random(B, M, C, h, w), random(B, M, K, C)], monkeypatch, floor)
-
-
-@needs_triton
-@pytest.mark.parametrize("S, B, C, h, w", SOURCES)
-def test_triton_scores_and_selection_equal_the_reference(S, B, C, h, w, monkeypatch):
-    weight, features = random(S, C, 3, 3) / (3 * C**0.5), [random(B, C, h, w) for _ in range(S)]
-    score = lambda w, b, *f: kernels.feature_score(f, w, b)  # noqa: E731
-    assert_triton_agrees(score, [weight, random(S), *features], monkeypatch)
-    for rule in (None, 1.0) if C < 512 else (1.0,):
-        select = lambda w, b, *f, rule=rule: kernels.feature_score_select(f, w, b, rule)  # noqa: E731
-        assert_triton_agrees(select, [weight, random(B, S), *features], monkeypatch)
+@pytest.mark.parametrize("B, C, h, w", SOURCES)
+@pytest.mark.parametrize("rule", kernels.RULES)
+def test_triton_selection_equals_the_definition(rule, B, C, h, w, monkeypatch):
+    weight, features = random(2, C, 3, 3) / (3 * C**0.5), [random(B, C, h, w) for _ in range(2)]
+    for bias in (random(2), random(B, 2)):
+        assert_triton_agrees(selection_of(features, rule, 1.0), [weight, bias], monkeypatch)
 
 
 @needs_triton
 def test_triton_selection_at_a_low_temperature_is_as_exact_as_pytorch(monkeypatch):
     """The scores' gradients are differences of large numbers there, for both; the truth is the float64 definition."""
-    inputs = [random(2, 5, 3, 3), random(2, 2), random(2, 5, 7, 6), random(2, 5, 7, 6)]
-    select = lambda w, b, *f: kernels.feature_score_select(f, w, b, 0.2)[0]  # noqa: E731
-    truth = evaluate("reference", select, [x.double() for x in inputs], monkeypatch)
-    pytorch = evaluate("reference", select, inputs, monkeypatch)
-    triton = evaluate("triton", select, inputs, monkeypatch)
-    for a, b, t in zip(triton, pytorch, truth, strict=True):
-        allowed = max(2 * (b.double() - t).abs().max().item(), 1e-5 * t.abs().max().item())
-        assert (a.double() - t).abs().max() <= allowed
+    features, inputs = [random(2, 5, 7, 6) for _ in range(2)], [random(2, 5, 3, 3), random(2, 2)]
+    for rule in ("score", "candidate"):
+        double = selection_of([f.double() for f in features], rule, 0.2)
+        truth = evaluate("reference", double, [x.double() for x in inputs], monkeypatch)
+        pytorch = evaluate("reference", selection_of(features, rule, 0.2), inputs, monkeypatch)
+        triton = evaluate("triton", selection_of(features, rule, 0.2), inputs, monkeypatch)
+        for a, b, t in zip(triton, pytorch, truth, strict=True):
+            allowed = max(2 * (b.double() - t).abs().max().item(), 1e-5 * t.abs().max().item())
+            assert (a.double() - t).abs().max() <= allowed
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_at_most_twice_as_much_as_pytorch(dtype, monkeypatch):
     B, M, C, h, w, K = 2, 3, 6, 9, 8, 5
-    labels, (present, match) = labelled(B, h, w, K), sensors(B, M)
+    labels, (present, match) = labelled(B, h, w, K), modalities(B, M)
     student, teacher = random(B, M, C, h, w, dtype=dtype), random(B, M, C, h, w, dtype=dtype)
     sources, weight, bias = [random(B, C, h, w, dtype=dtype) for _ in range(2)], random(2, C, 3, 3) / 5, random(2)
-    cases = {  # kernel, the same written out in plain PyTorch, inputs
-        "pool": (lambda f: kernels.prototype_pool(f, labels, K)[0], lambda f: loop_pool(f, labels, K), [student]),
+    wide = [f.float() for f in sources]
+    cases = {  # name: kernel, the same in plain PyTorch in the same precision, the definition in float32; inputs
         "distance": (
-            lambda f: kernels.prototype_distance(f, teacher.to(f.dtype), labels, present, match, K),
-            lambda f: loop_distance(f, teacher.to(f.dtype), labels, present, match, K),
+            distance_to(teacher, labels, present, match, K),
+            lambda f: reference.prototype_distance_loop(f, teacher, labels, present, match, K),
+            distance_to(teacher.float(), labels, present, match, K),
             [student],
-        ),
-        "cosine": (
-            lambda f, p: kernels.pixel_prototype_cosine(f, labels, p),
-            lambda f, p: loop_cosine(f, labels, p),
-            [student, random(B, M, K, C, dtype=dtype).float()],
-        ),
-        "score": (
-            lambda w, b, *f: kernels.feature_score(f, w, b),
-            lambda w, b, *f: plain_scores(f, w, b),
-            [weight, bias, *sources],
-        ),
-        "select": (
-            lambda w, b, *f: kernels.feature_score_select(f, w, b, 0.5)[0],
-            lambda w, b, *f: plain_select(f, w, b, 0.5),
-            [weight, bias, *sources],
-        ),
-        "hard": (lambda *f: kernels.feature_score_select(f, weight, bias, None)[0], None, sources),
+        )
     }
-    for name, (kernel, plain, inputs) in cases.items():
-        truth = evaluate("reference", kernel, [x.float() for x in inputs], monkeypatch)
+    for rule in kernels.RULES:
+        cases[rule] = (
+            lambda w, b, rule=rule: kernels.feature_select(sources, w, b, rule, 0.5)[0],
+            lambda w, b, rule=rule: plain_select(sources, w, b, rule, 0.5),
+            lambda w, b, rule=rule: kernels.feature_select(wide, w, b, rule, 0.5)[0],
+            [weight, bias],
+        )
+    for name, (kernel, plain, definition, inputs) in cases.items():
+        truth = evaluate("reference", definition, [x.float() for x in inputs], monkeypatch)
         found = evaluate("triton", kernel, inputs, monkeypatch)
-        pytorch = evaluate("reference", plain or kernel, inputs, monkeypatch)
+        pytorch = evaluate("reference", plain, inputs, monkeypatch)
+        assert found[0].dtype == (torch.float32 if name == "distance" else dtype)
         for i, (a, b, t) in enumerate(zip(found, pytorch, truth, strict=True)):
             error, allowed = (a.float() - t).abs().max().item(), 2 * (b.float() - t).abs().max().item()
             assert error <= allowed + 1e-6 * t.abs().max().item(), f"{name}, tensor {i}: {error} > {allowed}"
@@ -335,18 +318,14 @@ def test_triton_takes_every_kind_of_labels(case, monkeypatch):
         labels[0, 0, :4] = torch.tensor([-1, -100, K, 2**40], device=DEVICE)
     elif case == "one sample ignored":
         labels[1] = labelled(1, h, w, K)[0]
-    student, teacher, (present, match) = random(B, M, C, h, w), random(B, M, C, h, w), sensors(B, M)
-    assert_triton_agrees(lambda f: kernels.prototype_pool(f, labels, K), [student], monkeypatch)
-    distance = lambda f: kernels.prototype_distance(f, teacher, labels, present, match, K)  # noqa: E731
-    assert_triton_agrees(distance, [student], monkeypatch)
-    cosine = lambda f, p: kernels.pixel_prototype_cosine(f, labels, p)  # noqa: E731
-    assert_triton_agrees(cosine, [student, random(B, M, K, C)], monkeypatch)
+    student, teacher, (present, match) = random(B, M, C, h, w), random(B, M, C, h, w), modalities(B, M)
+    assert_triton_agrees(distance_to(teacher, labels, present, match, K), [student], monkeypatch)
 
 
 @needs_triton
 def test_triton_takes_any_strides(monkeypatch):
     B, M, C, h, w, K = 2, 3, 5, 6, 8, 4
-    labels, (present, match) = labelled(B, w, h, K).transpose(1, 2), sensors(B, M)
+    labels, (present, match) = labelled(B, w, h, K).transpose(1, 2), modalities(B, M)
     present, match = present.t().contiguous().t(), match.t().contiguous().t()
     views = {
         "channels last": random(B, M, h, w, C).permute(0, 1, 4, 2, 3),
@@ -355,18 +334,12 @@ def test_triton_takes_any_strides(monkeypatch):
         "transposed": random(B, M, C, w, h).transpose(3, 4),
         "expanded": random(1, M, C, h, w).expand(B, M, C, h, w),
     }
-    prototypes = random(B, K, C, M).permute(0, 3, 1, 2)
-    for student, teacher in zip(views.values(), [*views.values()][1:], strict=False):
-        distance = lambda f, t=teacher: kernels.prototype_distance(f, t, labels, present, match, K)  # noqa: E731
-        assert_triton_agrees(distance, [student], monkeypatch)
-    for view in views.values():
-        assert_triton_agrees(lambda f: kernels.prototype_pool(f, labels, K), [view], monkeypatch)
-        cosine = lambda f, p: kernels.pixel_prototype_cosine(f, labels, p)  # noqa: E731
-        assert_triton_agrees(cosine, [view, prototypes], monkeypatch)
-        weight, bias = random(C, 2, 3, 3).transpose(0, 1), random(2, B).t()
-        select = lambda w, b, *f: kernels.feature_score_select(f, w, b, 1.0)  # noqa: E731
-        assert_triton_agrees(select, [weight, bias, view[:, 0], view[:, 1]], monkeypatch)
-    assert_triton_agrees(select, [weight, bias, view[:, 0], random(B, C, h, w)], monkeypatch)  # two kinds of strides
+    weight, bias = random(C, 2, 3, 3).transpose(0, 1), random(2, B).t()
+    for student, teacher in zip(views.values(), [*views.values()][1:] + [views["channels last"]], strict=True):
+        assert_triton_agrees(distance_to(teacher, labels, present, match, K), [student], monkeypatch)
+        assert_triton_agrees(distance_to(student.clone(), labels, present, match, K), [student], monkeypatch)
+        for sources in ([student[:, 0], student[:, 1]], [student[:, 0], teacher[:, 0]]):
+            assert_triton_agrees(selection_of(sources, "candidate", 1.0), [weight, bias], monkeypatch)
 
 
 @needs_triton
@@ -374,88 +347,130 @@ def test_triton_reads_neither_absent_modalities_nor_unanswered_teachers(monkeypa
     student, teacher, labels = random(2, 3, 4, 5, 6), random(2, 3, 4, 5, 6), labelled(2, 5, 6, 3)
     present = torch.tensor([[True, False, False], [False, True, True]], device=DEVICE)
     match = torch.tensor([[2, 0, 1], [1, 2, 0]], device=DEVICE)
-    call = lambda s, t: kernels.prototype_distance(s, t.detach(), labels, present, match, 3)  # noqa: E731
-    expected = evaluate("reference", call, [student, teacher], monkeypatch)
+    expected = evaluate("reference", distance_to(teacher, labels, present, match, 3), [student], monkeypatch)
     student[~present] = float("nan")
     teacher[0, :2] = float("nan")
     teacher[1, 1] = float("nan")
-    found = evaluate("triton", call, [student, teacher], monkeypatch)
+    found = evaluate("triton", distance_to(teacher, labels, present, match, 3), [student], monkeypatch)
     assert_close(found, expected)
     assert (found[1][~present] == 0).all()
 
 
 @needs_triton
 def test_triton_gives_identical_bits_twice(monkeypatch):
-    labels, (present, match) = labelled(1, 33, 35, 6), sensors(1, 3)
-    student, teacher, prototypes = random(1, 3, 5, 33, 35), random(1, 3, 5, 33, 35), random(1, 3, 6, 5)
+    labels, (present, match) = labelled(1, 33, 35, 6), modalities(1, 3)
+    student, teacher = random(1, 3, 5, 33, 35), random(1, 3, 5, 33, 35)
     sources, weight, bias = [random(1, 3, 9, 35) for _ in range(2)], random(2, 3, 3, 3), random(1, 2)
-    for call, inputs in (
-        (lambda f: kernels.prototype_distance(f, teacher, labels, present, match, 6), [student]),
-        (lambda f, p: kernels.pixel_prototype_cosine(f, labels, p), [student, prototypes]),
-        (lambda w, b, *f: kernels.feature_score_select(f, w, b, 0.2), [weight, bias, *sources]),
-    ):
+    cases = [(distance_to(teacher, labels, present, match, 6), [student])]
+    cases += [(selection_of(sources, rule, 0.2), [weight, bias]) for rule in kernels.RULES]
+    for call, inputs in cases:
         first, second = (evaluate("triton", call, inputs, monkeypatch) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+# ------------------------------------------------------------------------- dispatch, torch.compile, errors
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_torch_compile_goes_through_without_a_graph_break(path, monkeypatch):
+    monkeypatch.setenv("RMMSS_KERNELS", path)
+    labels, (present, match) = labelled(2, 6, 7, 4), modalities(2, 3)
+    student, teacher = random(2, 3, 5, 6, 7).requires_grad_(), random(2, 3, 5, 6, 7)
+    sources, weight, bias = [random(2, 5, 6, 7) for _ in range(2)], random(2, 5, 3, 3).requires_grad_(), random(2)
+
+    def step(student, weight):
+        loss = kernels.prototype_distance(student, teacher, labels, present, match, 4)
+        for rule in kernels.RULES:
+            loss = loss + kernels.feature_select(sources, weight, bias, rule, 0.5)[0].square().mean()
+        return loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, step):
+        loss = function(student, weight)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [student, weight])])
+    assert_close(*results)
+
+
 @needs_triton
-def test_gradients_that_nobody_needs_are_not_computed(monkeypatch):
-    """In stage 2 the features come from frozen models."""
-    monkeypatch.setenv("RMMSS_KERNELS", "triton")
-    features, bias = [random(1, 4, 5, 6) for _ in range(2)], torch.zeros(2, device=DEVICE)
-    weight = random(2, 4, 3, 3).requires_grad_()
-    monkeypatch.setattr("kernels._feature_score.launch_features_backward", None)
-    kernels.feature_score_select(features, weight, bias, 0.2)[0].sum().backward()
-    assert weight.grad.abs().min() > 0
-
-
-# ------------------------------------------------------------------------------------ dispatch and errors
+def test_the_custom_ops_keep_what_they_promise_to_torch_compile(monkeypatch):
+    """Shapes, dtypes and strides of their fake versions, no aliases, and gradients that can be traced."""
+    labels, (present, match) = labelled(1, 4, 5, 3), modalities(1, 2)
+    student, teacher = random(1, 2, 3, 20).requires_grad_(), random(1, 2, 3, 20)
+    args = student, teacher, labels.flatten(1), present, match, 3
+    torch.library.opcheck(kernels.prototype.distance_op, args)
+    sources = [random(1, 3, 4, 5) for _ in range(2)]
+    weight, bias = random(2, 3, 3, 3).requires_grad_(), random(1, 2).requires_grad_()
+    torch.library.opcheck(kernels.selection.select_op, (*sources, weight, bias, "score", 0.5))
 
 
 def test_autocast_does_not_lower_the_precision(monkeypatch):
     monkeypatch.setenv("RMMSS_KERNELS", "reference")
     student, teacher, labels = random(1, 2, 8, 9, 9), random(1, 2, 8, 9, 9), labelled(1, 9, 9, 4)
-    present, match = sensors(1, 2)
-    expected = kernels.prototype_distance(student, teacher, labels, present, match, 4)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert torch.equal(kernels.prototype_distance(student, teacher, labels, present, match, 4), expected)
+    present, match = modalities(1, 2)
+    sources, weight, bias = [student[:, 0], student[:, 1]], random(2, 8, 3, 3), random(2)
+    for call in (
+        lambda: kernels.prototype_distance(student, teacher, labels, present, match, 4),
+        lambda: kernels.pixel_prototype_cosine(student, labels, kernels.prototype_pool(student, labels, 4)[0]),
+        lambda: kernels.feature_select(sources, weight, bias, "score", 0.2)[0],
+    ):
+        expected = call()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            assert torch.equal(call(), expected)
 
 
 def test_the_variable_chooses_the_path(monkeypatch):
     x, labels = torch.randn(1, 1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.int64)
+    present, match = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1, dtype=torch.int64)
     monkeypatch.setenv("RMMSS_KERNELS", "cuda")
     with pytest.raises(ValueError, match="RMMSS_KERNELS is 'cuda'"):
-        kernels.prototype_pool(x, labels, 2)
+        kernels.prototype_distance(x, x, labels, present, match, 2)
     monkeypatch.setenv("RMMSS_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1" if kernels._prototype else "not installed"):
-        kernels.prototype_pool(x, labels, 2)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1" if kernels.prototype else "not installed"):
+        kernels.prototype_distance(x, x, labels, present, match, 2)
     monkeypatch.delenv("RMMSS_KERNELS")
-    kernels.prototype_pool(x, labels, 2)
+    kernels.prototype_distance(x, x, labels, present, match, 2)
+
+
+def test_the_hard_rule_has_no_gradient_and_the_sources_never(monkeypatch):
+    weight = random(2, 4, 3, 3).requires_grad_()
+    sources, bias = [random(1, 4, 5, 6) for _ in range(2)], torch.zeros(2, device=DEVICE)
+    for path in PATHS:
+        monkeypatch.setenv("RMMSS_KERNELS", path)
+        assert not kernels.feature_select(sources, weight, bias, "hard", 0.2)[0].requires_grad
+        learns = [sources[0], sources[1].clone().requires_grad_()]
+        with pytest.raises(ValueError, match="features.1. requires a gradient"):
+            kernels.feature_select(learns, weight, bias, "score", 0.2)
+        with torch.no_grad():  # nobody asks for one here
+            kernels.feature_select(learns, weight, bias, "score", 0.2)
 
 
 def test_bad_arguments_are_refused_in_one_sentence():
     x, labels = torch.randn(2, 3, 4, 5, 6), torch.zeros(2, 5, 6, dtype=torch.int64)
     present, match = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int64)
     sources, weight, bias = [x[:, 0], x[:, 1]], torch.randn(2, 4, 3, 3), torch.zeros(2)
+    select = kernels.feature_select
     for sentence, call in (
-        ("empty batch", lambda: kernels.prototype_pool(x[:0], labels[:0], 3)),
-        ("empty batch", lambda: kernels.prototype_distance(x[:0], x[:0], labels[:0], present[:0], match[:0], 3)),
-        ("empty batch", lambda: kernels.pixel_prototype_cosine(x[:0], labels[:0], torch.randn(0, 3, 2, 4))),
-        ("empty batch", lambda: kernels.feature_score_select([s[:0] for s in sources], weight, bias, 0.2)),
-        ("labels are torch.int32", lambda: kernels.prototype_pool(x, labels.int(), 3)),
-        ("labels are", lambda: kernels.prototype_pool(x, labels[:, :4], 3)),
+        ("features is .*not empty", lambda: kernels.prototype_pool(x[:0], labels[:0], 3)),
+        ("student is .*not empty", lambda: kernels.prototype_distance(x[:0], x[:0], labels, present, match, 3)),
+        ("features.0. is .*not empty", lambda: select([s[:0] for s in sources], weight, bias, "score", 0.2)),
+        ("labels is .*int32", lambda: kernels.prototype_pool(x, labels.int(), 3)),
+        ("labels is .2, 4, 6.", lambda: kernels.prototype_pool(x, labels[:, :4], 3)),
         ("num_classes", lambda: kernels.prototype_pool(x, labels, 0)),
-        ("features is", lambda: kernels.prototype_pool(x[0], labels, 3)),
-        ("one shape and one dtype", lambda: kernels.prototype_distance(x, x.half(), labels, present, match, 3)),
-        ("present is", lambda: kernels.prototype_distance(x, x, labels, present.float(), match, 3)),
+        ("give floating .B, M, C, h, w.", lambda: kernels.prototype_pool(x[0], labels, 3)),
+        ("teacher is .*float16", lambda: kernels.prototype_distance(x, x.half(), labels, present, match, 3)),
+        ("present is .*give .B, M.", lambda: kernels.prototype_distance(x, x, labels, present.float(), match, 3)),
         ("match is", lambda: kernels.prototype_distance(x, x, labels, present, match[:, :2], 3)),
-        ("prototypes are", lambda: kernels.pixel_prototype_cosine(x, labels, torch.randn(2, 3, 4, 5))),
-        ("0 sources", lambda: kernels.feature_score([], weight, bias)),
-        ("features.1. is", lambda: kernels.feature_score([x[:, 0], x[:, 0, :3]], weight, bias)),
-        ("weight is", lambda: kernels.feature_score(sources, weight[:1], bias)),
-        ("bias is", lambda: kernels.feature_score(sources, weight, bias[:1])),
-        ("temperature is", lambda: kernels.feature_score_select(sources, weight, bias, 0.0)),
+        ("prototypes is", lambda: kernels.pixel_prototype_cosine(x, labels, torch.randn(2, 3, 4, 5))),
+        ("features is empty", lambda: select([], weight, bias, "score", 0.2)),
+        ("features.1. is", lambda: select([x[:, 0], x[:, 0, :3]], weight, bias, "score", 0.2)),
+        ("weight is", lambda: select(sources, weight[:1], bias, "score", 0.2)),
+        ("bias is", lambda: select(sources, weight, bias[:1], "score", 0.2)),
+        ("rule is 'soft'", lambda: select(sources, weight, bias, "soft", 0.2)),
+        ("temperature is 0.0", lambda: select(sources, weight, bias, "score", 0.0)),
+        ("meta", lambda: select(sources, weight.to("meta"), bias, "score", 0.2)),
     ):
         with pytest.raises(ValueError, match=sentence):
             call()

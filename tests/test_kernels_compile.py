@@ -1,11 +1,14 @@
-"""Every Triton kernel compiles to machine code for compute capability 8.0 and 9.0, without a GPU.
+"""What training launches compiles to fast machine code, for compute capability 8.0 and 9.0 and without a GPU.
 
-The interpreter of the other kernel tests accepts code that the compiler refuses. Here the launchers run as they would
-on a GPU, on CPU tensors, with the launch itself replaced by a compilation of exactly what it would launch. A process
-of its own does that (this file as a script), because Triton is either interpreter or compiler from its import on.
+The interpreter of the other kernel tests accepts code that the compiler refuses, and knows nothing of speed. Here the
+public calls run as on a GPU, on tensors of the real shapes and layouts, and Triton specialises and compiles each
+launch itself; only the launch is left out. A process of its own does that (this file as a script), because Triton is
+either interpreter or compiler from its import on.
+
+Sizes: DELIVER at 1024 x 1024, batch 2, four modalities, B0. An access of 16 bytes to features needs rows that are
+multiples of 16 bytes: all but 25 classes channels-last.
 """
 
-import importlib
 import importlib.util
 import json
 import os
@@ -16,75 +19,74 @@ import sys
 import tempfile
 
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a program may take
+STAGES = ((32, 256), (64, 128), (160, 64), (256, 32))  # channels, side
+LOGITS = (25, 1024)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """{capability: one record per compiled launch}; the two capabilities compile side by side."""
+    """One record per compiled launch."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     start = [sys.executable, str(pathlib.Path(__file__).resolve())]
-    running = {
-        capability: subprocess.Popen(
-            [*start, str(capability)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for capability in SHARED_LIMIT
-    }
-    records = {}
-    for capability, process in running.items():
-        out, error = process.communicate(timeout=600)
-        assert process.returncode == 0, f"compiling for {capability} failed:\n{error[-3000:]}"
-        records[capability] = [json.loads(line) for line in out.splitlines()]
+    records = []
+    for capability in SHARED_LIMIT:
+        done = subprocess.run([*start, str(capability)], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"compiling for {capability} failed:\n{done.stderr[-3000:]}"
+        records += map(json.loads, done.stdout.splitlines())
     return records
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_every_kernel_is_compiled(compiled, capability):
+def failing(records, wrong):
+    return "\n".join(str(record) for record in records if wrong(record))
+
+
+def test_every_kernel_is_compiled_for_both_layouts_and_capabilities(compiled):
     source = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
-    names = set(re.findall(r"def (\w+_kernel)\(", source))
-    assert {record["kernel"] for record in compiled[capability]} == names
+    names = set(re.findall(r"def (\w+_kernel)\(", source)) - {"distance_kernel"}  # which never sees the features
+    expected = {(name, layout, capability) for name in names for layout in ("last", "first") for capability in (80, 90)}
+    assert {(r["kernel"], r["layout"], r["capability"]) for r in compiled} >= expected
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_no_kernel_spills_registers(compiled, capability):
-    spilling = [record for record in compiled[capability] if record["local"] > 0 or record["stack"] > 0]
-    assert not spilling, "\n".join(map(str, spilling))
+def test_no_kernel_spills_registers_or_exceeds_the_shared_memory(compiled):
+    bad = failing(compiled, lambda r: r["local"] or r["stack"] or r["shared"] > SHARED_LIMIT[r["capability"]])
+    assert not bad, bad
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_every_kernel_fits_the_shared_memory(compiled, capability):
-    large = [record for record in compiled[capability] if record["shared"] > SHARED_LIMIT[capability]]
-    assert not large, "\n".join(map(str, large))
+def test_features_are_read_16_bytes_at_a_time(compiled):
+    """By the bytes that all loads of a kernel ask for: features are four fifths of them and more."""
+
+    def share(loads):
+        return loads.get("16", 0) * 16 / sum(int(width) * count for width, count in loads.items())
+
+    reading = [r for r in compiled if r["kernel"] in ("spread_kernel", "select_kernel", "weight_backward_kernel")]
+    bad = failing(reading, lambda r: (r["layout"], r["C"]) != ("last", 25) and share(r["loads"]) < 0.8)
+    assert not bad, bad
+
+
+def test_features_are_written_16_bytes_at_a_time(compiled):
+    small = {"spread_kernel": 0, "select_kernel": 3}  # other stores: two scores and a share
+    writing = [r for r in compiled if r["kernel"] in small and (r["layout"], r["C"]) != ("last", 25)]
+    bad = failing(writing, lambda r: sum(r["stores"].values()) - r["stores"].get("16", 0) > small[r["kernel"]])
+    assert writing and not bad, bad
+
+
+def test_pooling_copies_features_asynchronously_and_16_bytes_at_a_time(compiled):
+    pooling = [r for r in compiled if r["kernel"] == "pool_kernel"]
+    bad = failing(pooling, lambda r: set(r["async"]) != {"8", "16"})  # labels, features
+    assert pooling and not bad, bad
 
 
 # ------------------------------------------------------------------------------------- the compiling process
 
 
-def specialise(value, path):
-    """What Triton's launcher makes of one argument: (signature, constants, attributes), as for a real launch."""
-    import torch
-
-    if isinstance(value, tuple):
-        parts = [specialise(item, (*path, i)) for i, item in enumerate(value)]
-        constants = {key: item for part in parts for key, item in part[1].items()}
-        return tuple(part[0] for part in parts), constants, {key: item for p in parts for key, item in p[2].items()}
-    aligned = {path: [["tt.divisibility", 16]]}
-    if isinstance(value, torch.Tensor):
-        names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int64": "i64", "bool": "i1"}
-        return "*" + names[str(value.dtype).removeprefix("torch.")], {}, aligned
-    if isinstance(value, float):
-        return "fp32", {}, {}
-    if value is None or isinstance(value, str) or value is True or value is False or value == 1:
-        return "constexpr", {path: value}, {}
-    return "i32", {}, aligned if value % 16 == 0 else {}
-
-
 def resource_usage(cubin):
-    """Registers, stack and local memory per thread, read by the cuobjdump in Triton's package."""
+    """Stack and local memory per thread, read by the cuobjdump in Triton's package."""
     import triton.backends.nvidia
 
     tool = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -96,94 +98,111 @@ def resource_usage(cubin):
     return {"registers": int(found[1]), "stack": int(found[2]), "local": int(found[3])}
 
 
-def compile_launches(capability):
-    """Replaces the launch of a kernel by its compilation, and prints a record for each new one."""
+def access_widths(ptx):
+    """{width in bytes: instructions} of loads (asynchronous ones too), asynchronous copies and stores."""
+    widths = {"loads": {}, "async": {}, "stores": {}}
+
+    def count(kind, width):
+        widths[kind][width] = widths[kind].get(width, 0) + 1
+
+    for operation, vector, bits in re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
+        count("loads" if operation == "ld" else "stores", int(vector or 1) * int(bits) // 8)
+    for width in re.findall(r"cp\.async\.c[ag]\.shared\.global\s.*?\],\s*\[.*?\],\s*(0x[0-9a-f]+|\d+)", ptx):
+        for kind in ("loads", "async"):
+            count(kind, int(width, 0))
+    return widths
+
+
+class Driver:
+    """All that Triton asks of a GPU's driver before it launches."""
+
+    def __init__(self, capability):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_launches(capability, launches):
+    """Runs the launches, each (description, call), and prints a record for every kernel that they compile."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
-    target = GPUTarget("cuda", capability, 32)
-    seen = set()
+    triton.runtime.driver.set_active(Driver(capability))
+    run, seen, kept = JITFunction.run, set(), []
 
-    def run(self, *args, grid, warmup, **kwargs):
-        names = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        options = {name: names.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in names}
-        fixed = {p.name for p in self.params if p.is_constexpr}
-        signature, constants, attributes = {}, {}, {}
-        for i, name in enumerate(self.arg_names):
-            if name in fixed:
-                signature[name], constants[(i,)] = "constexpr", names[name]
-                continue
-            signature[name], constant, attribute = specialise(names[name], (i,))
-            constants |= constant
-            attributes |= attribute
-        source = ASTSource(self, signature, constants, attributes)
-        key = source.hash() + str(options)
-        if key in seen:
-            return
-        seen.add(key)
-        binary = triton.compile(source, target=target, options=options)
-        tile = {name: names[name] for name in self.arg_names if name in fixed}
-        dtype = next(s for s in signature.values() if s != "constexpr")
-        record = {"kernel": self.__name__, "dtype": str(dtype), **tile, **options, "shared": binary.metadata.shared}
-        print(json.dumps({**record, **resource_usage(binary.asm["cubin"])}), flush=True)
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if id(kernel) not in seen:
+            seen.add(id(kernel))
+            kept.append(kernel)
+            record = {"kernel": self.__name__, "capability": capability, **description}
+            record |= {"shared": kernel.metadata.shared, **access_widths(kernel.asm["ptx"])}
+            print(json.dumps({**record, **resource_usage(kernel.asm["cubin"])}), flush=True)
 
-    JITFunction.run = run
+    JITFunction.run = compile_only
+    for description, call in launches:
+        call()
 
 
-def launch_prototype():
-    """Every tile of pool_kernel, plain, with a teacher and with a factor; the others aligned and not."""
-    import torch
-
-    from kernels import cosine, prototype
-
-    def maps(M, C, P, dtype, B=2):
-        x = torch.zeros(B, M, C, P, dtype=dtype, requires_grad=True)
-        return x, torch.zeros(B, P, dtype=torch.int64), torch.ones(B, M, dtype=torch.bool)
-
-    for M, C in ((1, 5), (4, 32)):  # 32 and 64 rows
-        for K in (7, 25, 40):  # 16, 32 and 64 classes
-            for dtype in (torch.float32, torch.bfloat16):
-                x, labels, present = maps(M, C, 256, dtype)
-                prototype.launch_pool(x, labels, K, x, present, torch.zeros(2, M, dtype=torch.int64))
-            prototype.launch_pool(x, labels, K, factor=torch.zeros(2, M, 256))
-    for B, M, C, P, K, dtype in (
-        (2, 4, 32, 2048, 25, torch.float32),  # several chunks of pixels
-        (2, 4, 32, 256, 25, torch.bfloat16),
-        (3, 3, 5, 77, 7, torch.float16),
-        (2, 3, 5, 77, 200, torch.float32),
-        (1, 1, 1, 1, 1, torch.float32),  # the compiler replaces an argument that is 1 by the constant
-    ):
-        x, labels, present = maps(M, C, P, dtype, B)
-        prototypes, _ = prototype.PrototypePool.apply(x, labels, K)
-        cosine.PixelPrototypeCosine.apply(x, labels, prototypes).sum().backward()
-        match = torch.zeros(B, M, dtype=torch.int64)
-        prototype.PrototypeDistance.apply(x, x.detach(), labels, present, match, K).backward()
+def maps(layout, dtype, *shape):
+    """(..., C, h, w) in one of the two layouts; never touched, so it costs no memory."""
+    if layout == "first":
+        return torch.empty(shape, dtype=dtype)
+    *outer, C, h, w = shape
+    return torch.empty((*outer, h, w, C), dtype=dtype).movedim(-1, -3)
 
 
-def launch_feature_score():
-    import torch
+def distance(layout, dtype, C, side, K=25):
+    from kernels import prototype
 
-    feature_score = importlib.import_module("kernels.feature_score")
+    student, teacher = (maps(layout, dtype, 2, 4, C, side, side) for _ in range(2))
+    labels, present = torch.zeros(2, side, side, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool)
+    match = torch.zeros(2, 4, dtype=torch.int64)
+    loss = prototype.prototype_distance(student.requires_grad_(), teacher, labels, present, match, K)
+    torch.autograd.grad(loss, student)
 
-    def call(sources, C, h, w, dtype, rules=("scores", None, 0.2), B=2):
-        features = [torch.zeros(B, C, h, w, dtype=dtype, requires_grad=True) for _ in range(sources)]
-        weight = torch.zeros(sources, C, 3, 3, requires_grad=True)
-        bias = torch.zeros(sources, requires_grad=True)
-        for rule in rules:
-            if rule == "scores":
-                feature_score.feature_score(features, weight, bias).sum().backward()
-            else:
-                feature_score.feature_score_select(features, weight, bias, rule)[0].sum().backward()
 
-    call(2, 32, 16, 16, torch.float32)
-    call(2, 5, 7, 9, torch.bfloat16, rules=(0.2,))
-    call(1, 1, 1, 1, torch.float32, B=1)
-    call(8, 32, 16, 16, torch.float32, rules=(0.2,))
+def select(layout, dtype, C, side, rule):
+    from kernels import selection
+
+    sources = [maps(layout, dtype, 2, C, side, side) for _ in range(2)]
+    weight, bias = torch.zeros(2, C, 3, 3, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
+    selected, _ = selection.feature_select(sources, weight, bias, rule, 0.2)
+    if rule != "hard":
+        torch.autograd.grad(selected, [weight, bias], maps(layout, dtype, 2, C, side, side))
+
+
+def launches(capability):
+    """(description, call) of each; stages whose specialisation is the same share one compilation."""
+
+    def one(call, layout, dtype, C, side, *more):
+        description = {"layout": layout, "dtype": str(dtype), "C": C, "more": more}
+        return description, lambda: call(layout, dtype, C, side, *more)
+
+    newest = capability == 90  # the selection compiles longest, and almost alike for both: less of it for 8.0
+    for layout in ("last", "first"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for stage in STAGES:
+                yield one(distance, layout, dtype, *stage)
+            if newest or dtype == torch.float32:
+                yield one(select, layout, dtype, *LOGITS, "score")
+                yield one(select, layout, dtype, *STAGES[0], "score")
+        if newest:
+            yield one(select, layout, torch.float32, *STAGES[3], "score")
+    for rule in ("candidate", "hard"):
+        yield one(select, "last", torch.float32, *STAGES[0], rule)
+    for K in (7, 40, 200):
+        yield one(distance, "last", torch.float32, *STAGES[1], K)
 
 
 if __name__ == "__main__":
-    compile_launches(int(sys.argv[1]))
-    launch_prototype()
-    launch_feature_score()
+    compile_launches(int(sys.argv[1]), launches(int(sys.argv[1])))

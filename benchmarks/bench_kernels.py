@@ -110,7 +110,8 @@ def kernel_rows(quick: bool):
     ):
         torch.compiler.reset()
         definition = getattr(reference, name)
-        paths = {"kernels": getattr(kernels, name)} | ({"definition": definition} if CUDA else {})
+        public = getattr(kernels, name)  # without a GPU it is the definition
+        paths = {"kernels": public, "definition": definition} if CUDA else {"definition": public}
         paths |= {} if quick else {"compiled": torch.compile(definition, dynamic=False)}
         for level, sizes in levels.items():
             size = sum(BATCH * maps * c * side**2 * dtype.itemsize for c, side in sizes)  # bytes
@@ -119,12 +120,12 @@ def kernel_rows(quick: bool):
             truth = call(definition, sets[0])
             gradients = [torch.randn_like(out) for out in truth]
             once = (name, level, layout, dtype) == ("prototype_distance", "all", LAYOUTS[0], torch.float32)
-            loop = {"loop": reference.prototype_distance_loop} if once else {}
+            loop = {"published loop": reference.prototype_distance_loop} if once else {}
             for (path, function), backward in itertools.product((paths | loop).items(), (False, True)):
                 for found, wanted in zip(call(function, sets[0]), truth, strict=True):
                     torch.testing.assert_close(found, wanted, rtol=0, atol=DTYPES[dtype] * wanted.abs().max().item())
                 calls = [lambda f=function, s=s, g=gradients if backward else None: call(f, s, g) for s in sets]
-                ms = measure(calls[:1], 1) if path == "loop" else measure(calls)
+                ms = measure(calls[:1], 1) if path in loop else measure(calls)
                 half = size * (traffic[0] + backward * traffic[1]) // 2  # a copy reads it and writes it
                 copies = torch.empty(len(sets), 2, half, dtype=torch.uint8, device=DEVICE)
                 copy = measure([lambda c=c: c[0].copy_(c[1]) for c in copies])

@@ -62,8 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         long, short, fsm = (float(epochs) for epochs in args.epochs.split(","))
     except ValueError:
         parser.error("--seeds must be a number, or numbers by comma; --epochs three numbers by comma.")
-    present = (args.modalities.count(",") + 2) / 2  # modalities in a sample, on average
-    args.values = dict(long=long, short=short, both=2 * short, fsm=fsm, alpha=100 / args.classes * present)
+    m = args.modalities.count(",") + 1  # (m + 1) / 2 of them are present on average
+    args.values = dict(long=long, short=short, both=2 * short, fsm=fsm, alpha=100 / args.classes * (m + 1) / 2)
     args.values["lambda"] = 50 / args.classes
     args.limit = ["--limit", args.limit] if args.limit else []
     args.flags = ["--data", data, "--modalities", args.modalities, *args.limit,
@@ -176,12 +176,11 @@ def score(file: pathlib.Path, take: str) -> dict[str, float]:
 
 def report(args: argparse.Namespace, backbone: str) -> str:
     """Writes the table of the rows that are finished -> its text."""
-    base, table, lines, left = folder(args, backbone), {}, [], []
+    base, table, lines = folder(args, backbone), {}, []
     for row in args.rows:
         files = [(seed, base / f"seed{seed}" / f"{row.name}-{args.split}.json") for seed in args.seeds]
         scores = table[row.name] = {seed: score(file, row.take) for seed, file in files if file.exists()}
         if not scores:
-            left.append(row.name)
             continue
         cells = [row.what + (f" ({len(scores)} of {len(files)} seeds)" if len(scores) < len(files) else "")]
         columns = list(next(iter(scores.values())))
@@ -199,6 +198,7 @@ def report(args: argparse.Namespace, backbone: str) -> str:
              f"{machine}, {datetime.date.today()}, revision {revision or 'unknown'}; mIoU in per cent, mean ± standard "
              "deviation; paper: CVPR 2026 version, DELIVER val, MiT-B0; "
              f"`python -m benchmarks.reproduce {shlex.join(sys.argv[1:])}`")  # fmt: skip
+    left = [name for name, scores in table.items() if not scores]
     text = "\n".join([about, "", *("| " + " | ".join(cells) + " |" for cells in lines), "",
                       f"Not run: {', '.join(left) or 'nothing'}.", ""])  # fmt: skip
     split = "" if args.split == RECIPES[args.data]["split"] else f"-{args.split}"

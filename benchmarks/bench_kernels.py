@@ -109,8 +109,7 @@ def kernel_rows(quick: bool):
         operations, LAYOUTS[:1] if quick else LAYOUTS, [torch.float32] if quick else DTYPES
     ):
         torch.compiler.reset()
-        definition = getattr(reference, name)
-        public = getattr(kernels, name)  # without a GPU it is the definition
+        public, definition = getattr(kernels, name), getattr(reference, name)  # without a GPU they are the same
         paths = {"kernels": public, "definition": definition} if CUDA else {"definition": public}
         paths |= {} if quick else {"compiled": torch.compile(definition, dynamic=False)}
         for level, sizes in levels.items():

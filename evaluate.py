@@ -31,9 +31,8 @@ from data import FrameDataset, normalise, random_missing, sensor_noise
 from engine import loop, runs
 from engine.files import MARK, check_output, write_output
 from engine.options import RECIPES, Parser, device, names, positive
+from engine.subsets import all_subsets, ensemble_predictor, predictor, present_of, switch_predictor
 from engine.trained import caption, load_models, open_data
-from fsm import ensemble_predictor, switch_predictor
-from model import present_of
 
 PROTOCOLS = {
     "any": "any-modality: the other modalities left out",
@@ -92,7 +91,7 @@ def load_rows(
     rows, first = {}, None
     for path in map(pathlib.Path, paths):
         models, selection, first = load_models(path, device, same, first)
-        found = {name: loop.predictor(model) for name, model in models.items()}
+        found = {name: predictor(model) for name, model in models.items()}
         if {"teacher", "robust"} <= set(models):
             sources = models["teacher"], models["robust"]
             found["switch"] = switch_predictor(*sources)
@@ -118,7 +117,7 @@ def answers(
     protocol: str, predict: Callable, images: Tensor, frames: list[str], modalities: list[str], seed: int
 ) -> Iterator[tuple[str, Tensor]]:
     """(column, logits (B, K, H, W)) of a batch of normalised images (B, M, 3, H, W); frames: their B names."""
-    subsets, full = loop.all_subsets(len(modalities)), tuple(range(len(modalities)))
+    subsets, full = all_subsets(len(modalities)), tuple(range(len(modalities)))
     columns = [subset_name(subset, modalities) for subset in subsets]
     if protocol == "any":
         yield from zip(columns, predict(images, subsets), strict=True)
@@ -137,7 +136,7 @@ def answers(
 def evaluate(predict: Callable, dataset: FrameDataset, args: argparse.Namespace, run: runs.Run) -> dict[str, dict]:
     """protocol -> column -> metrics.scores, over this data set."""
     k, full = len(dataset.classes), tuple(range(len(dataset.modalities)))
-    subsets = [subset_name(subset, dataset.modalities) for subset in loop.all_subsets(len(full))]
+    subsets = [subset_name(subset, dataset.modalities) for subset in all_subsets(len(full))]
     columns = {"any": subsets, "emm": subsets, "rmm": [f"{s} {r}" for r in RMM_RATES for s in subsets],
                "nm": NM_LEVELS}  # fmt: skip
     grouped = [protocol for protocol in ("condition", "case") if protocol in args.protocol]
@@ -171,7 +170,7 @@ def summary(protocol: str, scores: dict[str, dict], modalities: list[str], rule:
     """The summary columns of a protocol's table -> value in per cent. Apart from its data columns: those are named by
     the data set, and a weather may be called "mean"."""
     values = {column: s[rule] for column, s in scores.items()}
-    subsets = {subset_name(subset, modalities): subset for subset in loop.all_subsets(len(modalities))}
+    subsets = {subset_name(subset, modalities): subset for subset in all_subsets(len(modalities))}
     if protocol == "any":
         *missing, full = (values[name] for name in subsets)
         return {"full": full, **({"missing": fmean(missing)} if missing else {}), "mean": fmean([*missing, full])}

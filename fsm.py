@@ -7,35 +7,27 @@ f_T, f_R (B, C_i, h_i, w_i), and once more on the logits with K channels:
     candidate   (1 + s_j) f_j                                  per element the largest wins,
     selected    f_winner                                       and its unscaled feature is passed on
 
-That hard rule is all that is published, and it cannot train: an arg-max over frozen features gives the scores no
-gradient. Here it stands as rule="hard"; two relaxations can be trained (neither is in the paper):
+That is rule "hard", as published. An arg-max over frozen features gives the scores no gradient; two relaxations do:
 
-    "candidate" softmax over the sources of candidate / temperature, per element: the hard rule, softened.
-    "score"     softmax over the sources of s_j / temperature, per position: the scores alone decide. A candidate's
-                order flips with the feature's sign (for negative values the *smaller* score wins), a score's does not.
+    "candidate" softmax of candidate / temperature over the sources, per element (not in the paper)
+    "score"     softmax of s_j / temperature over the sources, per position (commented out in the published FSM)
 
-Conditioned on the sensors (not in the paper): a score looks at 3x3 pixels and cannot tell a teacher's feature of a
-complete input from one of an incomplete input, but which sensors work is known at inference. `conditioned` adds a bias
-per source and sensor to the score. For "candidate" it starts at zero, where the published form is; for "score" it
-starts as the switch (the teacher when all sensors are there, else the robust model), to be improved on per position.
+Ours is the conditioning: 3x3 pixels do not tell whether the input was complete. Which modalities are present is known,
+so each score gets a bias for each of them.
 
-Axes: B samples, S sources (T, R), C channels, K classes, h w stage.
+Axes: B samples, S sources (T, R), C channels, K classes, M modalities, h w stage.
 """
 
-import pathlib
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from engine.checkpoint import read
-from model import Output, ScorePredictor, present_of, subset_logits, subset_outputs
-from segformer import sensor_indicators
+from model import Output, ScorePredictor
+from segformer import modality_indicators
 
 RULES = ("hard", "candidate", "score")
-LEVELS = ("both", "features", "logits")
 
 
 class Selected(NamedTuple):
@@ -45,11 +37,9 @@ class Selected(NamedTuple):
 
 
 class FSM(nn.Module):
-    """Selects features and logits among the outputs of several models with the same widths and classes.
+    """Selects features and logits among the outputs of several models with the same widths C_1..C_4 and classes.
 
-    widths: C_1..C_4; num_classes: K; modalities: M; sources: S, in the paper 2; rule: one of RULES;
-    temperature: of the softmax, > 0 (0.2 worked best in first trials; towards 0 it becomes the hard rule);
-    conditioned: whether the scores know which sensors are present.
+    rule: one of RULES; temperature: > 0 (published: 0.2); conditioned: whether scores know the present modalities.
     """
 
     def __init__(
@@ -60,132 +50,59 @@ class FSM(nn.Module):
         if rule not in RULES:
             raise ValueError(f"FSM rule '{rule}' is unknown; choose one of {', '.join(RULES)}.")
         self.rule, self.temperature = rule, temperature
-        channels = (*widths, num_classes)
-        self.scores = nn.ModuleList(ScorePredictor(c, sources) for c in channels)
-        biases = torch.zeros(len(channels), sources, modalities + 2)
-        self.sensor_bias = nn.Parameter(biases, requires_grad=conditioned)
-        if conditioned and rule == "score" and sources == 2:
-            with torch.no_grad():  # the switch: sigmoid(2) = 0.88 for the one, sigmoid(-2) = 0.12 for the other
-                self.sensor_bias[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
-
-    def sensor_bias_of(self, level: int, present: Tensor) -> Tensor:
-        """What the scores of a level know of the sensors -> (B, S): which are there, all are, or some are missing."""
-        with torch.autocast(present.device.type, enabled=False):  # it would round the biases
-            return sensor_indicators(present).to(self.sensor_bias.dtype) @ self.sensor_bias[level].t()
+        self.scores = nn.ModuleList(ScorePredictor(c, sources) for c in (*widths, num_classes))
+        self.modality_bias = nn.Parameter(torch.zeros(5, sources, modalities + 2), requires_grad=conditioned)
+        if conditioned and rule == "score" and sources == 2:  # starts as the switch: T if all are present, else R
+            self.modality_bias.data[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])  # sigmoid(2) = 0.88
 
     def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> tuple[Tensor, Tensor]:
         """S x (B, C, h, w) -> selected (B, C, h, w), share (S,)."""
-        weight, bias = self.scores[level].folded()
-        bias = bias + self.sensor_bias_of(level, present)  # (B, S)
-        if rule != "score":
-            return kernels.feature_score_select(sources, weight, bias, None if rule == "hard" else self.temperature)
-        scores = kernels.feature_score(sources, weight, bias)  # (S, B, 1, h, w)
-        weights = (scores.float() / self.temperature).softmax(0)
-        selected = sum(w.to(x.dtype) * x for w, x in zip(weights, sources, strict=True))
-        return selected, weights.detach().mean((1, 2, 3, 4))
+        nets = list(zip(self.scores[level].depthwise, self.scores[level].pointwise, strict=True))
+        # nothing non-linear stands between the two convolutions, so they are one: 3x3, C -> 1
+        weight = torch.stack([pw.weight[0] * dw.weight[:, 0] for dw, pw in nets])  # (S, C, 3, 3)
+        bias = torch.stack([pw.bias[0] + (pw.weight[0, :, 0, 0] * dw.bias).sum() for dw, pw in nets])  # (S,)
+        bias = bias + (modality_indicators(present)[:, None] * self.modality_bias[level]).sum(2)  # (B, S)
+        return kernels.feature_select(sources, weight, bias, rule, self.temperature)
 
     def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Selected:
-        """outputs: of the sources for one input, on (B, M) `present` sensors; rule: another one than trained with."""
-        rule = rule or self.rule
-        fused, shares = [], []
-        for i, sources in enumerate(zip(*(out.fused for out in outputs), strict=True)):
-            selected, share = self.select(list(sources), i, present, rule)
-            fused.append(selected)
-            shares.append(share)
-        logits, share = self.select([out.logits for out in outputs], 4, present, rule)
-        return Selected(logits, tuple(fused), torch.stack([*shares, share]))
+        """outputs: of the sources for one input, on (B, M) `present` modalities; rule: another than in training."""
+        levels = [*zip(*(out.fused for out in outputs), strict=True), [out.logits for out in outputs]]
+        chosen = [self.select(list(sources), i, present, rule or self.rule) for i, sources in enumerate(levels)]
+        (*fused, logits), shares = zip(*chosen, strict=True)
+        return Selected(logits, tuple(fused), torch.stack(shares))
 
 
-def feature_distance(
-    student: tuple[Tensor, ...], selected: tuple[Tensor, ...], total: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
+def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) -> Tensor:
     """What pulls the final student to the selected features: mean squared difference, summed over stages -> scalar.
 
-    Not in the paper, which does not say how the selection reaches the student. Each channel is scaled by the
-    selected features' deviation, so that stages and channels of different size weigh the same. `total` sums a tensor
-    over the processes of a run, so that N of them take the deviation over the same batch as one would.
+    Not in the paper, which leaves this open. In units of each selected channel's deviation, so that all weigh the same.
     """
-    distance = torch.zeros((), device=student[0].device)
+    distance = 0.0
     for s, t in zip(student, selected, strict=True):
         t = t.detach().float()
-        n = total(t.new_tensor(t[:, 0].numel()))
-        mean = total(t.sum((0, 2, 3), keepdim=True)) / n  # (1, C, 1, 1)
-        scale = (total((t - mean).square().sum((0, 2, 3), keepdim=True)) / n).sqrt() + 0.01  # one pixel has none
+        scale = t.std((0, 2, 3), correction=0, keepdim=True) + 0.01  # (1, C, 1, 1); a single pixel deviates by 0
         distance = distance + ((s.float() - t) / scale).square().mean()
     return distance
 
 
-# ---- the ensemble: T + R + FSM, at the cost of both models ------------------------------------------------------
-
-
-def decode(
-    selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, declared: Tensor | None = None
-) -> Tensor:
-    """Logits of the selected features (B, K, H, W), by the decoder that has learned to read them: the teacher's for
-    complete inputs, the robust model's for incomplete ones. present (B, M) bool, on the CPU; declared: the sensors that
-    the two models were said to have, where that differs (zero-filled ones)."""
+def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, declared: Tensor | None = None):
+    """Logits of the selected features (B, K, H, W): by the teacher's decoder where the input is complete, else by the
+    robust model's. present (B, M) bool, on the CPU; declared: what the decoders are told instead, if anything."""
     declared = present if declared is None else declared
     complete, size = present.all(1), selected.logits.shape[-2:]
     if complete.all() or not complete.any():
         return (teacher if complete.all() else robust).decoder(selected.fused, size, declared)
-    complete = complete.to(selected.logits.device)[:, None, None, None]
     by_teacher, by_robust = (model.decoder(selected.fused, size, declared) for model in (teacher, robust))
-    return torch.where(complete, by_teacher, by_robust)
+    return torch.where(complete.to(by_teacher.device)[:, None, None, None], by_teacher, by_robust)
 
 
 def ensemble_logits(
-    selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both",
-    declared: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The ensemble's answer -> (B, K, H, W).
-
-    level: "logits" as selected; "features": the selected features, decoded; "both": the mean of the two
-    distributions, as logits. present, declared: as for `decode`.
-    """
+    selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both", declared=None
+) -> Tensor:
+    """The ensemble's answer (B, K, H, W). level: "logits" as selected; "features" decoded; "both": mean of the two."""
     if level == "logits":
         return selected.logits
     decoded = decode(selected, teacher, robust, present, declared)
     if level == "features":
         return decoded
     return (selected.logits.float().softmax(1) + decoded.float().softmax(1)).clamp(min=1e-12).log()
-
-
-def ensemble_predictor(
-    fsm: FSM, teacher: nn.Module, robust: nn.Module, level: str = "both", rule: str | None = None
-) -> Callable:
-    """predict(images, subsets, degraded) -> iterator of logits, as `model.subset_logits` gives for one model.
-
-    Both models see what the protocol leaves of the input; the selection knows which sensors work.
-    """
-
-    def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
-        outputs = (subset_outputs(model.eval(), images, subsets, degraded) for model in (teacher, robust))
-        for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
-            present = present_of(subset, images.shape[:2])
-            selected = fsm(list(sources), present.to(images.device), rule)
-            declared = present if degraded is None else torch.ones_like(present)
-            yield ensemble_logits(selected, teacher, robust, present, level, declared)
-
-    return predict
-
-
-def switch_predictor(teacher: nn.Module, robust: nn.Module) -> Callable:
-    """The honest baseline: the teacher when all sensors are there, else the robust model."""
-
-    def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
-        answers = subset_logits(robust, images, [s for s in subsets if len(s) < images.shape[1]], degraded)
-        for subset in subsets:
-            complete = len(subset) == images.shape[1]
-            yield next(subset_logits(teacher, images, [subset]) if complete else answers)
-
-    return predict
-
-
-def load_fsm(path, device: torch.device) -> FSM:
-    """Rebuilds the FSM of a `fsm.pt`, in eval mode."""
-    state = read(pathlib.Path(path))
-    meta = state["meta"]
-    fsm = FSM(meta["widths"], len(meta["classes"]), len(meta["modalities"]), rule=meta["rule"],
-              temperature=meta["temperature"], conditioned=meta["conditioned"])  # fmt: skip
-    fsm.load_state_dict(state["model"])
-    return fsm.to(device).eval()

@@ -28,8 +28,8 @@ from engine.export import export
 from engine.files import check_output, write_picture
 from engine.inputs import Sample, input_frames, samples
 from engine.options import RECIPES, Parser, names, positive
+from engine.subsets import present_of
 from engine.trained import caption, load_models, open_data, titles
-from model import present_of
 from segformer import upsample
 
 

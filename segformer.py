@@ -1,14 +1,10 @@
-"""SegFormer (arXiv 2105.15203): the MiT encoder of section 3.1 and the all-MLP head of section 3.2, from scratch.
+"""SegFormer (arXiv 2105.15203): the MiT encoder of section 3.1 and the all-MLP head of section 3.2.
 
-Both backbones of model.py are built of these two. Not in that paper, and in the head because RMMSS needs it there: many
-means of the same features answered in one pass, and FiLM conditioning on which sensors are present.
-
-Axes: N images (or B samples of M sensors), C channels, H W image, h w stage, E the head's width, K classes.
+Axes: N images, M modalities, C channels, H W image, h w stage, E the head's width, K classes.
 Features live in memory as (N, h, w, C), so that linear layers, LayerNorms and convolutions all read them in place;
 `.permute(0, 3, 1, 2)` gives the convolutions their (N, C, h, w) view of it (channels-last), without a copy.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     widths: tuple[int, ...]  # channels of stages 1..4
     depths: tuple[int, ...]  # blocks of stages 1..4
     head: int  # E, the decoder's width in MSegFormer
@@ -38,9 +33,6 @@ PRESETS = {
 }
 REDUCTIONS = (8, 4, 2, 1)  # keys and values are taken on a grid this much coarser, per stage
 MIN_SIDE = 32  # the coarsest key grid must keep one cell: 32 / 4 / 8 = 1
-
-
-# ---- the encoder -------------------------------------------------------------------------------------------
 
 
 class DropPath(nn.Module):
@@ -66,8 +58,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(c, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(x.permute(0, 2, 3, 1))
+        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
 
 
 class Attention(nn.Module):
@@ -89,8 +80,7 @@ class Attention(nn.Module):
         if self.sr is not None:
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (N, h / r, w / r, C)
         k, v = self.kv(x).view(n, x.shape[1] * x.shape[2], 2, self.heads, d).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)  # (N, heads, h w, d)
-        return self.proj(y.transpose(1, 2).reshape(n, h, w, c))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h, w, c))
 
 
 class MixFFN(nn.Module):
@@ -146,29 +136,16 @@ def drop_rates(depths: tuple[int, ...], last: float) -> list[list[float]]:
 
 
 def mit_stages(p: Preset, eps: float, drop_path: float) -> nn.ModuleList:
-    ins = (3, *p.widths)
-    drops = drop_rates(p.depths, drop_path)
+    ins, drops = (3, *p.widths), drop_rates(p.depths, drop_path)
     return nn.ModuleList(Stage(ins[i], p.widths[i], i == 0, p.heads[i], REDUCTIONS[i], drops[i], eps) for i in range(4))
 
 
-# ---- the head ----------------------------------------------------------------------------------------------
-
-
-class Projected(NamedTuple):
-    coarse: list[Tensor]  # of the stages 2, 3, 4: F_i W_i x_i, (N, h_i, w_i, E)
-    down: list[Tensor]  # bilinear upsampling of their rows, (h, h_i)
-    across: Tensor  # and of their columns, side by side: (w, w_2 + w_3 + w_4)
-    weight: Tensor  # of the finest stage: F_1 W_1, (E, C_1)
-
-
 class Decoder(nn.Module):
-    """SegFormer head (section 3.2), its fuse convolution moved below the upsampling.
+    """SegFormer head (section 3.2): each stage to E channels, upsampled to stage 1, fused, then classified.
 
-    Published order: linear C_i -> E per stage, upsample, concatenate (c4, c3, c2, c1), 1x1 convolution 4E -> E.
-    Upsampling mixes positions, both products mix channels, all are linear, so they commute:
-        fuse(cat_i up(W_i x_i + b_i)) = sum_i up(F_i W_i x_i + F_i b_i)
-    and the two products of a stage collapse into one small matrix F_i W_i (E x C_i): for B0 at 256 x 256 the products
-    shrink about fiftyfold, with the published parameters and the same result.
+    The paper upsamples, then fuses the concatenation (c4, c3, c2, c1) by a 1x1 convolution F = (F_4, F_3, F_2, F_1). F
+    mixes channels, upsampling positions, and both are linear, so F can go first, where it is many times cheaper:
+        F cat_i(up(W_i x_i + b_i)) = sum_i up(F_i (W_i x_i + b_i)) = sum_i up((F_i W_i) x_i + F_i b_i)
     """
 
     def __init__(self, widths: tuple[int, ...], width: int, num_classes: int, dropout: float):
@@ -176,98 +153,42 @@ class Decoder(nn.Module):
         self.linear = nn.ModuleList(nn.Linear(c, width) for c in widths)
         self.fuse = nn.Conv2d(4 * width, width, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
-        self.register_parameter("film", None)  # or (2, M + 2, E), see `model.condition_on_sensors`
+        self.register_parameter("film", None)  # or (2, M + 2, E), see `model.condition_on_modalities`
         self.dropout = dropout
         self.classify = nn.Conv2d(width, num_classes, 1)
 
-    def project(self, features: tuple[Tensor, ...]) -> Projected:
-        """All that `mix` needs beside the finest features: the three coarse stages' products, still coarse."""
-        parts = self.fuse.weight[:, :, 0, 0].chunk(4, 1)[::-1]  # F_1..F_4
-        weights = [f @ linear.weight for f, linear in zip(parts, self.linear, strict=True)]
-        bias = sum(f @ linear.bias for f, linear in zip(parts, self.linear, strict=True))
-        coarse = [F.linear(x.permute(0, 2, 3, 1), w) for x, w in zip(features[1:], weights[1:], strict=True)]
-        coarse[-1] = coarse[-1] + bias  # of all stages: upsampling keeps a constant as it is
-        h, w = features[0].shape[-2:]
-        down = [bilinear(x.shape[1], h, x) for x in coarse]
-        across = torch.cat([bilinear(x.shape[2], w, x) for x in coarse], 1)
-        return Projected(coarse, down, across, weights[0])
-
-    @staticmethod
-    def mix(finest: Tensor, projected: Projected, top: int = 0, bottom: int | None = None) -> Tensor:
-        """The part that is linear in the features, rows top..bottom: finest (N, C_1, h, w) -> (N, rows, w, E).
-
-        Bilinear upsampling of an axis is a product with a matrix, too. Down the rows it is done stage by stage, across
-        the columns for the three stages side by side: one pass over the large map instead of six.
-        """
-        coarse, down, across, weight = projected
-        h, bottom = finest.shape[2], bottom or finest.shape[2]
-        mixed = finest[:, :, top:bottom].permute(0, 2, 3, 1).flatten(0, 1) @ weight.t()  # (N rows, w, E)
-        tall = []
-        for x, matrix in zip(coarse, down, strict=True):
-            n = x.shape[1]
-            near = slice(max(0, top * n // h - 1), bottom * n // h + 2)  # the coarse rows that these rows lie between
-            tall.append((matrix[top:bottom, near] @ x[:, near].flatten(2)).unflatten(2, x.shape[2:]))
-        tall = torch.cat(tall, 2).flatten(0, 1)  # (N rows, w_2 + w_3 + w_4, E)
-        return mixed.baddbmm_(across.expand(tall.shape[0], -1, -1), tall).unflatten(0, (-1, bottom - top))
+    def folded(self) -> list[tuple[Tensor, Tensor]]:
+        """F_i W_i (E, C_i) and F_i b_i (E,) of the stages 1..4."""
+        fuse = self.fuse.weight[:, :, 0, 0].chunk(4, 1)[::-1]  # F_1..F_4, each (E, E)
+        return [(f @ linear.weight, f @ linear.bias) for f, linear in zip(fuse, self.linear, strict=True)]
 
     def forward(self, features: tuple[Tensor, ...], size: tuple[int, int], present: Tensor) -> Tensor:
-        mixed = self.mix(features[0], self.project(features)).permute(0, 3, 1, 2)  # (N, E, h_1, w_1)
-        mixed = self.bn(mixed)
+        """Logits (N, K, *size) of features 4 x (N, C_i, h_i, w_i) of the modalities `present`, (N, M) bool."""
+        pairs = zip(features, self.folded(), strict=True)
+        maps = [F.linear(x.permute(0, 2, 3, 1), *layer).permute(0, 3, 1, 2) for x, layer in pairs]  # (N, E, h_i, w_i)
+        mixed = upsample(maps[3], maps[0].shape[-2:])
+        for x in maps[2::-1]:
+            mixed += upsample(x, mixed.shape[-2:])
+        hidden = self.bn(mixed)
         if self.film is not None:
             scale, shift = self.scale_and_shift(present)[..., None, None]
-            mixed = torch.addcmul(shift, mixed, scale).to(mixed.dtype)
-        # Dropping or scaling a whole channel and the ReLU commute, and in this order both can be done in place.
-        hidden = F.relu(F.dropout2d(mixed, self.dropout, self.training, inplace=True), inplace=True)
+            hidden = (scale * hidden + shift).to(hidden.dtype)
+        hidden = F.dropout2d(F.relu_(hidden), self.dropout, self.training)
         return upsample(self.classify(hidden), size)
 
     def scale_and_shift(self, present: Tensor) -> Tensor:
-        """FiLM after BatchNorm: what samples with these sensors, (N, M), are multiplied by and shifted by -> (2, N, E).
-
-        Summed, not multiplied as matrices: autocast would round a scale of 1.003 to 1.
-        """
-        indicators = sensor_indicators(present).to(self.film, non_blocking=True)  # (N, M + 2)
-        scale, shift = (indicators[:, :, None] * self.film[:, None]).sum(2)
+        """FiLM: what BatchNorm's output is multiplied by and shifted by, (N, M) bool -> (2, N, E)."""
+        indicators = modality_indicators(present).to(self.film, non_blocking=True)  # (N, M + 2)
+        scale, shift = (indicators[:, :, None] * self.film[:, None]).sum(2)  # not a product: autocast would round it
         return torch.stack((1 + scale, shift))
 
-    @torch.no_grad()
-    def mean_logits(self, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
-        """Logits of many means of the same feature maps, in eval mode, not yet upsampled -> (S, B, K, h_1, w_1).
 
-        features 4 x (B, V, C_i, h_i, w_i); share (S, V): the share of each of the V maps in each mean, a row sums to 1;
-        present (S, M): the sensors that each is said to be of, for the FiLM.
-        Up to the ReLU all is linear, BatchNorm with its running statistics too. So a mean costs one weighted sum, a
-        ReLU and the classifier. A few rows at a time: what stays in a CPU's cache is several times faster, and a GPU
-        need not hold the wide maps of all means at once. Gives no gradients.
-        """
-        b, v, _, h, w = features[0].shape
-        few = 64 if share.is_cuda else 4
-        scale, shift = (None, None) if self.film is None else self.scale_and_shift(present)[:, :, None, None]
-        projected = self.project(tuple(f.flatten(0, 1) for f in features))
-        logits = features[0].new_empty(len(share), b, h, w, self.classify.out_channels)
-        for i in range(b):
-            ours = projected._replace(coarse=[x[i * v : (i + 1) * v] for x in projected.coarse])
-            for top in range(0, h, few):
-                x = self.mix(features[0][i], ours, top, min(top + few, h))  # (V, rows, w, E)
-                x = self.bn(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-                hidden = (share.to(x.dtype) @ x.flatten(1)).unflatten(1, x.shape[1:])  # (S, rows, w, E)
-                if self.film is not None:
-                    hidden = hidden.mul_(scale).add_(shift)
-                hidden = F.relu(hidden, inplace=True)
-                logits[:, i, top : top + few] = F.linear(hidden, self.classify.weight[:, :, 0, 0], self.classify.bias)
-        return logits.permute(0, 1, 4, 2, 3)
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    same = x.shape[-2:] == tuple(size)
+    return x if same else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def bilinear(n: int, out: int, like: Tensor) -> Tensor:
-    """Bilinear resampling of an axis from n to `out` positions as a matrix (out, n)."""
-    one_hot = torch.eye(n, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)[None]
-    return F.interpolate(one_hot, size=out, mode="linear", align_corners=False)[0].t().to(like.dtype)
-
-
-def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def sensor_indicators(present: Tensor) -> Tensor:
-    """What is known of the sensors, (B, M) bool -> (B, M + 2) of 0 and 1: each is there, all are, some are missing."""
+def modality_indicators(present: Tensor) -> Tensor:
+    """(N, M) bool -> (N, M + 2) of 0 and 1: each modality is there, all are there, some are missing."""
     complete = present.all(1, keepdim=True)
     return torch.cat((present, complete, ~complete), 1).float()

@@ -23,7 +23,8 @@ from engine.checkpoint import describe, load_model
 from engine.options import stage1_options
 from engine.pretrained import load_pretrained
 from engine.runs import Phase, Run, guarded
-from model import MSegFormer, Output, build_model, condition_on_sensors
+from engine.subsets import all_subsets, predictor
+from model import MSegFormer, Output, build_model, condition_on_modalities
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,7 +92,7 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            full = loop.validate(loop.predictor(teacher), val, complete, run)[0]
+            full = loop.validate(predictor(teacher), val, complete, run)[0]
             if phase.improved({"miou": full["miou_published"]}):
                 run.save_model("teacher", teacher, meta)
         if phase.due(args.save_every) or run.stopping:
@@ -106,8 +107,8 @@ def train_robust(run: Run, teacher: nn.Module, robust: nn.Module, train, val, me
     teacher.requires_grad_(False).eval()
     robust.requires_grad_(True)
     if args.conditioned:
-        condition_on_sensors(robust)
-    model, subsets = run.parallel(robust), loop.all_subsets(modalities)
+        condition_on_modalities(robust)
+    model, subsets = run.parallel(robust), all_subsets(modalities)
     optimizer, scaler = loop.adamw(robust, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
     parts = {"model": robust, "optimizer": optimizer, "scaler": scaler}
     if args.average:
@@ -174,7 +175,7 @@ def train_robust(run: Run, teacher: nn.Module, robust: nn.Module, train, val, me
             phase.report(lr)
         if phase.due(phase.eval_steps):
             best = average.module if args.average and average.n_averaged else robust
-            scores = loop.summarise(loop.validate(loop.predictor(best), val, subsets, run))
+            scores = loop.summarise(loop.validate(predictor(best), val, subsets, run))
             if phase.improved(scores):
                 run.save_model("robust", best, meta)
                 if args.feedback:

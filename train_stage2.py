@@ -22,8 +22,9 @@ from engine import loop
 from engine.checkpoint import describe, load_last, load_model
 from engine.options import stage2_options
 from engine.runs import Phase, Run, guarded
-from fsm import FSM, decode, ensemble_logits, ensemble_predictor, feature_distance, load_fsm
-from model import condition_on_sensors
+from engine.subsets import all_subsets, ensemble_predictor, load_fsm, predictor
+from fsm import FSM, decode, ensemble_logits, feature_distance
+from model import condition_on_modalities
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,7 +68,7 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
     about = {"rule": args.rule, "temperature": args.temperature, "conditioned": not args.unconditioned_scores}
     fsm = FSM(robust.widths, len(train.classes), modalities, **about).to(run.device)
     meta = {**meta, **about, "widths": list(robust.widths)}
-    model, subsets = run.parallel(fsm), loop.all_subsets(modalities)
+    model, subsets = run.parallel(fsm), all_subsets(modalities)
     optimizer, scaler = loop.adamw(fsm, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
     phase = Phase(run, "fsm", args.fsm_epochs, meta, state, model=fsm, optimizer=optimizer, scaler=scaler)
 
@@ -109,14 +110,14 @@ def train_student(
 ) -> None:
     """One model, started from the robust one: ground truth, and the selection's logits and features as targets.
 
-    It knows which modalities are present (`model.condition_on_sensors`). fsm None is the ablation without targets.
+    It knows which modalities are present (`model.condition_on_modalities`). fsm None is the ablation without targets.
     """
     args, modalities = run.args, len(train.modalities)
     student = copy.deepcopy(robust)
     if not args.unconditioned_student:
-        condition_on_sensors(student)
+        condition_on_modalities(student)
     student.requires_grad_(True)
-    model, subsets = run.parallel(student), loop.all_subsets(modalities)
+    model, subsets = run.parallel(student), all_subsets(modalities)
     optimizer, scaler = loop.adamw(student, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
     phase = Phase(run, "student", args.student_epochs, meta, state, model=student, optimizer=optimizer, scaler=scaler)
 
@@ -149,7 +150,7 @@ def train_student(
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            if phase.improved(loop.summarise(loop.validate(loop.predictor(student), val, subsets, run))):
+            if phase.improved(loop.summarise(loop.validate(predictor(student), val, subsets, run))):
                 run.save_model("student", student, meta)
         if phase.due(args.save_every) or run.stopping:
             phase.save()

@@ -13,7 +13,7 @@ import zipfile
 import torch
 from torch import nn
 
-from model import build_model, condition_on_sensors
+from model import build_model, condition_on_modalities
 
 KEYS = {"model": {"format", "meta", "model"},
         "training run": {"script", "phase", "step", "steps", "best", "logged", "meta", "parts"}}  # fmt: skip
@@ -110,7 +110,7 @@ def load_model(
     meta = {**meta, **overrides}
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], meta["drop_path"], meta["dropout"])
     if "decoder.film" in state["model"]:
-        condition_on_sensors(model)
+        condition_on_modalities(model)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

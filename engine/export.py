@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.files import write_output
-from model import CMNeXt, present_of
+from engine.subsets import present_of
+from model import CMNeXt
 
 
 class Logits(nn.Module):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import metrics
 from data import normalise
-from model import subset_logits
 
 PHASES = ("teacher", "robust", "fsm", "student")
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0}
@@ -123,16 +122,6 @@ def summarise(results: list[dict]) -> dict[str, float]:
     *missing, full = (scores["miou_published"] for scores in results)
     values = {"miou": (full + sum(missing)) / len(results), "miou_full": full}
     return {**values, "miou_missing": sum(missing) / len(missing)} if missing else values
-
-
-def predictor(model: nn.Module) -> Callable:
-    return lambda images, subsets, degraded=None: subset_logits(model.eval(), images, subsets, degraded)
-
-
-def all_subsets(modalities: int) -> list[tuple[int, ...]]:
-    """The 2^M - 1 non-empty subsets, the complete one last."""
-    subsets = [tuple(m for m in range(modalities) if bits >> m & 1) for bits in range(1, 2**modalities)]
-    return sorted(subsets, key=lambda s: (len(s), s))
 
 
 def keep_freed_memory() -> None:

@@ -10,7 +10,8 @@ from data import FrameDataset, open_dataset
 from engine.checkpoint import load_model, read
 from engine.loop import PHASES
 from engine.options import ROOTS
-from fsm import FSM, load_fsm
+from engine.subsets import load_fsm
+from fsm import FSM
 
 
 def load_models(

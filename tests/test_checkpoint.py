@@ -12,7 +12,7 @@ import torch
 from kill_and_resume import differences
 
 from engine import checkpoint
-from model import build_model, condition_on_sensors
+from model import build_model, condition_on_modalities
 
 CPU = torch.device("cpu")
 
@@ -188,7 +188,7 @@ def test_a_crash_between_the_renames_leaves_a_valid_checkpoint(folder, monkeypat
 def test_a_model_comes_back_as_it_was_saved(tmp_path, conditioned):
     model = build_model("segformer_tiny", 3, ["rgb", "depth"], 0.0, 0.0)
     if conditioned:
-        condition_on_sensors(model)
+        condition_on_modalities(model)
         torch.nn.init.normal_(model.decoder.film)
     checkpoint.save_model(tmp_path / "a.pt", model, meta())
     loaded, found = checkpoint.load_model(tmp_path / "a.pt", CPU, {"classes": ["road", "car", "sky"]})

@@ -14,12 +14,13 @@ import evaluate
 import metrics
 from data import normalise, open_dataset, random_missing, sensor_noise
 from engine import checkpoint, files, loop
+from engine.subsets import all_subsets, predictor, subset_logits
 from fsm import FSM
-from model import build_model, condition_on_sensors, subset_logits
+from model import build_model, condition_on_modalities
 
 BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
 CONDITIONED = pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "conditioned"])
-SUBSETS = loop.all_subsets(4)
+SUBSETS = all_subsets(4)
 CPU, SAME = torch.device("cpu"), ["classes", "modalities"]
 K = 12  # as many as the scenes have
 
@@ -27,7 +28,7 @@ K = 12  # as many as the scenes have
 def random_model(backbone, modalities=4, conditioned=False):
     model = build_model(backbone, K, SENSORS[:modalities])
     if conditioned:
-        condition_on_sensors(model)
+        condition_on_modalities(model)
     shapes = {name: list(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     model.load_state_dict(golden_weights(json.dumps(shapes).encode()), strict=False)  # so that predictions vary
     return model.eval()
@@ -251,7 +252,7 @@ def test_a_weather_called_mean_and_a_modality_called_full_keep_their_columns():
     _, (head, row) = cells_of(evaluate.tables({"a": weather}, SENSORS, ["condition"]))
     assert head == ["", "fog", "mean", "mean", "mean, occurring"] and row[1:] == ["10.00", "40.00", "25.00", "25.00"]
     modalities = ["full", "far"]
-    names = [evaluate.subset_name(s, modalities) for s in loop.all_subsets(2)]
+    names = [evaluate.subset_name(s, modalities) for s in all_subsets(2)]
     scores = {name: {"miou_published": v, "miou_occurring": v} for name, v in zip(names, (1.0, 2.0, 6.0), strict=True)}
     _, (head, row) = cells_of(evaluate.tables({"a": {"any": scores}}, modalities, ["any"]))
     assert dict(zip(head[1:4], row[1:4], strict=True)) == {"full": "1.00", "far": "2.00", "full+far": "6.00"}
@@ -420,7 +421,7 @@ def test_frames_without_a_label_give_no_scores():
 
     args = settings(1, protocol=["any"])
     run = SimpleNamespace(**vars(RUN), args=args)
-    predict = loop.predictor(random_model("segformer_tiny"))
+    predict = predictor(random_model("segformer_tiny"))
     with pytest.raises(ValueError, match="not one pixel of the 2 frames has a label"):
         evaluate.evaluate(predict, Unlabelled(), args, run)
     with pytest.raises(ValueError, match="not one pixel of the 2 validation frames has a label"):

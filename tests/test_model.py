@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import build_model, condition_on_sensors, load_pretrained, pack_index
+from engine.pretrained import load_pretrained
+from model import build_model, condition_on_modalities, gather, present_rows, scatter
 from segformer import Block, Decoder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -179,7 +180,7 @@ def test_a_conditioned_model_starts_as_it_was_and_learns_by_its_sensors(backbone
     model = randomised(build_model(backbone, 7, SENSORS))
     images, present = torch.randn(3, 4, 3, 64, 64).double(), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]])
     before = model(images, present.bool()).logits
-    condition_on_sensors(model)
+    condition_on_modalities(model)
     torch.testing.assert_close(model(images, present.bool()).logits, before, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model(images[:1]).logits, before[:1], rtol=1e-6, atol=1e-6)
     indicators = {0: [0, 1], 2: [0, 2], 4: [0], 5: [1, 2]}  # RGB is there, events are, all are, some are missing
@@ -192,7 +193,7 @@ def test_a_conditioned_model_starts_as_it_was_and_learns_by_its_sensors(backbone
 
 def test_conditioning_stays_float32_under_autocast():
     model, present = build_model("segformer_tiny", 7, SENSORS), random_present(5, 4, seed=6)
-    condition_on_sensors(model)
+    condition_on_modalities(model)
     with torch.no_grad():
         model.decoder.film.fill_(0.001)  # bfloat16 knows nothing between 1 and 1.0078
         model.fusion_logits.copy_(torch.randn(6, 4))
@@ -210,8 +211,8 @@ def test_conditioning_stays_float32_under_autocast():
 @torch.no_grad()
 def test_fusion_weights_make_a_weighted_mean_of_the_present_sensors():
     model, present = randomised(build_model("segformer_tiny", 7, SENSORS)), random_present(6, 4, seed=5)
-    torch.testing.assert_close(model.fusion_weights(present), present / present.sum(1, keepdim=True))
-    condition_on_sensors(model)
+    torch.testing.assert_close(model.fusion_weights(present), present.double() / present.sum(1, keepdim=True))
+    condition_on_modalities(model)
     model.fusion_logits.copy_(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
     for there, share in zip(present, model.fusion_weights(present), strict=True):
         indicators = [*there, there.all(), not there.all()]
@@ -228,15 +229,14 @@ def test_the_decoder_equals_its_published_order():
     torch.manual_seed(0)
     decoder = Decoder((8, 12, 20, 28), 24, 5, dropout=0.0).eval().double()
     features = [torch.randn(2, c, 32 // s, 40 // s).double() for c, s in ((8, 1), (12, 2), (20, 4), (28, 8))]
-    projected = decoder.project(tuple(features))
-    mixed = decoder.mix(features[0], projected).permute(0, 3, 1, 2)
-    torch.testing.assert_close(decoder.mix(features[0], projected, 8, 12), mixed.permute(0, 2, 3, 1)[:, 8:12])
     upsampled = []
     for x, linear in zip(features, decoder.linear, strict=True):
         x = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         upsampled.append(F.interpolate(x, size=(32, 40), mode="bilinear", align_corners=False))
-    published_order = decoder.fuse(torch.cat(upsampled[::-1], 1))
-    torch.testing.assert_close(mixed, published_order, rtol=1e-9, atol=1e-9)
+    hidden = F.relu(decoder.bn(decoder.fuse(torch.cat(upsampled[::-1], 1))))
+    published_order = F.interpolate(decoder.classify(hidden), size=(128, 160), mode="bilinear", align_corners=False)
+    ours = decoder(tuple(features), (128, 160), torch.ones(2, 4, dtype=torch.bool))
+    torch.testing.assert_close(ours, published_order, rtol=1e-9, atol=1e-9)
 
 
 def test_the_feed_forward_is_computed_twice_and_not_kept():
@@ -288,12 +288,12 @@ def test_loading_says_what_does_not_fit(tmp_path):
 
 def test_a_conditioned_checkpoint_is_no_start_for_a_plain_model(tmp_path):
     student, path = build_model("segformer_tiny", 7, SENSORS), str(tmp_path / "student.pt")
-    condition_on_sensors(student)
+    condition_on_modalities(student)
     torch.save({"model": student.state_dict()}, path)
     with pytest.raises(ValueError, match="student.pt .* conditioned on its sensors.*--teacher"):
         load_pretrained(build_model("segformer_tiny", 7, SENSORS), path)
     other = build_model("segformer_tiny", 7, SENSORS)
-    condition_on_sensors(other)
+    condition_on_modalities(other)
     assert load_pretrained(other, path).unexpected == []
 
 
@@ -301,7 +301,7 @@ def test_a_conditioned_checkpoint_is_no_start_for_a_plain_model(tmp_path):
 def test_weights_of_sensors_in_another_order_are_refused(tmp_path, backbone):
     model, turned = (build_model(backbone, 7, sensors) for sensors in (SENSORS, [SENSORS[0], *SENSORS[:0:-1]]))
     for each in (model, turned):
-        condition_on_sensors(each)
+        condition_on_modalities(each)
     torch.save({"model": model.state_dict(), "meta": {"modalities": SENSORS}}, path := str(tmp_path / "a.pt"))
     with pytest.raises(ValueError, match="a.pt has weights of their own for each of rgb, depth"):
         load_pretrained(turned, path)
@@ -326,7 +326,7 @@ def test_bad_input_is_named():
         model(torch.randn(2, 3, 3, 64, 64))
     with pytest.raises(ValueError, match="at least 32"):
         model(torch.randn(2, 4, 3, 16, 64))
-    with pytest.raises(ValueError, match="without any sensor"):
+    with pytest.raises(ValueError, match="without any modality"):
         model(torch.randn(2, 4, 3, 64, 64), torch.tensor([[True] * 4, [False] * 4]))
     with pytest.raises(ValueError, match="unknown backbone 'resnet50'.*segformer_b0"):
         build_model("resnet50", 7, SENSORS)
@@ -334,8 +334,25 @@ def test_bad_input_is_named():
         build_model("cmnext_b0", 7, ["rgb"])
 
 
-def test_every_present_pair_is_packed_in_order():
-    present = random_present(4, 3, seed=9)
-    index = pack_index(present, torch.device("cpu"))
-    assert index.tolist() == [b * 3 + m for b in range(4) for m in range(3) if present[b, m]]
-    assert pack_index(torch.ones(2, 3, dtype=torch.bool), torch.device("cpu")) is None
+def test_gather_takes_the_present_pairs_in_order_and_scatter_puts_them_back():
+    present, x = random_present(4, 3, seed=9), torch.rand(12, 2)
+    rows = present_rows(present, torch.device("cpu"))
+    assert rows.tolist() == [b * 3 + m for b in range(4) for m in range(3) if present[b, m]]
+    packed = gather(x, rows)
+    assert torch.equal(packed, x[present.flatten()])
+    assert torch.equal(scatter(packed, rows, 12), x * present.flatten()[:, None])
+    assert present_rows(torch.ones(2, 3, dtype=torch.bool), torch.device("cpu")) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_fused_and_per_modality_features_of_msegformer_lie_channels_last(conditioned):
+    model, images = build_model("segformer_tiny", 7, SENSORS), torch.randn(3, 4, 3, 64, 96)
+    if conditioned:
+        condition_on_modalities(model)
+    for present in (None, random_present(3, 4, seed=11)):
+        out = model(images, present)
+        for fused, each in zip(out.fused, out.per_modality, strict=True):
+            _, c, h, w = fused.shape
+            assert fused.stride() == (h * w * c, 1, w * c, c)
+            assert each.stride() == (4 * h * w * c, h * w * c, 1, w * c, c)

@@ -14,7 +14,7 @@ from datasets.export import write_file
 from engine import files, pictures
 from engine.checkpoint import load_model, save_model
 from engine.export import Logits
-from model import build_model, condition_on_sensors
+from model import build_model, condition_on_modalities
 
 SENSORS = ["rgb", "depth", "event", "lidar"]
 CLASSES = [name for name, _ in synthetic.CLASSES]
@@ -292,7 +292,7 @@ def test_the_exported_program_takes_any_batch_and_agrees_with_the_mask(run, tmp_
 def test_a_program_of_a_conditioned_model_knows_which_modalities_it_has(backbone):
     torch.manual_seed(4)
     model = build_model(backbone, 5, SENSORS, 0.0, 0.0)
-    condition_on_sensors(model)
+    condition_on_modalities(model)
     for learned in (model.decoder.film, getattr(model, "fusion_logits", None)):
         if learned is not None:
             torch.nn.init.normal_(learned, 0.0, 0.5)

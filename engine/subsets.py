@@ -1,0 +1,150 @@
+"""Many subsets of the modalities answered at once: one model, the feature selection, the switch.
+
+    for logits in subset_logits(model.eval(), images, all_subsets(4)):    # 15 x (B, K, H, W)
+
+With mean fusion each modality goes through the encoder once: all subsets are means of the same features. The decoder is
+linear up to its ReLU (BatchNorm too, in eval mode), so that part, too, is computed once for each modality: 15 subsets
+cost little more than one. A CMNeXt runs once for each subset. Nothing here gives gradients.
+
+A subset is a tuple of positions in `model.modalities`. degraded (B or 1, M, 3, H, W) is what the modalities outside it
+deliver instead, without the models being told; None leaves them out.
+Axes: B samples, M modalities, V maps to take means of (M, or 2 M with `degraded`), S subsets, E the decoder's width.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.checkpoint import read
+from fsm import FSM, ensemble_logits
+from model import MSegFormer, Output
+from segformer import Decoder, upsample
+
+
+def all_subsets(modalities: int) -> list[tuple[int, ...]]:
+    """The 2^M - 1 non-empty subsets, the complete one last."""
+    subsets = [tuple(m for m in range(modalities) if bits >> m & 1) for bits in range(1, 2**modalities)]
+    return sorted(subsets, key=lambda s: (len(s), s))
+
+
+def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """The same modalities for every sample -> bool (B, M) on the CPU, or (M,), by `shape`."""
+    present = torch.zeros(shape, dtype=torch.bool)
+    present[..., list(subset)] = True
+    return present
+
+
+def subset_outputs(
+    model: nn.Module, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
+) -> Iterator[Output]:
+    """Each subset's output, per_modality () with mean fusion. ValueError for an MSegFormer in training mode."""
+    if isinstance(model, MSegFormer):
+        features, share, declared = shared_features(model, images, subsets, degraded)
+        for row, logits in zip(share.tolist(), mean_logits(model.decoder, features, share, declared), strict=True):
+            fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in features)  # 4 x (B, C, h, w)
+            yield Output(upsample(logits, images.shape[-2:]), fused, ())
+    else:
+        for subset in subsets:
+            present = present_of(subset, images.shape[:2])
+            there = present.to(images.device)[:, :, None, None, None]
+            yield model(images, present) if degraded is None else model(torch.where(there, images, degraded))
+
+
+def subset_logits(model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None) -> Iterator[Tensor]:
+    """Logits (B, K, H, W) of each subset, as in `subset_outputs`."""
+    return (out.logits for out in subset_outputs(model, images, subsets, degraded))
+
+
+def shared_features(model: MSegFormer, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None):
+    """What all subsets share: features 4 x (B, V, C_i, h_i, w_i); the share of each of the V maps in the mean of each
+    subset (S, V), on the CPU; the modalities that the model is told are present (S, M), with `degraded` all."""
+    if model.training:
+        raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
+    present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
+    declared = present if degraded is None else torch.ones_like(present)
+    share = model.fusion_weights(declared).detach().cpu()  # before the encoder is queued: nothing waits for it
+    features = model.encode(images)
+    if degraded is not None:
+        broken = model.encode(degraded)
+        features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
+        share = torch.cat((share * present, share * ~present), 1)
+    return features, share, declared
+
+
+@torch.no_grad()
+def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
+    """The decoder's logits, not yet upsampled, for many means of the same maps -> (S, B, K, h_1, w_1).
+
+    features 4 x (B, V, C_i, h_i, w_i); share (S, V), a row sums to 1; present (S, M), for FiLM. BatchNorm goes into the
+    weights. Columns are upsampled at once, rows a few at a time, to stay in a CPU's cache and within a GPU's memory.
+    """
+    b, _, _, h, w = features[0].shape
+    share, few = share.to(features[0]), 64 if features[0].is_cuda else 4  # rows at a time
+    scale = decoder.bn.weight / (decoder.bn.running_var + decoder.bn.eps).sqrt()  # (E,)
+    layers = [(weight * scale[:, None], bias * scale) for weight, bias in decoder.folded()]
+    offset = decoder.bn.bias - decoder.bn.running_mean * scale
+    film = None if decoder.film is None else decoder.scale_and_shift(present)[:, :, None, None]
+    one_hot = [torch.eye(f.shape[3], device=f.device)[None] for f in features[1:]]
+    down = [F.interpolate(x, size=h, mode="linear")[0].t() for x in one_hot]  # (h, h_i)
+    logits = features[0].new_empty(len(share), b, h, w, decoder.classify.out_channels)
+    for i in range(b):
+        fine, *coarse = (f[i].permute(0, 2, 3, 1) for f in features)  # (V, h_i, w_i, C_i)
+        coarse = [F.linear(x, *layer).permute(0, 3, 1, 2) for x, layer in zip(coarse, layers[1:], strict=True)]
+        coarse = [upsample(x, (x.shape[2], w)).permute(0, 2, 3, 1).flatten(2) for x in coarse]  # (V, h_i, w E)
+        for top in range(0, h, few):
+            rows = slice(top, min(top + few, h))
+            x = F.linear(fine[:, rows], layers[0][0], layers[0][1] + offset)  # (V, rows, w, E)
+            for y, matrix in zip(coarse, down, strict=True):
+                near = slice(max(0, rows.start * y.shape[1] // h - 1), rows.stop * y.shape[1] // h + 2)
+                upsampling = matrix[rows, near].to(x).expand(len(y), -1, -1)  # (V, rows, near)
+                x.flatten(2).baddbmm_(upsampling, y[:, near].to(x))  # x += upsampling @ y
+            hidden = (share @ x.flatten(1)).unflatten(1, x.shape[1:])  # (S, rows, w, E)
+            hidden = F.relu_(hidden if film is None else hidden.mul_(film[0]).add_(film[1]))
+            logits[:, i, rows] = F.linear(hidden, decoder.classify.weight[:, :, 0, 0], decoder.classify.bias)
+    return logits.permute(0, 1, 4, 2, 3)
+
+
+def predictor(model: nn.Module) -> Callable:
+    """predict(images, subsets, degraded=None) -> iterator of logits, as evaluation calls it."""
+    return lambda images, subsets, degraded=None: subset_logits(model.eval(), images, subsets, degraded)
+
+
+def switch_predictor(teacher: nn.Module, robust: nn.Module) -> Callable:
+    """The honest baseline: the teacher when all modalities are there, else the robust model."""
+
+    def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
+        answers = subset_logits(robust.eval(), images, [s for s in subsets if len(s) < images.shape[1]], degraded)
+        for subset in subsets:
+            complete = len(subset) == images.shape[1]
+            yield next(subset_logits(teacher.eval(), images, [subset]) if complete else answers)
+
+    return predict
+
+
+def ensemble_predictor(
+    fsm: FSM, teacher: nn.Module, robust: nn.Module, level: str = "both", rule: str | None = None
+) -> Callable:
+    """Teacher, robust model and the selection between them; with `degraded` the selection alone knows what works."""
+
+    def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
+        outputs = (subset_outputs(model.eval(), images, subsets, degraded) for model in (teacher, robust))
+        for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
+            present = present_of(subset, images.shape[:2])
+            selected = fsm(list(sources), present.to(images.device), rule)
+            declared = present if degraded is None else torch.ones_like(present)
+            yield ensemble_logits(selected, teacher, robust, present, level, declared)
+
+    return predict
+
+
+def load_fsm(path: pathlib.Path | str, device: torch.device) -> FSM:
+    """Rebuilds the selection of a `fsm.pt`, in eval mode."""
+    state = read(pathlib.Path(path))
+    meta = state["meta"]
+    sizes = meta["widths"], len(meta["classes"]), len(meta["modalities"])
+    fsm = FSM(*sizes, rule=meta["rule"], temperature=meta["temperature"], conditioned=meta["conditioned"])
+    fsm.load_state_dict(state["model"])
+    return fsm.to(device).eval()

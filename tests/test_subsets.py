@@ -1,0 +1,62 @@
+"""engine/subsets.py: many subsets from one pass against one masked forward pass for each subset."""
+
+import pytest
+import torch
+from test_model import SENSORS, randomised
+
+from engine.subsets import all_subsets, present_of, subset_logits, subset_outputs
+from model import build_model, condition_on_modalities
+
+
+def model_and_images(backbone, conditioned, sides):
+    torch.manual_seed(0)
+    model = build_model(backbone, 7, SENSORS)
+    if conditioned:
+        condition_on_modalities(model)
+    return randomised(model), torch.randn(2, 4, 3, *sides).double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sides", [(64, 96), (45, 70)])
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_every_subset_equals_a_masked_forward_pass(backbone, conditioned, sides):
+    model, images = model_and_images(backbone, conditioned, sides)
+    subsets = all_subsets(4)
+    assert len(subsets) == 15 and subsets[-1] == (0, 1, 2, 3)
+    for subset, ours in zip(subsets, subset_outputs(model, images, subsets), strict=True):
+        masked = model(images, present_of(subset, (2, 4)))
+        torch.testing.assert_close(ours.logits, masked.logits, rtol=1e-6, atol=1e-6)
+        for a, b in zip(ours.fused, masked.fused, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_degraded_modalities_equal_images_composed_by_hand(backbone):
+    model, images = model_and_images(backbone, True, (64, 64))
+    damaged, subsets = torch.randn(1, 4, 3, 64, 64).double(), [(1,), (0, 2, 3), (0, 1, 2, 3)]
+    for subset, ours in zip(subsets, subset_logits(model, images, subsets, damaged), strict=True):
+        composed = images.clone()
+        for m in set(range(4)) - set(subset):
+            composed[:, m] = damaged[:, m]
+        torch.testing.assert_close(ours, model(composed).logits, rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_shared_pass_in_bfloat16_is_as_close_to_float32_as_the_masked_one():
+    model, images = model_and_images("segformer_tiny", True, (64, 64))
+    model, images = model.float(), images.float()
+    subsets = all_subsets(4)
+    exact = [model(images, present_of(subset, (2, 4))).logits for subset in subsets]
+    with torch.autocast("cpu", torch.bfloat16):
+        shared = [x.float() for x in subset_logits(model, images, subsets)]
+        masked = [model(images, present_of(subset, (2, 4))).logits.float() for subset in subsets]
+    errors = [max(float((a - b).abs().max()) for a, b in zip(x, exact, strict=True)) for x in (shared, masked)]
+    assert 0 < errors[0] <= 2 * errors[1], errors
+
+
+def test_a_model_in_training_mode_is_refused():
+    model, images = model_and_images("segformer_tiny", False, (64, 64))
+    with pytest.raises(ValueError, match="model.eval"):
+        next(subset_logits(model.train(), images, [(0,)]))

@@ -92,8 +92,10 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            full = loop.validate(predictor(teacher), val, complete, run)[0]
-            if phase.improved({"miou": full["miou_published"]}):
+            scores = loop.validate(predictor(teacher), val, complete, run)[0]
+            phase.log(miou=scores["miou_published"])
+            if scores["miou_published"] > phase.best:
+                phase.best = scores["miou_published"]
                 run.save_model("teacher", teacher, meta)
         if phase.due(args.save_every) or run.stopping:
             phase.save()
@@ -176,7 +178,9 @@ def train_robust(run: Run, teacher: nn.Module, robust: nn.Module, train, val, me
         if phase.due(phase.eval_steps):
             best = average.module if args.average and average.n_averaged else robust
             scores = loop.summarise(loop.validate(predictor(best), val, subsets, run))
-            if phase.improved(scores):
+            phase.log(**scores)
+            if scores["miou"] > phase.best:
+                phase.best = scores["miou"]
                 run.save_model("robust", best, meta)
                 if args.feedback:
                     run.save_model("teacher", teacher, meta)

@@ -97,7 +97,10 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
             phase.report(lr)
         if phase.due(phase.eval_steps):
             predict = ensemble_predictor(fsm, teacher, robust)
-            if phase.improved(loop.summarise(loop.validate(predict, val, subsets, run))):
+            scores = loop.summarise(loop.validate(predict, val, subsets, run))
+            phase.log(**scores)
+            if scores["miou"] > phase.best:
+                phase.best = scores["miou"]
                 run.save_model("fsm", fsm, meta)
         if phase.due(args.save_every) or run.stopping:
             phase.save()
@@ -150,7 +153,10 @@ def train_student(
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            if phase.improved(loop.summarise(loop.validate(predictor(student), val, subsets, run))):
+            scores = loop.summarise(loop.validate(predictor(student), val, subsets, run))
+            phase.log(**scores)
+            if scores["miou"] > phase.best:
+                phase.best = scores["miou"]
                 run.save_model("student", student, meta)
         if phase.due(args.save_every) or run.stopping:
             phase.save()

@@ -20,7 +20,8 @@ import metrics
 from data import normalise
 
 PHASES = ("teacher", "robust", "fsm", "student")
-EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0}
+# What stops a training run after its step, with all saved; SIGALRM is the clock of --max-minutes.
+EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0, signal.SIGALRM: 0}
 
 
 def batch_keys(

@@ -19,14 +19,12 @@ from data import normalise, open_dataset
 from engine.checkpoint import load_last, require, save_model, write
 from engine.loop import EXIT_STATUS, batch_keys, keep_freed_memory, loader, peak_memory, versions
 
-CLOCK = 255  # stands among the signals for --max-minutes
-
 
 class Run:
     """The processes and the device of a script, and for training its folder and the signals it was sent."""
 
     def __init__(self, args, script: str):
-        self.args, self.script, self.started = args, script, time.time()
+        self.args, self.script = args, script
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
         if cuda and not torch.cuda.is_available():
@@ -71,6 +69,7 @@ class Run:
             os.replace(folder / "config.new", folder / "config.json")  # whole or not at all
         for number in EXIT_STATUS:  # from here on there is something to save
             signal.signal(number, self.on_signal)
+        signal.setitimer(signal.ITIMER_REAL, 60 * (args.max_minutes or 0))  # SIGALRM, or never
         return state if ours else None
 
     def on_signal(self, number: int, _frame) -> None:
@@ -178,14 +177,13 @@ class Phase:
         """After backward: a loss or gradient that is not finite ends the run before it reaches the weights; else the
         losses enter the next report. The one read of the device in a step: by it the processes also agree to stop.
         """
-        run, args = self.run, self.run.args
-        late = args.max_minutes and time.time() - run.started > 60 * args.max_minutes
+        run = self.run
         values = {name: value.detach() for name, value in losses.items()}
-        if args.amp != "fp16":  # its scaler skips steps whose gradients overflow: so it finds the scale
+        if run.args.amp != "fp16":  # its scaler skips steps whose gradients overflow: so it finds the scale
             gradients = [p.grad for model in models for p in model.parameters() if p.grad is not None]
             values["the gradient"] = torch.nn.utils.get_total_norm(gradients)
         flags = [~value.isfinite() for value in values.values()]
-        stop = torch.tensor(run.signalled or (CLOCK if late else 0), device=run.device)
+        stop = torch.tensor(int(run.signalled), device=run.device)
         *bad, run.stopping = run.total(torch.stack([*flags, stop]).int(), dist.ReduceOp.MAX).tolist()
         if any(bad):
             what = " and ".join(name for name, flag in zip(values, bad, strict=True) if flag)
@@ -217,18 +215,12 @@ class Phase:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.run.say(f"{self.name} step {self.step} of {self.steps}: {shown}")
 
-    def improved(self, scores: dict[str, float]) -> bool:
-        """Logs the scores of a validation -> whether this model is the phase's best so far, by scores["miou"]."""
-        self.log(**scores)
-        better, self.best = scores["miou"] > self.best, max(scores["miou"], self.best)
-        return better
-
     def leave(self) -> None:
         """Ends the run, whose state is saved, as a signal or the clock asked for."""
         self.run.meet()  # torchrun ends the others soon after the first has left
-        why = "--max-minutes" if self.run.stopping == CLOCK else signal.Signals(self.run.stopping).name
-        self.run.say(f"stopped by {why} after step {self.step}; continue with --resume {self.run.folder}")
-        raise SystemExit(EXIT_STATUS.get(self.run.stopping, 0))
+        self.run.say(f"stopped by {signal.Signals(self.run.stopping).name} after step {self.step}; "
+                     f"continue with --resume {self.run.folder}")
+        raise SystemExit(EXIT_STATUS[self.run.stopping])
 
 
 def guarded(main: Callable, *arguments) -> int:

@@ -47,6 +47,7 @@ def one_thread():
 def handlers():
     before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
     assert multiprocessing.active_children() == []  # a loader worker left behind would keep a script from ending

@@ -14,7 +14,7 @@ name in capitals is a compile-time constant.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[
     Differentiable with respect to the features.
     """
     _check_maps("features", features, labels, num_classes)
-    return reference.prototype_pool(features, labels, num_classes)
+    return _define(reference.prototype_pool, features, labels, num_classes)
 
 
 def prototype_distance(
@@ -62,8 +62,10 @@ def prototype_distance(
     _check("teacher", teacher, "the student's", student.shape, student.dtype, student.device)
     _check("present", present, "(B, M)", student.shape[:2], torch.bool, student.device)
     _check("match", match, "(B, M)", student.shape[:2], torch.int64, student.device)
-    path = prototype if _wants_triton(student) else reference
-    return path.prototype_distance(student, teacher.detach(), labels, present, match, num_classes)
+    args = (student, teacher.detach(), labels, present, match, num_classes)
+    if _wants_triton(student):
+        return prototype.prototype_distance(*args)
+    return _define(reference.prototype_distance, *args)
 
 
 def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor)
     _check_floating("prototypes", prototypes, "(B, M, K, C)")
     (B, M, C), K = features.shape[:3], prototypes.shape[2]
     _check("prototypes", prototypes, "(B, M, K, C)", (B, M, K, C), prototypes.dtype, features.device)
-    return reference.pixel_prototype_cosine(features, labels, prototypes)
+    return _define(reference.pixel_prototype_cosine, features, labels, prototypes)
 
 
 def feature_select(
@@ -117,8 +119,14 @@ def feature_select(
         raise ValueError(f"rule is {rule!r}: give one of {', '.join(RULES)}.")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: give a number above 0.")
-    path = selection if S == 2 and _wants_triton(first) else reference
-    return path.feature_select(features, weight, bias, rule, temperature)
+    if S == 2 and _wants_triton(first):
+        return selection.feature_select(features, weight, bias, rule, temperature)
+    return _define(reference.feature_select, features, weight, bias, rule, temperature)
+
+
+def _define(definition: Callable, *args):
+    with torch.autocast(args[1].device.type, enabled=False):  # float32 products under autocast too
+        return definition(*args)
 
 
 def _wants_triton(tensor: Tensor) -> bool:

@@ -14,11 +14,9 @@ Its gradient               dL/df[b,m,c,i] = (S - T)[b,m,y_i,c] / (n[b,y_i] * C *
 
 Bytes that must move, with N bytes in one (B, M, C, h, w) tensor: forward 2 N (student and teacher, once each),
 backward N (the gradient). B0 on DELIVER (1024 x 1024, batch 2, four modalities): N = 67, 34, 21 and 8 MB at the four
-stages; labels (8 bytes a pixel) and prototypes are small beside that. Fused away: a masked copy of the features for
-each class, the matched copy of the teacher, the gradients of the sums.
-
-Features of absent student modalities, and teacher ones that nobody answers to, are not read: a program learns from
-`present` and `match` on the device whether its modality is needed, so the host never waits to know.
+stages; labels (8 bytes a pixel) and prototypes are small beside that. Features of absent student modalities, and
+teacher ones that nobody answers to, are not read. Fused away: a masked copy of the features for each class, the matched
+copy of the teacher, the gradients of the sums.
 
 Pooling is a product with the one-hot labels, (C x P) times (P x K), on tensor cores; plain float32 arithmetic would
 take as long as the reading itself. One-hot entries and 16-bit features are exact in TF32. float32 features are split
@@ -71,10 +69,7 @@ def pool_kernel(
     stop = tl.minimum(start + chunk, P)
     stop_reading = tl.where(needed, stop, start)
 
-    if is_teacher:
-        x_ptr = teacher_ptr
-    else:
-        x_ptr = student_ptr
+    x_ptr = teacher_ptr if is_teacher else student_ptr
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
     x_rows = x_ptr + b * x_stride_b + m.to(tl.int64) * x_stride_m + offs_c.to(tl.int64) * x_stride_c
@@ -120,6 +115,14 @@ def sum_chunks(x_ptr, offs, mask, chunks, stride, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
+def log_softmax(x, seen):
+    """(BLOCK_C, BLOCK_K), over the classes seen; it means nothing elsewhere, nor in a row without any."""
+    x = tl.where(seen, x, -1e30)
+    x -= tl.max(x, axis=1)[:, None]
+    return x - tl.log(tl.sum(tl.exp(x), axis=1))[:, None]
+
+
+@triton.jit
 def distance_kernel(
     sums_ptr,  # (2, B, M, CHUNKS, K, C) float32, contiguous: student, teacher; read
     counts_ptr,  # (B, CHUNKS, K) int32, contiguous; read
@@ -153,22 +156,13 @@ def distance_kernel(
     student = sum_chunks(student_ptr, offs, seen, chunks, K * C, BLOCK_S) / size
     teacher = sum_chunks(teacher_ptr, offs, seen, chunks, K * C, BLOCK_S) / size
 
-    # Masked softmax; without any class a row is all -1e30, its shares are meaningless and `seen` drops them.
-    student = tl.where(seen, student, -1e30)
-    teacher = tl.where(seen, teacher, -1e30)
-    student -= tl.max(student, axis=1)[:, None]
-    teacher -= tl.max(teacher, axis=1)[:, None]
-    share_s = tl.exp(student)
-    share_t = tl.exp(teacher)
-    sum_s = tl.sum(share_s, axis=1)[:, None]
-    sum_t = tl.sum(share_t, axis=1)[:, None]
-    share_s /= sum_s
-    share_t /= sum_t
-    divergence = share_t * ((teacher - tl.log(sum_t)) - (student - tl.log(sum_s)))
+    log_s = log_softmax(student, seen)
+    log_t = log_softmax(teacher, seen)
     scale = 1.0 / (C * tl.maximum(pairs, 1)).to(tl.float32)
-    part = tl.sum(tl.sum(tl.where(seen, divergence, 0.0), axis=1), axis=0) * scale
+    divergence = tl.where(seen, tl.exp(log_t) * (log_t - log_s), 0.0)
+    part = tl.sum(tl.sum(divergence, axis=1), axis=0) * scale
     tl.store(parts_ptr + pid_bm * tl.num_programs(1) + pid_c, part)
-    table = tl.where(seen, (share_s - share_t) * scale / size, 0.0)
+    table = tl.where(seen, (tl.exp(log_s) - tl.exp(log_t)) * scale / size, 0.0)
     tl.store(table_ptr + pid_bm.to(tl.int64) * K * C + offs, table, mask=mask)
 
 

@@ -1,12 +1,11 @@
 """The plain definitions of the public calls, in vectorised PyTorch: specification, CPU path and gradcheck target.
 
-No loop over classes, samples or modalities. Everything is computed in float32 (float64 stays float64), under autocast
-too, and the gradients are autograd's own. Shapes and ranges stand at the public calls in `kernels/__init__.py`.
+No loop over classes, samples or modalities. Everything is computed in float32 (float64 stays float64), and the
+gradients are autograd's own. Shapes and ranges stand at the public calls in `kernels/__init__.py`.
 
 Axes: B samples, M modalities, K classes, C channels of a stage, h x w its positions, P = h*w, S sources.
 """
 
-import functools
 import itertools
 
 import torch
@@ -15,15 +14,6 @@ from torch import Tensor
 
 COSINE_EPS = 1e-8  # below this product of the two norms there is no direction to compare: cosine 0, gradient 0
 MASKED = -1e30  # a logit that softmax turns into an exact 0, and that stays finite when every class is masked
-
-
-def without_autocast(definition):
-    @functools.wraps(definition)
-    def run(*args):
-        with torch.autocast(args[1].device.type, enabled=False):
-            return definition(*args)
-
-    return run
 
 
 def wide(x: Tensor) -> Tensor:
@@ -58,7 +48,6 @@ def class_means(features: Tensor, member: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-@without_autocast
 def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Paper eq. 4: the mean of the features over the pixels of each class."""
     member, counts = members(labels, num_classes, features)
@@ -66,7 +55,6 @@ def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[
     return prototypes, counts[:, 0, 0].to(torch.int32)  # (B, K)
 
 
-@without_autocast
 def prototype_distance(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> Tensor:
@@ -100,7 +88,6 @@ def prototype_distance_loop(
     return total / present.sum()
 
 
-@without_autocast
 def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
     """All K products of a pixel are one matrix product and its own class's is picked.
 
@@ -118,7 +105,6 @@ def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor)
     return cosine.unflatten(2, shape)
 
 
-@without_autocast
 def feature_select(
     features: list[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float
 ) -> tuple[Tensor, Tensor]:

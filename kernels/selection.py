@@ -99,17 +99,14 @@ def score_tile(x_ptr, weight_ptr, bias, offs_p, inside, C, x_stride_c,
 @triton.jit
 def weigh(x_0, x_1, score_0, score_1, temperature, RULE: tl.constexpr):
     """Weight v of source 1 (BLOCK_C, pixels), for "score" one row of it."""
-    if RULE == "score":
-        logit_0 = score_0[None, :]
-        logit_1 = score_1[None, :]
-    else:
-        logit_0 = (1 + score_0)[None, :] * x_0
-        logit_1 = (1 + score_1)[None, :] * x_1
+    logit_0 = score_0[None, :]
+    logit_1 = score_1[None, :]
+    if RULE != "score":
+        logit_0 = (1 + logit_0) * x_0
+        logit_1 = (1 + logit_1) * x_1
     if RULE == "hard":
-        v = (logit_1 > logit_0).to(tl.float32)
-    else:
-        v = 1 / (1 + tl.exp((logit_0 - logit_1) / temperature))
-    return v
+        return (logit_1 > logit_0).to(tl.float32)
+    return 1 / (1 + tl.exp((logit_0 - logit_1) / temperature))
 
 
 @triton.jit

@@ -193,6 +193,18 @@ def test_an_ignored_pixel_that_is_not_a_number_poisons_nothing(monkeypatch):
         assert_close(found, evaluate(path, call, [student, teacher, prototypes], monkeypatch))
 
 
+def test_a_feature_that_is_not_a_number_spoils_its_neighbours_alone(monkeypatch):
+    """The 3 x 3 pixels whose scores see it."""
+    weight, bias, features = random(2, 5, 3, 3), random(2), [random(1, 5, 9, 11) for _ in range(2)]
+    features[1][0, 2, 4, 6] = float("nan")
+    spoiled = torch.zeros(1, 5, 9, 11, dtype=torch.bool, device=DEVICE)
+    spoiled[:, :, 3:6, 5:8] = True
+    for path in PATHS:
+        monkeypatch.setenv("RMMSS_KERNELS", path)
+        selected, _ = kernels.feature_select(features, weight, bias, "score", 0.5)
+        assert torch.equal(selected.isnan(), spoiled)
+
+
 def test_gradients_of_the_definitions_pass_gradcheck(monkeypatch):
     monkeypatch.setenv("RMMSS_KERNELS", "reference")
     double = {"dtype": torch.float64, "device": DEVICE, "requires_grad": True}

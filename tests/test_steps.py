@@ -15,7 +15,7 @@ from model import build_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-K, SENSORS = 5, ["rgb", "depth", "event"]
+K, MODALITIES = 5, ["rgb", "depth", "event"]
 
 
 def gradients(loss: torch.Tensor, module: torch.nn.Module) -> list[torch.Tensor]:
@@ -42,7 +42,7 @@ def batch():
     labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
     labels[0, :8] = 255
     present = draw_present(2, 3, torch.Generator().manual_seed(3))
-    models = [build_model("segformer_tiny", K, SENSORS).to(DEVICE).eval() for _ in range(2)]
+    models = [build_model("segformer_tiny", K, MODALITIES).to(DEVICE).eval() for _ in range(2)]
     return images.to(DEVICE), labels.to(DEVICE), present, *models
 
 
@@ -65,10 +65,11 @@ def test_a_step_of_stage_1_agrees(monkeypatch, batch):
     both_paths(monkeypatch, step)
 
 
-def test_a_step_of_stage_2_agrees(monkeypatch, batch):
+@pytest.mark.parametrize("rule", ["score", "candidate"])
+def test_a_step_of_stage_2_agrees(rule, monkeypatch, batch):
     images, labels, present, teacher, robust = batch
     torch.manual_seed(1)
-    selection = fsm.FSM(robust.widths, K, 3, rule="candidate").to(DEVICE)
+    selection = fsm.FSM(robust.widths, K, 3, rule=rule).to(DEVICE)
 
     def step():
         with torch.no_grad():

@@ -1,13 +1,13 @@
-"""Reads weights into a model: the published ones under their own names, and this project's checkpoints.
+"""Reads weights into a model: as published, as the model hub has them, and this project's own.
 
     report = load_pretrained(model, "mit_b0.pth")
     print(report.source, len(report.loaded), report.missing, report.unexpected)
-
-Understood: MiT ImageNet weights (SegFormer), M-SegFormer (AnySeg) and CMNeXt (DELIVER) as published, and checkpoints
-written here (a student that is conditioned on its sensors only into a model that is, too).  tests/golden proves the two
-segmentation models against the authors' outputs.
 """
 
+import itertools
+import json
+import math
+import pathlib
 import re
 from typing import NamedTuple
 
@@ -16,123 +16,155 @@ from torch import Tensor, nn
 
 
 class LoadReport(NamedTuple):
-    source: str  # what kind of checkpoint it was
+    source: str  # what kind of file it was
     loaded: list[str]  # names in this model
-    missing: list[str]  # names in this model that the file does not give
-    unexpected: list[str]  # names in the file that nothing in this model takes
+    missing: list[str]  # names in this model that such a file does not give: they keep their values
+    unexpected: list[str]  # names in the file that nothing in this model takes, such as another head
 
 
-# Published names -> this model's. MiT first, then what the two segmentation models add; first match wins.
-MIT_NAMES = [
-    (r"patch_embed(\d)\.(proj|norm)\.(\w+)", lambda i, part, p: f"stages.{int(i) - 1}.embed.{part}.{p}"),
-    (r"block(\d)\.(\d+)\.mlp\.dwconv\.dwconv\.(\w+)", lambda i, j, p: f"stages.{int(i) - 1}.blocks.{j}.mlp.dwconv.{p}"),
-    (r"block(\d)\.(\d+)\.(.+)", lambda i, j, rest: f"stages.{int(i) - 1}.blocks.{j}.{rest}"),
-    (r"norm(\d)\.(\w+)", lambda i, p: f"stages.{int(i) - 1}.norm.{p}"),
-]
-DECODER_NAMES = [
-    (r"linear_c(\d)\.proj\.(\w+)", lambda i, p: f"decoder.linear.{int(i) - 1}.{p}"),
-    (r"linear_fuse\.conv\.weight", lambda: "decoder.fuse.weight"),
-    (r"linear_fuse\.bn\.(\w+)", lambda p: f"decoder.bn.{p}"),
-    (r"linear_pred\.(\w+)", lambda p: f"decoder.classify.{p}"),
-]
-CMNEXT_NAMES = [
-    (r"extra_downsample_layers\.(\d)\.proj\.module\.(\w+)", lambda i, p: f"aux.{i}.embed.proj.{p}"),
-    (r"extra_downsample_layers\.(\d)\.norm\.ln_(\d+)\.(\w+)", lambda i, m, p: f"aux.{i}.embed.{p}[{m}]"),
-    (r"extra_score_predictor\.(\d)\.score_nets\.(\d+)\.0\.(\w+)", lambda i, m, p: f"aux.{i}.hub.depthwise.{m}.{p}"),
-    (r"extra_score_predictor\.(\d)\.score_nets\.(\d+)\.1\.(\w+)", lambda i, m, p: f"aux.{i}.hub.pointwise.{m}.{p}"),
-    (r"extra_block(\d)\.(\d+)\.mlp\.dwconv\.dwconv\.(\w+)",
-     lambda i, j, p: f"aux.{int(i) - 1}.blocks.{j}.mlp.dwconv.{p}"),
-    (r"extra_block(\d)\.(\d+)\.c_nets\.0\.weight", lambda i, j: f"aux.{int(i) - 1}.blocks.{j}.gate.weight"),
-    (r"extra_block(\d)\.(\d+)\.(.+)", lambda i, j, rest: f"aux.{int(i) - 1}.blocks.{j}.{rest}"),
-    (r"extra_norm(\d)\.(\w+)", lambda i, p: f"aux.{int(i) - 1}.norm.{p}"),
-    (r"FRMs\.(\d)\.(channel|spatial)_weights\.mlp\.(\d)\.(\w+)", lambda i, w, j, p: f"aux.{i}.frm.{w}.{j}.{p}"),
-    (r"FFMs\.(\d)\.cross\.(channel_proj|end_proj|norm)(\d)\.(\w+)",
-     lambda i, part, j, p: f"aux.{i}.ffm.{part}.{int(j) - 1}.{p}"),
-    (r"FFMs\.(\d)\.cross\.cross_attn\.kv(\d)\.weight", lambda i, j: f"aux.{i}.ffm.kv.{int(j) - 1}.weight"),
-    (r"FFMs\.(\d)\.channel_emb\.residual\.weight", lambda i: f"aux.{i}.ffm.residual.weight"),
-    (r"FFMs\.(\d)\.channel_emb\.channel_embed\.(\d)\.(\w+)", lambda i, j, p: f"aux.{i}.ffm.mix.{j}.{p}"),
-    (r"FFMs\.(\d)\.channel_emb\.norm\.(\w+)", lambda i, p: f"aux.{i}.ffm.bn.{p}"),
-]  # fmt: skip
-
-
-def translate(name: str, rules: list) -> str | None:
-    for pattern, make in rules:
-        if found := re.fullmatch(pattern, name):
-            return make(*found.groups())
-    return None
+# How names in a file become this model's, rule by rule. "name[1]" is part 1 of a tensor that is one here.
+PUBLISHED = {
+    r"^(backbone|decode_head|encoder|decoder)\.": "",
+    r"^(\w+?|FFMs\..*(?:proj|norm|kv))(\d)(?=\.)": lambda found: f"{found[1]}.{int(found[2]) - 1}",  # they count from 1
+}
+MIT_NAMES = {
+    r"^patch_embed\.(\d)": r"stages.\1.embed",
+    r"^block\.(\d)": r"stages.\1.blocks",
+    r"^norm\.(\d)": r"stages.\1.norm",
+    r"dwconv\.dwconv": "dwconv",
+}
+DECODER_NAMES = {
+    r"^linear_c\.(\d)\.proj": r"decoder.linear.\1",
+    r"^linear_fuse\.conv": "decoder.fuse",
+    r"^linear_fuse\.bn": "decoder.bn",
+    r"^linear_pred": "decoder.classify",
+}
+CMNEXT_NAMES = {
+    r"^extra_downsample_layers\.(\d)\.proj\.module": r"aux.\1.embed.proj",
+    r"^extra_downsample_layers\.(\d)\.norm\.ln_(\d+)\.(\w+)": r"aux.\1.embed.\3[\2]",
+    r"^extra_score_predictor\.(\d)\.score_nets\.(\d+)\.0": r"aux.\1.hub.depthwise.\2",
+    r"^extra_score_predictor\.(\d)\.score_nets\.(\d+)\.1": r"aux.\1.hub.pointwise.\2",
+    r"^extra_block\.(\d)": r"aux.\1.blocks",
+    r"c_nets\.0": "gate",
+    r"^extra_norm\.(\d)": r"aux.\1.norm",
+    r"^FRMs\.(\d)\.(channel|spatial)_weights\.mlp": r"aux.\1.frm.\2",
+    r"^FFMs\.(\d)\.cross(\.cross_attn)?": r"aux.\1.ffm",
+    r"^FFMs\.(\d)\.channel_emb\.residual": r"aux.\1.ffm.residual",
+    r"^FFMs\.(\d)\.channel_emb\.channel_embed": r"aux.\1.ffm.mix",
+    r"^FFMs\.(\d)\.channel_emb\.norm": r"aux.\1.ffm.bn",
+}
+HUB_NAMES = {  # transformers: the names up to version 4, and those from version 5 on
+    r"^(model\.)?(segformer\.)?(encoder\.)?": "",
+    r"^(?:patch_embeddings\.(\d)|stages\.(\d)\.patch_embeddings)": r"stages.\1\2.embed",
+    r"^(?:layer_norm\.(\d)|stages\.(\d)\.layer_norm)": r"stages.\1\2.norm",
+    r"^block\.(\d)": r"stages.\1.blocks",
+    r"layer_norm_1|layernorm_before": "norm1",
+    r"layer_norm_2|layernorm_after": "norm2",
+    r"attention\.(self\.query|q_proj)": "attn.q",
+    r"attention\.(self\.key|k_proj)\.(\w+)": r"attn.kv.\2[0]",
+    r"attention\.(self\.value|v_proj)\.(\w+)": r"attn.kv.\2[1]",
+    r"attention\.(self\.sr|sequence_reduction\.sequence_reduction)": "attn.sr",
+    r"attention\.(self|sequence_reduction)\.layer_norm": "attn.norm",
+    r"attention\.(output\.dense|o_proj)": "attn.proj",
+    r"\.layer_norm\.": ".norm.",
+    r"mlp\.dense": "mlp.fc",
+    r"dwconv\.dwconv": "dwconv",
+}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
 def load_pretrained(model: nn.Module, path: str) -> LoadReport:
-    """Loads a checkpoint file into `model` in place: the published weights, or this project's own.
+    """Loads a file of weights (.pth, .pt, .bin or .safetensors) into `model` in place.
 
-    MiT weights go into either backbone; in CMNeXt they also start the auxiliary patch embeddings and their norms by
-    copy, as the authors do.  Published CMNeXt weights switch `model.published_layout` on, which they were trained with.
-
-    Raises:
-        ValueError: the file is no checkpoint, nothing in it fits, or a shape differs (both shapes are named).
+    MiT encoders go into either backbone: as published, or of the model hub, fine-tuned or not. In CMNeXt they start the
+    auxiliary patch embeddings and norms, too, as the authors do. Published M-SegFormer and CMNeXt weights and this
+    project's checkpoints fill the whole model; published CMNeXt weights switch `published_layout` on.
+    Raises FileNotFoundError, or ValueError if the file cannot be read or does not fit; then nothing is loaded.
     """
+    state = read_file(path)
+    modalities = state.get("meta", {}).get("modalities")
+    state = next((state[key] for key in ("model", "state_dict", "model_state_dict") if key in state), state)
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    own, names, is_cmnext = model.state_dict(), " ".join(state), hasattr(model, "aux")
+    if "backbone.extra_" in names:
+        source, rules = "published CMNeXt", PUBLISHED | CMNEXT_NAMES | MIT_NAMES | DECODER_NAMES
+    elif "encoder.patch_embed1.proj.weight" in state:
+        source, rules = "published M-SegFormer", PUBLISHED | MIT_NAMES | DECODER_NAMES
+    elif "patch_embed1.proj.weight" in names:
+        source, rules = "MiT encoder", PUBLISHED | MIT_NAMES
+    elif "patch_embeddings." in names:
+        source, rules = "model hub's SegFormer encoder", HUB_NAMES
+    else:
+        source, rules = "this project", {}
+    part = "the encoder" if source.endswith("encoder") else "the model"
+    if modalities not in (None, model.modalities) and (is_cmnext or "decoder.film" in state):
+        raise ValueError(f"{path} has weights of their own for each of {', '.join(modalities)}, in this order; "
+                         f"this model has {', '.join(model.modalities)}.")  # fmt: skip
+    found, unexpected = {}, []
+    for name in sorted(state, key=lambda name: (len(name), name)):  # part 10 after part 9
+        target, _, row = translate(name, rules).partition("[")
+        if not target:
+            unexpected.append(name)
+            continue
+        value = state[name][None] if row and target.startswith("aux.") else state[name]  # else keys, values
+        found[target] = torch.cat((found[target], value)) if target in found else value
+    for name, value in found.items():
+        if isinstance(own.get(name), Tensor):
+            if own[name].ndim == 2 and value.shape[2:] == (1, 1):
+                found[name] = value = value[:, :, 0, 0]  # a 1x1 convolution there, the linear layer that equals it here
+            if own[name].shape != value.shape:
+                raise ValueError(f"{path} (taken for: {source}) has {name} with shape {tuple(value.shape)}, "
+                                 f"but this model's has {tuple(own[name].shape)}.")  # fmt: skip
+    tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
+    wanted = [name for name in tensors if part == "the model" or name.startswith("stages.")]
+    missing, surplus = [name for name in wanted if name not in found], [name for name in found if name not in own]
+    if missing or surplus:
+        first = f"the first that is missing is {missing[0]}" if missing else f"but it has {surplus[0]}, too"
+        raise ValueError(f"{path} was taken for: {source}. {len(wanted) - len(missing)} of {len(wanted)} tensors of "
+                         f"{part} fit, {first}. Is it of another model or size?")  # fmt: skip
+    if part == "the encoder" and is_cmnext:
+        for i, p in itertools.product(range(4), ("weight", "bias")):
+            found[f"aux.{i}.embed.proj.{p}"] = found[f"stages.{i}.embed.proj.{p}"]
+            found[f"aux.{i}.embed.{p}"] = found[f"stages.{i}.embed.norm.{p}"].expand(len(model.modalities) - 1, -1)
+    if source == "published CMNeXt":
+        found["_extra_state"] = {"published_layout": True}
+    model.load_state_dict({**own, **found})
+    source += ", its head left out" if part == "the encoder" and unexpected else ""
+    return LoadReport(source, sorted(found), [name for name in tensors if name not in found], unexpected)
+
+
+def translate(name: str, rules: dict) -> str:
+    """A name in a file -> the name in this model, "" for what it has no part for, such as another head."""
+    for pattern, new in rules.items():
+        name = re.sub(pattern, new, name)
+    return name if re.match(r"stages\.|aux\.|decoder\.|fusion_logits|_extra_state", name) else ""
+
+
+def read_file(path: str) -> dict:
+    """The dictionary in a file of torch.save or a .safetensors, told apart by their first bytes; runs no code in it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"
+        state = read_safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"checkpoint {path} does not exist.") from None
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint of tensors ({type(error).__name__}).") from error
-    sensors = state.get("meta", {}).get("modalities") if isinstance(state, dict) else None
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights.")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if isinstance(state, dict):
+        return state
+    raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights.")
 
-    own = model.state_dict()
-    is_cmnext = hasattr(model, "aux")
-    if any(name.startswith("backbone.extra_") for name in state):
-        source, rules = "published CMNeXt", CMNEXT_NAMES + MIT_NAMES + DECODER_NAMES
-    elif "encoder.patch_embed1.proj.weight" in state:
-        source, rules = "published M-SegFormer", MIT_NAMES + DECODER_NAMES
-    elif "patch_embed1.proj.weight" in state:
-        source, rules = "MiT encoder", MIT_NAMES
-    else:
-        source, rules = "this project", [(r"(.+)", lambda name: name)]
-    if "decoder.film" in state and "decoder.film" not in own:
-        raise ValueError(f"{path} holds a model conditioned on its sensors, which a plain one cannot continue; "
-                         "give it as --teacher, or load it with checkpoint.load_model.")  # fmt: skip
-    if source == "this project" and sensors and (is_cmnext or "decoder.film" in state) and sensors != model.modalities:
-        raise ValueError(f"{path} has weights of their own for each of {', '.join(sensors)}, in this order; "
-                         f"this model has {', '.join(model.modalities)}.")  # fmt: skip
-    part = "" if source == "this project" else r"^(backbone|decode_head|encoder|decoder)\."
 
-    fitted, unexpected = {}, []
-    for name, value in state.items():
-        target = translate(re.sub(part, "", name), rules)
-        base, _, row = (target or "").partition("[")  # "aux.0.embed.weight[2]": a row of a stacked parameter
-        if base not in own or not isinstance(value, Tensor):
-            if base in own:  # extra state: the switches that travel with this project's checkpoints
-                fitted[base] = value
-            else:
-                unexpected.append(name)
-            continue
-        expected = own[base][int(row[:-1])] if row and int(row[:-1]) < len(own[base]) else own[base]
-        if expected.ndim == 2 and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0]  # a 1x1 convolution there, the linear layer that equals it here
-        if expected.shape != value.shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(value.shape)}, "
-                             f"but {target} of this model has {tuple(expected.shape)}.")  # fmt: skip
-        if row:
-            fitted.setdefault(base, own[base].clone())[int(row[:-1])] = value
-        else:
-            fitted[base] = value
-    if source == "MiT encoder" and is_cmnext:
-        for i in range(4):
-            for p in ("weight", "bias"):
-                fitted[f"aux.{i}.embed.proj.{p}"] = state[f"patch_embed{i + 1}.proj.{p}"]
-                norm = state[f"patch_embed{i + 1}.norm.{p}"]
-                fitted[f"aux.{i}.embed.{p}"] = norm.expand_as(own[f"aux.{i}.embed.{p}"])  # one row per modality
-    if not any(isinstance(value, Tensor) for value in fitted.values()):
-        raise ValueError(f"{path}: none of its {len(state)} entries fits this {type(model).__name__}; "
-                         f"the first is '{next(iter(state), 'nothing')}'.")  # fmt: skip
-    if source == "published CMNeXt" and is_cmnext:
-        fitted["_extra_state"] = {"published_layout": True}
-    model.load_state_dict({**own, **fitted})
-    return LoadReport(source, sorted(fitted), sorted(set(own) - set(fitted) - {"_extra_state"}), unexpected)
+def read_safetensors(path: str) -> dict[str, Tensor]:
+    """8 bytes: length n; n bytes of JSON: {name: {dtype, shape, data_offsets [from, to]}}; then the tensors' bytes."""
+    data = bytearray(pathlib.Path(path).read_bytes())
+    n = int.from_bytes(data[:8], "little")
+    raw, tensors = torch.frombuffer(data, dtype=torch.uint8)[8 + n :], {}
+    for name, about in json.loads(data[8 : 8 + n]).items():
+        if name != "__metadata__":
+            (start, end), dtype = about["data_offsets"], DTYPES[about["dtype"]]
+            if not 0 <= start <= end <= len(raw) or end - start != math.prod(about["shape"]) * dtype.itemsize:
+                raise ValueError(f"the bytes of {name} are not all there")
+            tensors[name] = raw[start:end].clone().view(dtype).reshape(about["shape"])
+    return tensors

@@ -23,7 +23,8 @@ from torch import Tensor
 from datasets import synthetic
 from datasets.export import export
 from datasets.files import IGNORED, read_images, read_label
-from datasets.layouts import DATASETS, LAYOUTS, Frame, find_frames, label_table, open_layout
+from datasets.layouts import DATASETS, LAYOUTS, Frame, find_frames, label_table, open_layout, spread
+from datasets.ranges import checked, learn_ranges
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
@@ -41,11 +42,12 @@ class FrameDataset(torch.utils.data.Dataset):
     ranges. What is random depends on (seed, epoch, index) alone, so neither on workers nor on where a run was resumed.
     """
     def __init__(self, name: str, frames: list[Frame], classes: list[str], palette: np.ndarray, modalities: list[str],
-                 size: int | tuple[int, int] | None, augment: bool, seed: int, table: np.ndarray) -> None:
+                 size: int | tuple[int, int] | None, augment: bool, seed: int, table: np.ndarray, split: str) -> None:
         self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
-        self.size, self.augment, self.seed, self.table = size, augment, seed, table
+        self.size, self.augment, self.seed, self.table, self.split = size, augment, seed, table, split
         self.normalisation = "all" if name == "synthetic" else "rgb"    # see `normalise`
-        self.kinds, self.broken, self.painted = [], [], {}
+        self.ranges: dict[str, list] = {}       # see datasets/ranges.py
+        self.broken, self.painted = [], {}
         self.class_pixels = np.zeros(256, np.int64)     # counted by `open_all`
 
     def __len__(self) -> int:
@@ -63,21 +65,28 @@ class FrameDataset(torch.utils.data.Dataset):
                     return painted
                 self.painted[index] = painted
             return self.painted[index]
+        images, label = self.read_files(frame)
+        files = zip(images, self.modalities, frame.images, strict=True)
+        return [checked(image, modality, path, self.ranges) for image, modality, path in files], label
+
+    def read_files(self, frame: Frame) -> tuple[list[np.ndarray], np.ndarray]:
+        """A frame of a data set with files, as `read` has it, but 16 bit as uint16, and of any kind and range."""
         images = read_images(self.name, self.modalities, frame.images)
         label = np.full(images[0].shape[:2], IGNORED, np.uint8)
-        label = read_label(self.name, frame.label, self.table) if frame.label else label
+        label = read_label(self.name, frame.label, self.table, self.palette) if frame.label else label
         for m, (modality, path) in enumerate(zip(self.modalities, frame.images, strict=True)):
-            kind, (h, w), (H, W) = images[m].dtype, images[m].shape[:2], label.shape
-            if self.kinds and kind != self.kinds[m]:
-                raise ValueError(f"{path} is read as {kind} (8 bits are uint8, 16 bits float32), the first file of "
-                                 f"{modality} as {self.kinds[m]}; a modality must be of one kind")
-            if modality == "rgb" and kind != np.uint8 and images[m].max() > 1:
-                raise ValueError(f"{path} has values up to {images[m].max():g}; rgb as floats must be in 0..1")
+            (h, w), (H, W) = images[m].shape[:2], label.shape
             if (h, w) != (H, W) and (self.name, modality) != ("deliver", "event"):
                 raise ValueError(f"{path} has {h} rows of {w} pixels, but {frame.label or frame.images[0]} has "
                                  f"{H} of {W}; the files of a frame must be aligned")
             images[m] = nearest(images[m], (H, W)) if (h, w) != (H, W) else images[m]   # eventlowres: 512 x 512
         return images, label
+
+    def describe(self) -> str:
+        """One line: name, split, number of frames, each modality with the kind and range of its training values."""
+        kinds = {modality: f" ({kind}, {low:g}..{high:g})" for modality, (kind, low, high) in self.ranges.items()}
+        what = ", ".join(modality + kinds.get(modality, "") for modality in self.modalities)
+        return f"{self.name} {self.split}, {len(self)} frames: {what}"
 
     def open_all(self, allowed: int) -> None:
         """Read every frame once and leave out at most `allowed` broken ones; `broken` holds a sentence for each."""
@@ -95,16 +104,6 @@ class FrameDataset(torch.utils.data.Dataset):
             raise ValueError(f"{len(self.broken)} frames are broken, more than --skip-broken {allowed}; the last one: "
                              f"{self.broken[-1]}")
         self.frames = [frame for frame, text in zip(self.frames, problems, strict=True) if not text]
-
-    def learn_kinds(self, lenient: bool) -> None:
-        """Which modalities are 8 bit and which float: as in the first frame, or with `lenient` the first sound one."""
-        for index in range(len(self)):
-            try:
-                self.kinds = [image.dtype for image in self.read(index)[0]]
-                return
-            except (ValueError, OSError):
-                if not lenient:
-                    raise
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
@@ -194,11 +193,11 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def open_dataset(name: str, root: str | Path | None = None, split: str = "train", modalities: list[str] | None = None,
                  size: int | tuple[int, int] | None = None, augment: bool = False, seed: int = 0,
                  limit: int | None = None, depth: str = "hha", label_map: str | None = None, skip_broken: int = 0,
-                 classes: int = 40, hold_out: int = 0) -> FrameDataset:
+                 classes: int = 40, hold_out: int = 0, ranges: dict[str, list] | None = None) -> FrameDataset:
     """Open a split of a data set; what it yields is said at `FrameDataset`.
 
-    modalities: which and in which order; by default all, but of MUSES no radar, as in the papers' tables, and of nyuv2
-        no event and lidar, which are derived from rgb and raw depth.
+    modalities: which and in which order; by default all, but of MUSES no radar, of nyuv2 no event and lidar, and of a
+        folder nothing that is named or filled like labels.
     size: with `augment`, the crop's side. Without, the shorter side, before both go up to a multiple of 32, or exactly
         (H, W). None leaves frames as they are. Synthetic scenes are painted at `size` (by default 64).
     limit: at most so many frames, spread evenly over the sorted list; for synthetic, the number of scenes.
@@ -206,6 +205,8 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
     skip_broken: if above 0, open every file now and leave out up to so many broken frames, told in `dataset.broken`.
     classes, hold_out: of nyuv2, 40 or 13 classes, and how many frames of the train list to validate on, evenly spread
         and not trained on; with 0, validation is on the test list, as everyone reports it.
+    ranges: that all frames must keep to, of a training split or checkpoint (datasets/ranges.py). None: learn them from
+        the training split.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
     for what, value, known in (("data set", name, DATASETS), ("split", split, synthetic.SPLITS),
@@ -223,7 +224,7 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
     layout, root, names, palette = open_layout(name, root, depth, classes)
     known = list(layout.modalities)
     if modalities is None:
-        modalities = [m for m in known if (name, m) not in (("muses", "radar"), ("nyuv2", "event"), ("nyuv2", "lidar"))]
+        modalities = [modality for modality in known if modality not in layout.unasked]
     elif not modalities:
         raise ValueError("the list of modalities is empty; name at least one, or give None for all")
     for modality in modalities:
@@ -239,16 +240,21 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         if not frames:
             raise FileNotFoundError(f"{root} has no {split} frames of {layout.title}; expected {layout.expected}; "
                                     f"{layout.source}")
-        count = min(limit or len(frames), len(frames))
-        frames = [frames[i * len(frames) // count] for i in range(count)]
-    dataset = FrameDataset(name, frames, names, palette, modalities, size, augment, seed,
-                           label_table(label_map or layout.label_map, len(names)))
-    if name != "synthetic":
-        dataset.learn_kinds(lenient=skip_broken > 0)
+    table = label_table(label_map or layout.label_map, len(names))
+    dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
+    if name == "synthetic":
+        ranges = {modality: ["8 bit", 0, 255] for modality in modalities}
+    elif not ranges:
+        train = find_frames(name, layout, root, "train", modalities, hold_out) or frames
+        ranges = learn_ranges(dataset.read_files, spread(train, 16), modalities)
+    dataset.ranges = {modality: ranges[modality] for modality in modalities if modality in ranges}
     if skip_broken:
         dataset.open_all(skip_broken)
         if not dataset.frames and skip_broken < sys.maxsize:    # that is --check, which reports them
             raise ValueError(f"all {split} frames are broken; the last one: {dataset.broken[-1]}")
+    elif split == "train" and all((dataset.read(i)[1] == IGNORED).all() for i in range(len(dataset))):
+        raise ValueError(f"not one pixel of the {len(dataset)} frames of the train split of {root} has a class; look "
+                         f"at the labels and --label-map")
     return dataset
 
 
@@ -280,7 +286,7 @@ def draw_present(batch_size: int, modalities: int, generator: torch.Generator, c
 
 def frame_rng(seed: int, name: str, modality: int) -> np.random.Generator:
     """Chance for a modality of a frame: the same in any batch, worker, subset of modalities and on any device."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode()), modality])
+    return np.random.default_rng([seed, zlib.crc32(name.encode(errors="surrogateescape")), modality])
 
 
 def random_missing(images: Tensor, present: Tensor, r: float, names: list[str], seed: int = 0) -> Tensor:
@@ -326,8 +332,7 @@ def check(options: argparse.Namespace) -> int:
             continue
         never = [name for c, name in enumerate(dataset.classes) if not dataset.class_pixels[c]]
         what = f"; never in a label: {', '.join(never)}" if never else ""
-        what = "; not one labelled pixel" if len(never) == len(dataset.classes) else what
-        lines.append(f"{split}: {len(dataset) + len(dataset.broken)} frames, {len(dataset.broken)} broken{what}")
+        lines.append(f"{dataset.describe()}; {len(dataset.broken)} broken{what}")
         broken += dataset.broken
     if not lines:
         raise error

@@ -49,7 +49,7 @@ def derive_event(rgb: np.ndarray, metres: np.ndarray, name: str, seed: int = 0) 
     H, W = metres.shape
     if rgb.shape[:2] != (H, W):
         raise ValueError(f"frame {name}: rgb is {rgb.shape[:2]}, depth {(H, W)}; deriving events needs equal sizes")
-    rng = np.random.default_rng([seed, zlib.crc32(f"event {name}".encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(f"event {name}".encode(errors="surrogateescape"))])
     forward, sideways, turn = rng.uniform(*FORWARD), rng.uniform(-SIDEWAYS, SIDEWAYS), rng.uniform(-TURN, TURN)
     grey = rgb[..., 1].copy()                                   # green: most of what the eye calls brightness
     rows, columns = inside_border(grey)
@@ -74,7 +74,7 @@ def derive_lidar(metres: np.ndarray, name: str, seed: int = 0) -> np.ndarray:
     Takes the metres and the name of `derive_event`; no measurement, no return. Returns (H, W, 3) uint8, three equal
     channels, 0 = no return, else 255 - 80 ln(metres / 0.5): 255 up to 0.5 m, 200 at 1 m, 15 at 10 m, 1 from 12 m on.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(f"lidar {name}".encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(f"lidar {name}".encode(errors="surrogateescape"))])
     rows = ((np.arange(SCANS) + 0.5) * len(metres) / SCANS).astype(np.intp)
     scans = metres[rows]                                        # (SCANS, W)
     chance, noise = rng.random((2, *scans.shape), np.float32)

@@ -50,8 +50,7 @@ def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarra
         key, angle = f"scene{index % 3}_{split}_{index:06d}", depth[..., 0] * np.float32(np.pi / 255)
         files = {f"polL_color/{key}.png": rgb.astype(np.uint16) * 257, f"polL_aolp_sin/{key}.npy": np.sin(angle),
                  f"polL_aolp_cos/{key}.npy": np.cos(angle), f"polL_dolp/{key}.npy": event[..., 0] / np.float32(255),
-                 f"NIR_warped/{key}.png": lidar[..., 2].astype(np.uint16) * 257, f"GT/{key}.png": label,
-                 f"NIR_warped_mask/{key}.png": np.full_like(label, 255), f"SS/{key}.png": label}
+                 f"NIR_warped/{key}.png": lidar[..., 2].astype(np.uint16) * 257, f"GT/{key}.png": label}
         return {f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][:array.ndim])
                 for path, array in files.items()}
     if layout == "nyuv2":

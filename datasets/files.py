@@ -7,17 +7,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datasets.derived import derive_event, derive_lidar
 
 IGNORED = 255
+LARGEST = 1e6       # a float beyond it is a mark for "nothing measured" rather than a measurement
+FEW_BITS = {"1": 1, "L;2": 85, "L;4": 17}   # what Pillow multiplies grey of 1, 2 and 4 bits by
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
 
 
 def read_file(path: Path, ids: bool = False) -> np.ndarray:
-    """The values of a file as stored, (H, W) or (H, W, C); `ids`: of a palette PNG the indices, not the colours.
+    """The values of a file as stored, (H, W) or (H, W, C); a JPEG turned upright as its EXIF says.
 
+    ids: the file holds labels. Grey of 1, 2 or 4 bits is not scaled to 0..255 then, and a palette PNG becomes
+        (H, W, 4) uint8, index and colour.
     A missing or damaged file is a FileNotFoundError or ValueError of one sentence that names it.
     """
     if not path.is_file():
@@ -32,71 +36,78 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
             return np.load(path, allow_pickle=False)
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as archive:
+                if len(archive.files) != 1:
+                    raise ValueError(f"it holds {', '.join(archive.files) or 'nothing'}; save one array in it")
                 return archive[archive.files[0]]
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             mode, tile = image.mode, image.tile[0]
+            packing = str(tile[3])
             if mode.startswith("I"):        # 16-bit grey
                 return np.asarray(image).astype(np.uint16)
-            if not str(tile[3]).endswith(";16B"):
-                return np.array(image if mode in ("L", "RGB", "P" if ids else "L") else image.convert("RGB"))
+            if ids and packing in FEW_BITS:
+                return np.array(image).astype(np.uint8) // FEW_BITS[packing]
+            if ids and mode == "P":
+                return np.dstack([np.array(image), np.array(image.convert("RGB"))])
+            if not packing.endswith(";16B"):
+                image = ImageOps.exif_transpose(image) if image.format == "JPEG" else image
+                return np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
             high = np.asarray(image)
         # Of 16-bit colour, Pillow keeps the high bytes. Told that the file is little-endian, it yields the low ones.
         with Image.open(path, formats=("PNG",)) as image:
-            image.tile = [(*tile[:3], tile[3].replace("16B", "16L"))]
+            image.tile = [(*tile[:3], packing.replace("16B", "16L"))]
             return (high.astype(np.uint16) << 8 | np.asarray(image))[..., :3]
     except Exception as error:              # a decoder may raise anything on a damaged file
         raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A modality's file as (H, W, 1 or 3): 8 bit as stored, 16 bit as float32 in 0..1, floats as they are."""
+    """A modality's file as (H, W, 1 or 3) uint8, uint16 or float32, as stored."""
     image = read_file(path)
     image = image[..., None] if image.ndim == 2 else image
-    if image.ndim != 3 or image.shape[2] not in (1, 3) or not (image.dtype.kind == "f" or image.dtype in ("u1", "u2")):
+    known = image.dtype.kind == "f" or image.dtype in ("u1", "u2")
+    if image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size or not known:
         raise ValueError(f"{path} holds {image.dtype} of shape {image.shape}; expected (H, W), (H, W, 1) or (H, W, 3) "
                          f"of uint8, uint16 or float")
-    if image.dtype == np.uint8:
+    if image.dtype.kind == "u":
         return image
-    if image.dtype == np.uint16:
-        return image.astype(np.float32) / 65535
     with np.errstate(over="ignore"):        # what float32 cannot hold becomes infinite, and is found below
         image = image.astype(np.float32)
-    if not np.isfinite(image).all():
-        raise ValueError(f"{path} has NaN or infinite values; replace them, for example by 0")
+    if not np.abs(image).max() <= LARGEST:  # nor NaN, whose comparisons are all false
+        raise ValueError(f"{path} has NaN or infinite values, or such beyond {LARGEST:g} ({image.max():g}); replace "
+                         f"them, for example by 0")
     return image
 
 
-def read_float(path: Path) -> np.ndarray:
-    """A modality's file as (H, W, 1 or 3) float32, 8 and 16 bit in 0..1."""
-    image = read_image(path)
-    return image if image.dtype == np.float32 else image / np.float32(255)
+def scaled(image: np.ndarray) -> np.ndarray:
+    """An image as float32: 8 and 16 bit in 0..1, floats as they are."""
+    return image if image.dtype == np.float32 else image / np.float32(np.iinfo(image.dtype).max)
 
 
 def read_muses_range(path: Path) -> np.ndarray:
-    """MUSES lidar or radar: v / 100, so about 0..1 for metres. A PNG holds (v + 100) * 150, a .npz v; empty is 0."""
-    if path.suffix in (".npy", ".npz"):
-        return read_float(path) / 100
-    stored = np.atleast_3d(read_file(path))
+    """MUSES lidar or radar: v / 100, so about 0..1 for metres. 16 bit hold (v + 100) * 150, floats v; empty is 0."""
+    stored = read_image(path)
     if stored.dtype == np.uint8:
         raise ValueError(f"{path} has 8 bits; MUSES lidar and radar are 16-bit PNG files; write them with the SDK")
-    return (stored.astype(np.float32) - 15000) / 15000
+    return stored / 100 if stored.dtype == np.float32 else (stored.astype(np.float32) - 15000) / 15000
 
 
 def read_mcubes(path: Path) -> np.ndarray:
-    """A MCubeS modality without its left 192 columns, as is usual; AoLP as sin, cos, sin; NIR 0 outside its mask."""
-    image, root = read_float(path), path.parent.parent
+    """A MCubeS modality in floats without its left 192 columns, as is usual; AoLP as sin, cos, sin.
+
+    The published code reads the mask of NIR and does not apply it (DELIVER, semseg/datasets/mcubes.py); nor is it here.
+    """
+    image = scaled(read_image(path))
     if path.parent.name == "polL_aolp_sin":
-        image = np.dstack([image, read_float(root / "polL_aolp_cos" / path.name), image])
-    mask = root / "NIR_warped_mask" / path.name
-    if path.parent.name == "NIR_warped" and mask.is_file():
-        image = image * (read_float(mask)[..., :1] > 0)
+        image = np.dstack([image, scaled(read_image(path.parents[1] / "polL_aolp_cos" / path.name)), image])
     return image[:, 192:]
 
 
 def read_nyuv2(path: Path) -> np.ndarray:
     """A NYU Depth v2 file. Raw depth is metres / 10, at most 1: 16 bit hold millimetres, 8 bit 25.5 a metre."""
     image = read_image(path)
-    return np.minimum(image * np.float32(65535 / 10000), 1) if image.dtype != np.uint8 else image
+    if image.dtype == np.uint8 or image.shape[2] == 3:      # colours, HHA
+        return image
+    return np.minimum(image / np.float32(10 if image.dtype == np.float32 else 10000), 1)
 
 
 def derive(modality: str, depth: Path, read: Callable[[Path], np.ndarray]) -> np.ndarray:
@@ -123,17 +134,28 @@ def read_images(name: str, modalities: list[str], paths: Sequence[Path]) -> list
     return [readers.get((name, modality), reader)(path) for modality, path in zip(modalities, paths, strict=True)]
 
 
-def read_label(name: str, path: Path, table: np.ndarray) -> np.ndarray:
-    """A label file of a data set as (H, W) uint8 classes by `layouts.label_table`; DELIVER's ids are in red."""
+def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """A label file of a data set as (H, W) uint8 classes by `layouts.label_table`; DELIVER's ids are in red.
+
+    The indices of a palette PNG are taken for ids if its colours are those of the classes, `palette` (K, 3), or grey
+    of the same number. Else the program that wrote it may have sorted them anew, and the file is refused.
+    """
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise ValueError(f"{path} is a JPEG, whose compression changes class ids; write labels as PNG")
     ids = read_file(path, ids=True)
+    if ids.ndim == 3 and ids.shape[2] == 4:
+        ids, colours = ids[..., 0], ids[..., 1:]
+        classes = table.take(ids)
+        right = (classes == IGNORED) | (palette[classes.clip(0, len(palette) - 1)] == colours).all(2)
+        if not right.all() and (ids[..., None] != colours).any():
+            raise ValueError(f"{path} has a palette of other colours than the classes, so its indices may not be their "
+                             f"ids; save the ids as 8-bit grey PNG, or write the palette's colours into classes.txt")
     ids = ids[..., 0] if name == "deliver" and ids.ndim == 3 else ids
     if ids.ndim != 2 or ids.dtype not in ("u1", "u2"):
         raise ValueError(f"{path} is no label map; expected class ids of 8 or 16 bit in one channel")
     label = table.take(ids)                 # (H, W), in int16: no id can wrap around
     if label.min() < 0:
         known = np.flatnonzero(table >= 0)
-        raise ValueError(f"{path} holds the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2]} and "
+        raise ValueError(f"{path} holds the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2:][0]} and "
                          f"{known[-1]}; correct the file, classes.txt or --label-map")
     return label[:, 192 if name == "mcubes" else 0:].astype(np.uint8)

@@ -3,9 +3,10 @@
 Facts from the data sets' own pages and tools. `datasets/files.py` decodes the files, `data.py` makes batches of them.
 """
 import colorsys
-import glob
+import os
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class Layout(NamedTuple):
     inner: str = ""                         # the folder that all this lies in, where the root is its parent
     raw_depth: tuple[str, str] | None = None    # what depth is read from instead of HHA
     label_map: str = "shift:0"              # see `label_table`
+    unasked: tuple[str, ...] = ()           # modalities that are used only where they are named
 
 
 LAYOUTS = {
@@ -54,7 +56,7 @@ LAYOUTS = {
         ("gt_semantic", "_gt_labelTrainIds.png"), "{split}/*/*/*",
         "{frame_camera,event_camera,lidar,radar,gt_semantic}/{train,val,test}/{clear,fog,rain,snow}/{day,night}/"
         "REC*_frame_*.png (the projected sensors there or below projected_to_rgb/)",
-        "see the MUSES project page"),
+        "see the MUSES project page", unasked=("radar",)),      # as in the papers' tables
     "mcubes": Layout(
         "MCubeS",
         "asphalt 44 160 44, concrete 31 119 180, metal 255 127 14, road_marking 214 39 40, fabric 140 86 75, "
@@ -64,7 +66,7 @@ LAYOUTS = {
         {"rgb": ("polL_color", ".png"), "aolp": ("polL_aolp_sin", ".npy"), "dolp": ("polL_dolp", ".npy"),
          "nir": ("NIR_warped", ".png")},
         ("GT", ".png"), "*",
-        "multimodal_dataset/{polL_color,polL_aolp_sin,polL_aolp_cos,polL_dolp,NIR_warped,NIR_warped_mask,GT}/NAME.* "
+        "multimodal_dataset/{polL_color,polL_aolp_sin,polL_aolp_cos,polL_dolp,NIR_warped,GT}/NAME.* "
         "and multimodal_dataset/list_folder/{train,val,test}.txt",
         "see the MCubeSNet project page", inner="multimodal_dataset"),
     "nyuv2": Layout(
@@ -77,13 +79,15 @@ LAYOUTS = {
         ("Label", ".png"), "*",
         "NYUDepthv2/{RGB,HHA,Depth,Label}/ID.* (Label13 for 13 classes) and NYUDepthv2/{train,test}.txt",
         "see the project pages of CMX or DFormer",
-        inner="NYUDepthv2", raw_depth=("Depth", ".png"), label_map="shift:-1"),
+        inner="NYUDepthv2", raw_depth=("Depth", ".png"), label_map="shift:-1",
+        unasked=("event", "lidar")),        # derived from rgb and raw depth
     "folder": Layout(
         "a folder data set", "", {}, ("labels", ".png"), "{split}/**/*",
         "classes.txt, <modality>/{train,val,test}/**/ID.{png,jpg,npy} and labels/{train,val,test}/**/ID.png",
         "python data.py --export DIR --layout folder shows one"),
 }
 DATASETS = ("synthetic", *LAYOUTS)
+LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment", re.IGNORECASE)   # names of folders
 NYUV2_13 = "bed, books, ceiling, chair, floor, furniture, objects, picture, sofa, table, tv, wall, window"
 
 
@@ -105,7 +109,7 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; write a class a line, 'name' or 'name r g b', in label order")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")     # splitlines would split at U+2028 as well
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no UTF-8 text; save it as such") from None
     for line in lines:
@@ -131,17 +135,21 @@ def label_table(label_map: str, num_classes: int) -> np.ndarray:
     try:
         if label_map.startswith("shift:"):
             shift = int(label_map[len("shift:"):])
-            pairs = {id: id + shift if id + shift >= 0 else IGNORED for id in range(255) if id + shift < num_classes}
+            pairs = [(id, id + shift if id + shift >= 0 else IGNORED) for id in range(255) if id + shift < num_classes]
         else:
-            pairs = {int(id): int(target) for id, target in (pair.split("=") for pair in label_map.split(","))}
+            pairs = [(int(id), int(target)) for id, target in (pair.split("=") for pair in label_map.split(","))]
     except ValueError:
         raise ValueError(f"label map {label_map!r} is not understood; write id=class,id=class,... or shift:N") from None
     table = np.full(65536, -1, np.int16)
     table[IGNORED] = IGNORED
-    for id, target in pairs.items():
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"label map {label_map!r} has an id twice; give every id one class")
+    for id, target in pairs:
         if not (0 <= id < 65536 and (0 <= target < num_classes or target == IGNORED)):
             raise ValueError(f"label map entry {id}={target} is out of range; classes are 0..{num_classes - 1} or 255")
         table[id] = target
+    if set(table.tolist()) == {-1, IGNORED}:
+        raise ValueError(f"label map {label_map!r} leaves no class; classes are 0..{num_classes - 1}")
     return table
 
 
@@ -170,7 +178,8 @@ def open_layout(name: str, root: str | Path | None, depth: str, classes: int
     if name == "folder":
         folders = sorted(path.name for path in root.iterdir() if path.name != "labels"
                          and any((path / split).is_dir() for split in synthetic.SPLITS))
-        layout = layout._replace(modalities={m: (m, ".png") for m in sorted(folders, key=lambda m: m != "rgb")})
+        layout = layout._replace(modalities={m: (m, ".png") for m in sorted(folders, key=lambda m: m != "rgb")},
+                                 unasked=tuple(m for m in folders if LIKE_LABELS.search(m) or holds_labels(root / m)))
         return layout, root, *read_classes(root / "classes.txt")
     if depth == "raw" and layout.raw_depth:
         layout = layout._replace(modalities={**layout.modalities, "depth": layout.raw_depth})
@@ -182,15 +191,48 @@ def open_layout(name: str, root: str | Path | None, depth: str, classes: int
 def find_files(base: Path, pattern: str, ending: str) -> dict[str, Path]:
     """Frame key -> file, for all files base/pattern whose names end so, with any extension that can be read.
 
-    Follows linked folders, leaves out hidden ones.
+    pattern: of each folder below base, then * for the file; ** is any number of folders. Leaves out what is hidden.
+    Follows links, but refuses those by which a folder would be found twice, a loop or val -> train, say. Raises
+    ValueError for a folder that may not be read.
     """
-    stem, found = ending.rpartition(".")[0], {}
-    for name in glob.glob(f"{pattern}{stem}.*", root_dir=base, recursive=True):
-        path = base / name
-        key = Path(name).as_posix()[:-len(stem + path.suffix)]
-        if path.suffix.lower() in SUFFIXES and found.setdefault(key, path) != path:
-            raise ValueError(f"{path} and {found[key]} are of the same frame; remove one of them")
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or remove it")
+
+    levels, stem, found, seen = pattern.split("/")[:-1], ending.rpartition(".")[0], {}, set()
+    any_depth, home = "**" in levels, os.path.realpath(base)
+    fixed = len(levels) - any_depth
+    for folder, inner, files in os.walk(base, onerror=unreadable, followlinks=True) if base.is_dir() else ():
+        parts, real = Path(folder).relative_to(base).parts, os.path.realpath(folder)
+        related = os.path.commonpath([home, real]) in (home, real)      # one of the two lies in the other
+        if real in seen or related and real != os.path.join(home, *parts):
+            raise ValueError(f"{folder} is a link, by which the frames in {real} are found twice; remove it")
+        seen.add(real)
+        level = levels[len(parts)] if len(parts) < fixed else None      # None: files lie here
+        inner[:] = sorted(name for name in inner if name[0] != "."
+                          and (fnmatchcase(name, level) if level else any_depth))
+        for name in files if level is None else ():
+            path = Path(folder, name)
+            if name[0] == "." or path.suffix.lower() not in SUFFIXES or not path.stem.endswith(stem):
+                continue
+            key = "/".join((*parts, path.stem[:len(path.stem) - len(stem)]))
+            if found.setdefault(key, path) != path:
+                raise ValueError(f"{path} and {found[key]} are of the same frame; remove one of them")
     return found
+
+
+def spread(frames: list[Frame], count: int | None) -> list[Frame]:
+    """At most `count` of the frames, evenly spread; None: all."""
+    count = min(count or len(frames), len(frames))
+    return [frames[i * len(frames) // count] for i in range(count)]
+
+
+def holds_labels(folder: Path) -> bool:
+    """Whether all files of a folder data set's modality equal the label files beside it, as far as both exist."""
+    for split in synthetic.SPLITS:
+        images, labels = (find_files(base, f"{split}/**/*", ".png") for base in (folder, folder.parent / "labels"))
+        if both := images.keys() & labels.keys():
+            return all(images[key].read_bytes() == labels[key].read_bytes() for key in both)
+    return False
 
 
 def listed(name: str, root: Path, split: str, hold_out: int) -> list[str]:

@@ -133,4 +133,4 @@ def describe(args, dataset, backbone: str | None) -> dict:
             "palette": [[int(v) for v in colour] for colour in dataset.palette], "frames": len(dataset),
             "data": args.data, "root": args.root, "depth": args.depth, "label_map": args.label_map,
             "hold_out": args.hold_out, "size": args.size, "val_size": args.val_size,
-            "normalisation": dataset.normalisation, "drop_path": args.drop_path, "dropout": args.dropout}  # fmt: skip
+            "normalisation": dataset.normalisation, "ranges": dataset.ranges, "drop_path": args.drop_path, "dropout": args.dropout}  # fmt: skip

@@ -64,7 +64,11 @@ def input_frames(given: dict[str, Path], meta: dict) -> Iterator[tuple[FrameData
     decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # exported scenes are a plain folder
     for name, files in sorted(frames.items()):
         frame = Frame(name, "none", "none", tuple(files.values()))
-        yield FrameDataset(decoding, [frame], meta["classes"], meta["palette"], list(files), None, False, 0, None), 0
+        dataset = FrameDataset(decoding, [frame], meta["classes"], meta["palette"], list(files), None, False, 0, None,
+                               "input")  # fmt: skip
+        # `given_depth` knows the unit of either kind of depth
+        dataset.ranges = {m: r for m, r in meta.get("ranges", {}).items() if (decoding, m) != ("nyuv2", "depth")}
+        yield dataset, 0
 
 
 def given_depth(file: Path, image, kind: str, unit: float):
@@ -74,7 +78,7 @@ def given_depth(file: Path, image, kind: str, unit: float):
         wanted = "HHA, which has three" if kind == "hha" else "raw depth (--depth raw), which has one"
         raise ValueError(f"{file} has {channels} channel(s), but the model was trained on {wanted}.")
     if kind == "raw" and file.suffix.lower() == ".png" and image.dtype != np.uint8:  # 16 bit
-        metres = read_image(file) * np.float32(65535 * unit)
+        metres = read_image(file) * np.float32(unit)
         middle = float(np.median(metres[metres > 0])) if metres.any() else 0.0
         if middle > 10:
             raise ValueError(f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model "

@@ -46,14 +46,14 @@ def open_data(meta: dict, data: str | None, root: str | None, split: str, size, 
     """
     data = data or meta["data"]
     if data == meta["data"]:
-        if meta["root"] and not root:
-            root = meta["root"]
-            print(f"frames: {Path(root).resolve()}")  # a relative root depends on where one stands
+        root = root or meta["root"]
         options["label_map"] = options.get("label_map") or meta["label_map"]
     if data == "nyuv2":
         options.update(classes=len(meta["classes"]), hold_out=meta["hold_out"])
-    dataset = open_dataset(data, root or ROOTS.get(data), split, options.pop("modalities", meta["modalities"]), size,
-                           depth=meta["depth"], **options)  # fmt: skip
+    root = root or ROOTS.get(data)
+    dataset = open_dataset(data, root, split, options.pop("modalities", meta["modalities"]), size,
+                           depth=meta["depth"], ranges=meta.get("ranges"), **options)  # fmt: skip
+    print(dataset.describe(), f"in {Path(root).resolve()}" if root else "")  # a relative root depends on where one is
     if list(dataset.classes) != meta["classes"]:
         raise ValueError(f"the model knows the classes {', '.join(meta['classes'])}; "
                          f"{data} has {', '.join(dataset.classes)}.")  # fmt: skip

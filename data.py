@@ -205,8 +205,7 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
     skip_broken: if above 0, open every file now and leave out up to so many broken frames, told in `dataset.broken`.
     classes, hold_out: of nyuv2, 40 or 13 classes, and how many frames of the train list to validate on, evenly spread
         and not trained on; with 0, validation is on the test list, as everyone reports it.
-    ranges: that all frames must keep to, of a training split or checkpoint (datasets/ranges.py). None: learn them from
-        the training split.
+    ranges: of a checkpoint, what all values must keep to (datasets/ranges.py). None: learnt from the train split.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
     for what, value, known in (("data set", name, DATASETS), ("split", split, synthetic.SPLITS),
@@ -248,11 +247,12 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         train = find_frames(name, layout, root, "train", modalities, hold_out) or frames
         ranges = learn_ranges(dataset.read_files, spread(train, 16), modalities)
     dataset.ranges = {modality: ranges[modality] for modality in modalities if modality in ranges}
+    checking = skip_broken == sys.maxsize       # --check reports what is wrong, all of it
     if skip_broken:
         dataset.open_all(skip_broken)
-        if not dataset.frames and skip_broken < sys.maxsize:    # that is --check, which reports them
+        if not dataset.frames and not checking:
             raise ValueError(f"all {split} frames are broken; the last one: {dataset.broken[-1]}")
-    elif split == "train" and all((dataset.read(i)[1] == IGNORED).all() for i in range(len(dataset))):
+    if split == "train" and not checking and all((dataset.read(i)[1] == IGNORED).all() for i in range(len(dataset))):
         raise ValueError(f"not one pixel of the {len(dataset)} frames of the train split of {root} has a class; look "
                          f"at the labels and --label-map")
     return dataset

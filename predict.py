@@ -29,7 +29,7 @@ from engine.files import check_output, write_picture
 from engine.inputs import Sample, input_frames, samples
 from engine.options import RECIPES, Parser, names, positive
 from engine.subsets import present_of
-from engine.trained import caption, load_models, open_data, titles
+from engine.trained import load_models, open_data, titles
 from segformer import upsample
 
 
@@ -134,7 +134,6 @@ def main(args: argparse.Namespace) -> None:
             found = input_frames(dict(args.input), meta)
         else:
             dataset = open_data(meta, args.data, args.root, args.split, size, limit=args.count, modalities=modalities)
-            print(caption(dataset, args.split, meta))
             found = ((dataset, index) for index in range(len(dataset)))
         return samples(found, meta, size, args.depth_unit)
 

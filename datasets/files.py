@@ -72,9 +72,10 @@ def read_image(path: Path) -> np.ndarray:
         return image
     with np.errstate(over="ignore"):        # what float32 cannot hold becomes infinite, and is found below
         image = image.astype(np.float32)
-    if not np.abs(image).max() <= LARGEST:  # nor NaN, whose comparisons are all false
-        raise ValueError(f"{path} has NaN or infinite values, or such beyond {LARGEST:g} ({image.max():g}); replace "
-                         f"them, for example by 0")
+    largest = np.abs(image).max()
+    if not largest <= LARGEST:              # NaN neither, whose comparisons are all false
+        raise ValueError(f"{path} has NaN or infinite values or such beyond {LARGEST:g} ({largest:g}); replace them, "
+                         f"for example by 0")
     return image
 
 

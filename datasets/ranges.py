@@ -6,6 +6,7 @@ picture comes out in any case. Not in the paper.
     ranges = {"rgb": ["8 bit", 0.0, 255.0], "lidar": ["float", 0.0, 78.3]}      # kind, minimum, maximum as stored
 """
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mode
 
@@ -22,13 +23,14 @@ def learn_ranges(read: Callable, frames: list[Frame], modalities: list[str]) -> 
 
     Broken frames are left out, since whoever reads them will be told. Without a sound one there are no ranges.
     """
-    seen = []
-    for frame in frames:
+    def look(frame: Frame) -> list[tuple[str, float, float]] | None:
         try:
-            images, _ = read(frame)
+            return [(KINDS[image.dtype.name], float(image.min()), float(image.max())) for image in read(frame)[0]]
         except (ValueError, OSError):
-            continue
-        seen.append([(KINDS[image.dtype.name], float(image.min()), float(image.max())) for image in images])
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        seen = [found for found in pool.map(look, frames) if found]
     ranges = {}
     for modality, found in zip(modalities, zip(*seen, strict=True), strict=bool(seen)):
         kind = mode(kind for kind, _, _ in found)       # the most frequent one: then it is the odd file that is refused

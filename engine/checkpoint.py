@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 import zipfile
+import zlib
 
 import torch
 from torch import nn
@@ -129,8 +130,11 @@ def require(path: pathlib.Path | str, found: dict, expect: dict) -> None:
 
 def describe(args, dataset, backbone: str | None) -> dict:
     """What a model's checkpoint says of itself."""
+    names = [frame.name for frame in dataset.frames]
     return {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes),
             "palette": [[int(v) for v in colour] for colour in dataset.palette], "frames": len(dataset),
+            "frame names": f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})",
             "data": args.data, "root": args.root, "depth": args.depth, "label_map": args.label_map,
             "hold_out": args.hold_out, "size": args.size, "val_size": args.val_size,
-            "normalisation": dataset.normalisation, "ranges": dataset.ranges, "drop_path": args.drop_path, "dropout": args.dropout}  # fmt: skip
+            "normalisation": dataset.normalisation, "ranges": dataset.ranges, "drop_path": args.drop_path,
+            "dropout": args.dropout}  # fmt: skip

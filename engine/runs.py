@@ -82,11 +82,10 @@ class Run:
         names = ("root", "modalities", "seed", "limit", "depth", "label_map", "skip_broken", "classes", "hold_out")
         same = {name: getattr(self.args, name) for name in names}
         train = open_dataset(self.args.data, split="train", size=self.args.size, augment=True, **same)
-        val = open_dataset(self.args.data, split="val", size=self.args.val_size, **same)
+        val = open_dataset(self.args.data, split="val", size=self.args.val_size, ranges=train.ranges, **same)
         for problem in (*train.broken, *val.broken):
             self.say(f"left out: {problem}")
-        self.say(f"{self.args.data}: {len(train)} frames to train on, {len(val)} to validate on; "
-                 f"{len(train.classes)} classes; modalities {', '.join(train.modalities)}")
+        self.say(f"{train.describe()}\n{val.describe()}")
         return train, val
 
     def parallel(self, model: nn.Module) -> nn.Module:
@@ -142,7 +141,7 @@ class Phase:
         self.eval_steps = max(1, round(args.eval_every * self.per_epoch))
         self.step, self.best, self.sums = 0, -1.0, {}
         if state:
-            kept = ("backbone", "classes", "modalities", "normalisation", "frames")
+            kept = ("backbone", "classes", "modalities", "normalisation", "frames", "frame names")
             require(run.folder / "last.pt", state["meta"], {key: meta[key] for key in kept})
             for key, part in parts.items():
                 part.load_state_dict(state["parts"][key])

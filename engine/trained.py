@@ -53,7 +53,7 @@ def open_data(meta: dict, data: str | None, root: str | None, split: str, size, 
     root = root or ROOTS.get(data)
     dataset = open_dataset(data, root, split, options.pop("modalities", meta["modalities"]), size,
                            depth=meta["depth"], ranges=meta.get("ranges"), **options)  # fmt: skip
-    print(dataset.describe(), f"in {Path(root).resolve()}" if root else "")  # a relative root depends on where one is
+    print(dataset.describe() + (f"; in {Path(root).resolve()}" if root else ""))  # a root may be relative
     if list(dataset.classes) != meta["classes"]:
         raise ValueError(f"the model knows the classes {', '.join(meta['classes'])}; "
                          f"{data} has {', '.join(dataset.classes)}.")  # fmt: skip

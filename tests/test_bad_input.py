@@ -5,6 +5,7 @@ sentence that it must raise; any other value is what it must return.
 """
 
 import os
+import signal
 import struct
 import zlib
 from pathlib import Path
@@ -17,10 +18,12 @@ from PIL import Image
 import data
 import evaluate
 import predict
+import train_stage1
 from data import open_dataset
 from datasets import files, layouts
 from datasets.export import write_file
 from engine.checkpoint import save_model
+from engine.loop import EXIT_STATUS
 from model import build_model
 
 CASES = []
@@ -34,6 +37,15 @@ def case(*expected):
         CASES.append(pytest.param(function, expected, id=function.__name__))
         return function
     return add
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Training takes signals over, for the whole process."""
+    before = {number: signal.getsignal(number) for number in EXIT_STATUS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("function, expected", CASES)
@@ -377,3 +389,13 @@ def raw_depth_of_3_metres_in_a_float_file_of_nyuv2(root):
 def a_frame_name_that_is_no_utf_8_under_rmm(root):
     images, name = torch.ones(1, 1, 3, 8, 8), os.fsdecode(b"caf\xe9")
     return bool((data.random_missing(images, torch.zeros(1, 1, dtype=torch.bool), 0.5, [name]) == 0).any())
+
+
+@case("last.pt", "frame names train/0 to train/3", "here it is train/1 to train/4")
+def resuming_on_as_many_other_frames(root):
+    options = "--backbone segformer_tiny --epochs 1 --distill-epochs 0 --size 32 --batch-size 4 --device cpu".split()
+    options += ["--data", "folder", "--out", str(root / "run")]
+    train_stage1.main([*options, "--root", str(folder(root / "set"))])
+    for name in ("rgb", "labels"):
+        (root / "set" / name / "train/0.png").rename(root / "set" / name / "train/4.png")
+    train_stage1.main(["--resume", str(root / "run")])

@@ -202,7 +202,8 @@ def test_an_answer_that_is_not_finite_names_the_frame(run, frame, tmp_path):
 def indoor(run, tmp_path):
     """A model of nyuv2 with raw depth, and a frame of 64 x 96 with 8-bit and 16-bit depth in 1..4 m."""
     state = torch.load(run / "student.pt", weights_only=True)
-    state["meta"] |= {"data": "nyuv2", "depth": "raw", "normalisation": "rgb", "root": str(tmp_path)}
+    state["meta"] |= {"data": "nyuv2", "depth": "raw", "normalisation": "rgb", "root": str(tmp_path),
+                      "ranges": {"rgb": ["8 bit", 0, 255], "depth": ["8 bit", 0, 255]}}  # fmt: skip
     torch.save(state, tmp_path / "student.pt")
     metres = np.random.default_rng(6).uniform(1, 4, (64, 96))
     write_file(tmp_path / "millimetres.png", np.rint(1000 * metres).astype(np.uint16))

@@ -70,7 +70,7 @@ class FrameDataset(torch.utils.data.Dataset):
         return [checked(image, modality, path, self.ranges) for image, modality, path in files], label
 
     def read_files(self, frame: Frame) -> tuple[list[np.ndarray], np.ndarray]:
-        """A frame of a data set with files, as `read` has it, but 16 bit as uint16, and of any kind and range."""
+        """A frame as `read` has it, but from files, 16 bit as uint16, and of any kind and range."""
         images = read_images(self.name, self.modalities, frame.images)
         label = np.full(images[0].shape[:2], IGNORED, np.uint8)
         label = read_label(self.name, frame.label, self.table, self.palette) if frame.label else label

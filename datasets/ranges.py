@@ -1,12 +1,11 @@
 """The kind and range of each modality: learnt from training frames, kept in checkpoints, held wherever frames are read.
 
 A scene in 8 or in 16 bit, in metres or in kilometres, is not the same to the network, and nothing else would tell: a
-picture comes out in any case. Not in the paper.
-
-    ranges = {"rgb": ["8 bit", 0.0, 255.0], "lidar": ["float", 0.0, 78.3]}      # kind, minimum, maximum as stored
+picture comes out in any case. {"rgb": ["8 bit", 0, 255], "lidar": ["float", 0.0, 78.3]}: kind, minimum, maximum as
+stored. Not in the paper.
 """
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import mode
 
@@ -23,19 +22,17 @@ def learn_ranges(read: Callable, frames: list[Frame], modalities: list[str]) -> 
 
     Broken frames are left out, since whoever reads them will be told. Without a sound one there are no ranges.
     """
-    def look(frame: Frame) -> list[tuple[str, float, float]] | None:
-        try:
-            return [(KINDS[image.dtype.name], float(image.min()), float(image.max())) for image in read(frame)[0]]
-        except (ValueError, OSError):
-            return None
-
-    with ThreadPoolExecutor() as pool:
-        seen = [found for found in pool.map(look, frames) if found]
+    found = {modality: [] for modality in modalities}       # -> [(kind, minimum, maximum) of each frame]
+    for frame in frames:
+        with suppress(ValueError, OSError):
+            for modality, image in zip(modalities, read(frame)[0], strict=True):
+                found[modality].append((KINDS[image.dtype.name], float(image.min()), float(image.max())))
     ranges = {}
-    for modality, found in zip(modalities, zip(*seen, strict=True), strict=bool(seen)):
-        kind = mode(kind for kind, _, _ in found)       # the most frequent one: then it is the odd file that is refused
-        lows, highs = zip(*((low, high) for each, low, high in found if each == kind), strict=True)
-        ranges[modality] = [kind, min(lows), max(highs)]
+    for modality, seen in found.items():
+        if seen:        # the most frequent kind: then it is the odd file that is refused
+            kind = mode(kind for kind, _, _ in seen)
+            _, lows, highs = zip(*(values for values in seen if values[0] == kind), strict=True)
+            ranges[modality] = [kind, min(lows), max(highs)]
     return ranges
 
 
@@ -51,9 +48,8 @@ def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list
                          f"other, so that equal numbers mean the same")
     if kind == "float":
         low, high, width = image.min(), image.max(), most - least
-        if not least - width <= low <= high <= most + width:
-            raise ValueError(f"{path} has values in {low:g}..{high:g}, but {modality} of the training split is in "
-                             f"{least:g}..{most:g}; correct the file or its unit")
-        if modality == "rgb" and not 0 <= low <= high <= 1:
-            raise ValueError(f"{path} has values in {low:g}..{high:g}; rgb as floats must be in 0..1")
+        least, most = (0, 1) if modality == "rgb" else (least - width, most + width)
+        if not least <= low <= high <= most:
+            raise ValueError(f"{path} has values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, "
+                             f"by the training split; correct the file or its unit")
     return scaled(image) if kind == "16 bit" else image

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import Frame, FrameDataset, normalise, resize, resized_to
-from datasets.files import SUFFIXES, read_image
+from datasets.files import SUFFIXES, read_image, scaled
 from engine import pictures
 
 
@@ -66,14 +66,15 @@ def input_frames(given: dict[str, Path], meta: dict) -> Iterator[tuple[FrameData
         frame = Frame(name, "none", "none", tuple(files.values()))
         dataset = FrameDataset(decoding, [frame], meta["classes"], meta["palette"], list(files), None, False, 0, None,
                                "input")  # fmt: skip
-        # `given_depth` knows the unit of either kind of depth
-        dataset.ranges = {m: r for m, r in meta.get("ranges", {}).items() if (decoding, m) != ("nyuv2", "depth")}
+        dataset.ranges = dict(meta.get("ranges", {}))
+        if decoding == "nyuv2" and meta["depth"] == "raw":
+            dataset.ranges.pop("depth", None)  # which may be of either kind: `given_depth` knows the units
         yield dataset, 0
 
 
-def given_depth(file: Path, image, kind: str, unit: float):
+def given_depth(file: Path, image: np.ndarray, kind: str, unit: float):
     """Depth of --input for a model of nyuv2, trained on HHA or on raw depth (metres / 10 in 0..1). Says the unit."""
-    channels = np.atleast_3d(np.asarray(image)).shape[2]
+    channels = image.shape[2]
     if channels != (3 if kind == "hha" else 1):
         wanted = "HHA, which has three" if kind == "hha" else "raw depth (--depth raw), which has one"
         raise ValueError(f"{file} has {channels} channel(s), but the model was trained on {wanted}.")
@@ -90,8 +91,6 @@ def given_depth(file: Path, image, kind: str, unit: float):
     return image
 
 
-def planes(image) -> np.ndarray:
+def planes(image: np.ndarray) -> np.ndarray:
     """A modality's picture as (3, H, W) float32, 8 bit in 0..1."""
-    values = np.atleast_3d(np.asarray(image))  # (H, W, 1 or 3)
-    values = values / np.float32(255) if values.dtype == np.uint8 else values
-    return np.repeat(values, 3 // values.shape[2], 2).transpose(2, 0, 1)
+    return np.repeat(scaled(image), 3 // image.shape[2], 2).transpose(2, 0, 1)

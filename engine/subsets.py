@@ -38,24 +38,24 @@ def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
 
 
 def subset_outputs(
-    model: nn.Module, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None
+    model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None, with_fused: bool = True
 ) -> Iterator[Output]:
-    """Each subset's output, per_modality () with mean fusion. ValueError for an MSegFormer in training mode."""
+    """Each subset's output; with mean fusion per_modality is (). ValueError for an MSegFormer in training mode."""
     if isinstance(model, MSegFormer):
         features, share, declared = shared_features(model, images, subsets, degraded)
         for row, logits in zip(share.tolist(), mean_logits(model.decoder, features, share, declared), strict=True):
-            fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in features)  # 4 x (B, C, h, w)
+            fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in (features if with_fused else ()))
             yield Output(upsample(logits, images.shape[-2:]), fused, ())
     else:
         for subset in subsets:
             present = present_of(subset, images.shape[:2])
-            there = present.to(images.device)[:, :, None, None, None]
+            there = present[:, :, None, None, None].to(images.device)
             yield model(images, present) if degraded is None else model(torch.where(there, images, degraded))
 
 
 def subset_logits(model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None) -> Iterator[Tensor]:
     """Logits (B, K, H, W) of each subset, as in `subset_outputs`."""
-    return (out.logits for out in subset_outputs(model, images, subsets, degraded))
+    return (out.logits for out in subset_outputs(model, images, subsets, degraded, with_fused=False))
 
 
 def shared_features(model: MSegFormer, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None):

@@ -19,7 +19,7 @@ import anyseg
 import hpdm
 from data import draw_present
 from engine import loop
-from engine.checkpoint import describe, load_model
+from engine.checkpoint import SAME, describe, load_model
 from engine.options import stage1_options
 from engine.pretrained import load_pretrained
 from engine.runs import Phase, Run, guarded
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     meta = describe(args, train, args.backbone)
 
     if args.teacher:
-        expect = {k: meta[k] for k in ("classes", "modalities", "normalisation", "backbone") if meta[k]}
+        expect = {name: meta[name] for name in SAME} | ({"backbone": args.backbone} if args.backbone else {})
         drops = {"drop_path": args.drop_path, "dropout": args.dropout}
         teacher, found = load_model(args.teacher, run.device, expect, **drops)
         meta["backbone"] = found["backbone"]
@@ -43,11 +43,11 @@ def main(argv: list[str] | None = None) -> None:
         if not (state and state["phase"] == "robust"):
             train_teacher(run, start_model(run, meta), train, val, meta, state)
             state = None
-        teacher, _ = load_model(run.folder / "teacher.pt", run.device)  # the best one, not the last
+        teacher, found = load_model(run.folder / "teacher.pt", run.device)  # the best one, not the last
     if args.distill_epochs:
         # The paper: teacher and student have the same initialisation; the published script: the teacher's own start.
         robust = copy.deepcopy(teacher) if args.robust_from == "teacher" else start_model(run, meta)
-        train_robust(run, teacher, robust, train, val, meta, state)
+        train_robust(run, teacher, found, robust, train, val, meta, state)
     then = f"train_stage2.py --stage1 {run.folder}"
     if not args.distill_epochs:
         then = f"train_stage1.py --teacher {run.folder}/teacher.pt --out DIR"
@@ -103,8 +103,13 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
             phase.leave()
 
 
-def train_robust(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict, state: dict | None) -> None:
-    """Modalities dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2)."""
+def train_robust(
+    run: Run, teacher: nn.Module, own: dict, robust: nn.Module, train, val, meta: dict, state: dict | None
+) -> None:
+    """Modalities dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2).
+
+    own: the teacher's own meta, for its copy.
+    """
     args, classes, modalities = run.args, len(train.classes), len(train.modalities)
     teacher.requires_grad_(False).eval()
     robust.requires_grad_(True)
@@ -124,7 +129,7 @@ def train_robust(run: Run, teacher: nn.Module, robust: nn.Module, train, val, me
             optimizer.add_param_group({**group, "scale": 0.1})
     phase = Phase(run, "robust", args.distill_epochs, meta, state, **parts)
     if phase.step == 0 and args.teacher:
-        run.save_model("teacher", teacher, meta)
+        run.save_model("teacher", teacher, own)
     distilled = args.losses == "anyseg" or args.lambda_kl or args.alpha or args.beta or args.feedback
 
     for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)

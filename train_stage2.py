@@ -19,7 +19,7 @@ from torch import nn
 import hpdm
 from data import draw_present
 from engine import loop
-from engine.checkpoint import describe, load_last, load_model
+from engine.checkpoint import SAME, describe, load_last, load_model
 from engine.options import stage2_options
 from engine.runs import Phase, Run, guarded
 from engine.subsets import all_subsets, ensemble_predictor, load_fsm, predictor
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     state = run.claim(("fsm", "student"), after=args.stage1)
 
     meta = describe(args, train, "")
-    expect = {name: meta[name] for name in ("classes", "modalities", "normalisation")}
+    expect = {name: meta[name] for name in SAME}
     teacher, found = load_model(args.teacher or f"{args.stage1}/teacher.pt", run.device, expect)
     meta["backbone"] = expect["backbone"] = found["backbone"]  # features are selected between models of one backbone
     drops = {"drop_path": args.drop_path, "dropout": args.dropout}  # of the student, a copy of the robust model
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         if not (state and state["phase"] == "student"):
             train_fsm(run, teacher, robust, train, val, meta, state)
             state = None
-        fsm = load_fsm(run.folder / "fsm.pt", run.device).requires_grad_(False)
+        fsm = load_fsm(run.folder / "fsm.pt", run.device, expect).requires_grad_(False)
     if args.student_epochs:
         train_student(run, teacher, robust, fsm, train, val, meta, state)
     run.say(f"stage 2 is complete, its models are in {run.folder}.\nNext: python evaluate.py {run.folder}")

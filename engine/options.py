@@ -41,8 +41,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one sentence, where argparse would put all of the usage before it."""
 
-    def __init__(self, script: str, doc: str):
-        super().__init__(script, description=doc, formatter_class=Help, allow_abbrev=False)
+    def __init__(self, script: str, doc: str, **more):
+        super().__init__(script, description=doc, formatter_class=Help, allow_abbrev=False, **more)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -124,44 +124,64 @@ def add_common_options(parser: argparse.ArgumentParser, out: str) -> None:
     add("--max-minutes", type=RATE, help="save and stop by the clock, exit status 0")
 
 
-def early(argv: list[str] | None, *flags: str) -> argparse.Namespace:
+def early(script: str, argv: list[str] | None, *flags: str) -> argparse.Namespace:
     """A few flags of the command line, read before the real parse because they decide its defaults."""
-    first, given = argparse.ArgumentParser(add_help=False, allow_abbrev=False), sys.argv[1:] if argv is None else argv
+    first = Parser(script, "", add_help=False)
     for flag in flags:
         first.add_argument(flag)
-    return first.parse_known_args([a for a in given if a not in ("-h", "--help")])[0]
+    return first.parse_known_args(argv)[0]
 
 
-def read_config(parser: argparse.ArgumentParser, where: str) -> tuple[pathlib.Path, dict]:
-    """This script's options in a run folder's config.json; where: that file, its folder, or a .pt file beside it."""
-    file = pathlib.Path(where)
-    file = file.parent / "config.json" if file.suffix == ".pt" else file
-    file = file / "config.json" if file.suffix != ".json" else file
+def read_config(folder: pathlib.Path) -> dict:
+    """config.json of a run folder, {script: {"options": ..., "versions": ...}}; {} if there is none."""
+    file = folder / "config.json"
     try:
-        return file, dict(json.loads(file.read_text())[parser.prog]["options"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"{file} holds no options of {parser.prog} ({type(error).__name__}); is {where} its run folder?")
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        if config.keys() <= {"train_stage1.py", "train_stage2.py"}:
+            return config
+    except (ValueError, AttributeError):  # not JSON, or not a dictionary
+        pass
+    raise ValueError(f"{file} was not written by this program: choose another folder with --out.")
+
+
+def saved_options(parser: argparse.ArgumentParser, where: str) -> tuple[pathlib.Path, dict]:
+    """A run folder, from the name of a file in it or its own, and this script's options there."""
+    folder = pathlib.Path(where)
+    folder = folder.parent if folder.suffix in (".pt", ".json") else folder
+    try:
+        return folder, dict(read_config(folder)[parser.prog]["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        parser.error(f"{folder / 'config.json'} holds no options of {parser.prog}; is {where} its run folder?")
+
+
+def argument(name: str, value) -> str:
+    """An option as it stands on the command line."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else value
+    return f"--{name.replace('_', '-')}{'' if value is True else f'={text}'}"
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict) -> argparse.Namespace:
     """The command line, over --config or the resumed run's config.json, over the recipe."""
     known = vars(parser.parse_args([]))
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
-    args, out = parser.parse_args(argv), early(argv, "--out").out
+    args, out = parser.parse_args(argv), early(parser.prog, argv, "--out").out
     if args.resume or args.config:
-        file, saved = read_config(parser, args.resume or args.config)
-        if unknown := sorted(set(saved) - set(known)):
-            parser.error(f"{file} holds options this version does not know: {', '.join(unknown)}.")
-        parser.set_defaults(**{name: saved[name] for name in saved if name not in ("resume", "config", "out")})
-        args = parser.parse_args(argv)
+        folder, saved = saved_options(parser, args.resume or args.config)
+        if unknown := sorted(saved.keys() - known.keys()):
+            parser.error(f"{folder}/config.json holds options this version does not know: {', '.join(unknown)}.")
+        saved = {name: value for name, value in saved.items() if name not in ("resume", "config", "out")}
+        parser.set_defaults(**{name: None for name, value in saved.items() if value is None})
+        as_given = [argument(name, value) for name, value in saved.items() if value is not None and value is not False]
+        args = parser.parse_args([*as_given, *(sys.argv[1:] if argv is None else argv)])  # checked as if given now
     if args.resume:
-        args.out = str(file.parent)
-        if args.config or (out and pathlib.Path(out) != file.parent):
+        args.out = str(folder)
+        if args.config or (out and pathlib.Path(out) != folder):
             parser.error(f"--resume {args.resume} has its own folder and options: give neither --out nor --config.")
         for name in sorted(saved.keys() - FREE):
             if getattr(args, name) != saved[name]:
-                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} contradicts {file}, which says "
-                             f"{saved[name]}: leave it out, or start a new run with --config {file} --out DIR.")
+                parser.error(f"{argument(name, getattr(args, name))} contradicts {folder}, which has "
+                             f"{argument(name, saved[name])}: leave it out, or start a new run with --config {folder} "
+                             "--out DIR.")  # fmt: skip
     args.root, args.val_size = args.root or ROOTS.get(args.data), args.val_size or args.size
     if min(args.size, args.val_size) < 32:
         parser.error("--size and --val-size must be at least 32: the coarsest stage needs that many pixels.")
@@ -169,7 +189,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict)
 
 
 def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    first = early(argv, "--data", "--teacher", "--classes")
+    first = early("train_stage1.py", argv, "--data", "--teacher", "--classes")
     recipe = dict(RECIPES.get(first.data, RECIPES["synthetic"]))
     recipe |= {"lambda_kl": 50 / 13} if (first.data, first.classes) == ("nyuv2", "13") else {}
     recipe |= {"backbone": None} if first.teacher else {}
@@ -206,9 +226,9 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
 
 
 def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    first = early(argv, "--data", "--stage1")
+    first = early("train_stage2.py", argv, "--data", "--stage1")
     folder = run_folder(first.stage1) if first.stage1 else None
-    stage1 = read_config(Parser("train_stage1.py", doc), folder)[1] if folder else {}
+    stage1 = saved_options(Parser("train_stage1.py", doc), folder)[1] if folder else {}
     recipe = RECIPES.get(first.data or stage1.get("data"), RECIPES["synthetic"])
     parser = Parser("train_stage2.py", doc)
     add_common_options(parser, folder or "runs/stage2")

@@ -1,23 +1,28 @@
 """A training run: its processes, folder, log and signals, and where each of its phases stands."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data import normalise, open_dataset
-from engine.checkpoint import load_last, require, save_model, write
+from data import IGNORED, normalise, open_dataset
+from engine.checkpoint import SAME, fitting, load_last, require, save_model, write
+from engine.files import replace
 from engine.loop import EXIT_STATUS, batch_keys, keep_freed_memory, loader, peak_memory, versions
+from engine.options import read_config
 
 
 class Run:
@@ -44,31 +49,31 @@ class Run:
 
         after: the folder of stage 1, in which stage 2 may go on.
         """
-        args, folder = self.args, pathlib.Path(self.args.out)
-        self.folder, self.signalled, self.stopping = folder, 0, 0
+        args, self.folder, self.signalled, self.stopping = self.args, Path(self.args.out), 0, 0
         if args.batch_size % self.world:
             raise ValueError(f"--batch-size {args.batch_size} counts all processes: make it a multiple of {self.world}")
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        state = load_last(folder)
+        config = read_config(self.folder)
+        if self.rank == 0:
+            self.lock = lock(self.folder)
+        state = load_last(self.folder)
         ours = state is not None and state["script"] == self.script
-        goes_on = args.resume if ours else after and folder.resolve() == pathlib.Path(after).resolve()
+        goes_on = args.resume if ours else after and self.folder.resolve() == Path(after).resolve()
         used = [] if ours and goes_on else [f"{phase}.pt" for phase in phases]
         used += [] if goes_on else ["last.pt", "log.jsonl"]
-        if used := [name for name in used if (folder / name).exists()]:
+        if used := [name for name in used if (self.folder / name).exists()]:
             what = f"{used[0]}, but no last.pt to continue from:"
-            what = f"a run of {state['script']}: continue it with --resume {folder}, or" if state else what
-            raise ValueError(f"{folder} holds {what} choose another folder with --out.")
+            what = f"a run of {state['script']}: continue it with --resume {self.folder}, or" if state else what
+            raise ValueError(f"{self.folder} holds {what} choose another folder with --out.")
         self.meet()  # nobody writes before everybody has looked
         if self.rank == 0 and not ours:
-            folder.mkdir(parents=True, exist_ok=True)
-            config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
             config[self.script] = {"options": vars(args), "versions": versions()}
-            (folder / "config.new").write_text(json.dumps(config, indent=1) + "\n")
-            os.replace(folder / "config.new", folder / "config.json")  # whole or not at all
+            replace(self.folder / "config.json", f"{json.dumps(config, indent=1)}\n".encode())
         for number in EXIT_STATUS:  # from here on there is something to save
-            signal.signal(number, self.on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.on_signal)
         signal.setitimer(signal.ITIMER_REAL, 60 * (args.max_minutes or 0))  # SIGALRM, or never
         return state if ours else None
 
@@ -85,6 +90,8 @@ class Run:
         val = open_dataset(self.args.data, split="val", size=self.args.val_size, ranges=train.ranges, **same)
         for problem in (*train.broken, *val.broken):
             self.say(f"left out: {problem}")
+        if not any((train.read(index)[1] != IGNORED).any() for index in range(len(train))):  # the first frame answers
+            raise ValueError(f"not one pixel of the {len(train)} training frames has a label: python data.py --check")
         self.say(f"{train.describe()}\n{val.describe()}")
         return train, val
 
@@ -116,13 +123,29 @@ class Run:
         if self.rank == 0:
             try:
                 print(text, flush=True)
-            except BrokenPipeError:  # nobody listens any more; the log has it all
+            except OSError:  # the pipe or terminal is closed; the log has it all
                 sys.stdout = open(os.devnull, "w")
 
     def save_model(self, name: str, model: nn.Module, meta: dict) -> None:
         if self.rank == 0:
             save_model(self.folder / f"{name}.pt", model, meta)
         self.meet()  # the others may read it next
+
+
+def lock(folder: Path) -> TextIO:
+    """Keeps other processes out of a run folder until this one ends, however it ends -> the file that must stay open.
+
+    Not flock, which workers that outlive a killed run would still hold.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a")
+    with contextlib.suppress(OSError):  # a file system without locks
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process trains in {folder}: wait for its end, or choose another folder with "
+                             "--out.") from None  # fmt: skip
+    return file
 
 
 class Phase:
@@ -141,13 +164,16 @@ class Phase:
         self.eval_steps = max(1, round(args.eval_every * self.per_epoch))
         self.step, self.best, self.sums = 0, -1.0, {}
         if state:
-            kept = ("backbone", "classes", "modalities", "normalisation", "frames", "frame names")
-            require(run.folder / "last.pt", state["meta"], {key: meta[key] for key in kept})
+            last, kept = run.folder / "last.pt", ("backbone", "frames", "frame names", *SAME)
+            require(last, state["meta"], {key: meta[key] for key in kept})
             for key, part in parts.items():
-                part.load_state_dict(state["parts"][key])
+                with fitting(last, f"the {key} of this phase"):
+                    part.load_state_dict(state["parts"][key])
             self.step, self.best = state["step"], state["best"]
             if run.rank == 0 and self.log_file.exists():  # what was logged since will be logged again
-                os.truncate(self.log_file, min(state["logged"], self.log_file.stat().st_size))
+                lines = self.log_file.read_bytes()[: state["logged"]].splitlines(keepends=True)
+                whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]  # or power was lost
+                replace(self.log_file, b"".join(whole))
         else:
             self.save()  # a folder without a checkpoint has done nothing, and too full a disk shows now
         self.began, self.waited, self.reported = time.time(), 0.0, self.step

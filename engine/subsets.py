@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.checkpoint import read
+from engine.checkpoint import fitting, read, require
 from fsm import FSM, ensemble_logits
 from model import MSegFormer, Output
 from segformer import Decoder, upsample
@@ -140,11 +140,14 @@ def ensemble_predictor(
     return predict
 
 
-def load_fsm(path: pathlib.Path | str, device: torch.device) -> FSM:
-    """Rebuilds the selection of a `fsm.pt`, in eval mode."""
-    state = read(pathlib.Path(path))
+def load_fsm(path: pathlib.Path | str, device: torch.device, expect: dict | None = None) -> FSM:
+    """Rebuilds the selection of a `fsm.pt`, in eval mode; expect: as for `load_model`."""
+    about = "rule", "temperature", "conditioned"
+    state = read(pathlib.Path(path), says=("widths", "classes", "modalities", *about))
     meta = state["meta"]
-    sizes = meta["widths"], len(meta["classes"]), len(meta["modalities"])
-    fsm = FSM(*sizes, rule=meta["rule"], temperature=meta["temperature"], conditioned=meta["conditioned"])
-    fsm.load_state_dict(state["model"])
+    require(path, meta, expect or {})
+    with fitting(path, "a feature selection"):
+        sizes = meta["widths"], len(meta["classes"]), len(meta["modalities"])
+        fsm = FSM(*sizes, **{name: meta[name] for name in about})
+        fsm.load_state_dict(state["model"])
     return fsm.to(device).eval()

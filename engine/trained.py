@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from data import FrameDataset, open_dataset
-from engine.checkpoint import load_model, read
+from engine.checkpoint import SAME, load_model, read, require
 from engine.loop import PHASES
 from engine.options import ROOTS
 from engine.subsets import load_fsm
@@ -15,7 +15,7 @@ from fsm import FSM
 
 
 def load_models(
-    path: Path, device: torch.device, same: Sequence[str] = ("classes", "modalities"), first: dict | None = None
+    path: Path, device: torch.device, same: Sequence[str] = SAME, first: dict | None = None
 ) -> tuple[dict[str, nn.Module], FSM | None, dict | None]:
     """A model file, or all of a run folder in the order of training -> ({stem: model}, feature selection, first meta).
 
@@ -25,15 +25,14 @@ def load_models(
     files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
     if not files:
         raise FileNotFoundError(f"{path} holds no teacher.pt, robust.pt, fsm.pt or student.pt.")
-    models, selection = {}, None
+    models, selection, sources = {}, None, {}
     for file in files:
-        state = read(file)
-        meta = state.get("meta") if isinstance(state, dict) else None
-        if isinstance(meta, dict) and "rule" in meta:
-            selection = load_fsm(file, device)
+        if "rule" in read(file)["meta"]:
+            selection = load_fsm(file, device, sources)
         else:
-            models[file.stem], meta = load_model(file, device, first and {name: first.get(name) for name in same})
-            first = first or meta
+            model, meta = load_model(file, device, first and {name: first.get(name) for name in same})
+            models[file.stem], first = model, first or meta
+            sources = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}
     if not models:
         raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")
     return models, selection, first
@@ -50,13 +49,11 @@ def open_data(meta: dict, data: str | None, root: str | None, split: str, size, 
         options["label_map"] = options.get("label_map") or meta["label_map"]
     if data == "nyuv2":
         options.update(classes=len(meta["classes"]), hold_out=meta["hold_out"])
+    options = {"modalities": meta["modalities"], "depth": meta["depth"], "ranges": meta.get("ranges"), **options}
     root = root or ROOTS.get(data)
-    dataset = open_dataset(data, root, split, options.pop("modalities", meta["modalities"]), size,
-                           depth=meta["depth"], ranges=meta.get("ranges"), **options)  # fmt: skip
+    dataset = open_dataset(data, root, split, size=size, **options)
     print(dataset.describe() + (f"; in {Path(root).resolve()}" if root else ""))  # a root may be relative
-    if list(dataset.classes) != meta["classes"]:
-        raise ValueError(f"the model knows the classes {', '.join(meta['classes'])}; "
-                         f"{data} has {', '.join(dataset.classes)}.")  # fmt: skip
+    require("the model", meta, {"classes": list(dataset.classes)})
     dataset.normalisation = meta["normalisation"]  # the model's, should the data set's differ
     return dataset
 

@@ -268,7 +268,7 @@ def run_folder(tmp_path):
     dataset = open_dataset("synthetic", split="val", size=32, limit=1)
     meta = {"backbone": "segformer_tiny", "modalities": SENSORS, "classes": list(dataset.classes), "palette": [],
             "size": 32, "val_size": 32, "data": "synthetic", "root": None, "depth": "hha", "label_map": None,
-            "normalisation": "all", "drop_path": 0.1, "dropout": 0.1}  # fmt: skip
+            "normalisation": "all", "hold_out": 0, "drop_path": 0.1, "dropout": 0.1}  # fmt: skip
     folder = tmp_path / "demo"
     folder.mkdir()
     model = random_model("segformer_tiny")

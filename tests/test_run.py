@@ -201,7 +201,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_or_without_r
         with monkeypatch.context() as patch:
             during(patch, phase, 0, crash, of="save")
             assert train(stage, start(stage, whole, out)) == 130
-        assert os.listdir(out) == ["config.json"]
+        assert sorted(os.listdir(out)) == ["config.json", "lock"]
         assert train(stage, start(stage, whole, out) if stage == 1 else ["--resume", str(out)]) == 0
         assert differences(whole / str(stage), out) == []
 
@@ -323,7 +323,7 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
     (1, ["--size", "16"], "--size and --val-size must be at least 32"),
     (1, ["--teacher", "a.pt", "--pretrained", "b.pth"], "--teacher and --pretrained contradict"),
     (1, ["--resume", "nowhere"], "nowhere/config.json holds no options of train_stage1.py"),
-    (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr 0.5 contradicts"),
+    (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr=0.5 contradicts WHOLE/1, which has --lr=0.002: leave it out"),
     (1, ["--resume", "WHOLE/1", "--out", "elsewhere"], "give neither --out nor --config"),
     (2, ["--resume", "WHOLE/1"], "WHOLE/1/config.json holds no options of train_stage2.py"),
     (2, [], "give either --stage1 RUN, or both --teacher FILE and --robust FILE"),
@@ -426,7 +426,7 @@ def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd)
     model = build_model("segformer_tiny", 2, ["rgb"])
     about = {"backbone": "segformer_tiny", "drop_path": 0.1, "dropout": 0.1, "size": 64, "val_size": 64,
              "data": "folder", "root": str(tmp_path / "data"), "depth": "hha", "label_map": None,
-             "normalisation": "all", **meta}  # fmt: skip
+             "normalisation": "all", "hold_out": 0, "palette": [], **meta}  # fmt: skip
     runs.save_model(tmp_path / "a.pt", model, about)
     for workers in "0", "2":
         assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--workers", workers])) == 2

@@ -61,19 +61,20 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
 
 def load_last(folder: Path) -> dict | None:
     """The newest valid of a run's checkpoints, with a warning if it is not the first; None if there is none at all."""
-    problem = None
+    problems = []
     for file in (folder / "last.pt", folder / "last.previous.pt"):
         try:
             state = read(file, "training run")
-            if problem:
-                print(f"warning: {problem} Continuing from {file}, step {state['step']}.", file=sys.stderr)
-            return state
         except FileNotFoundError:
             continue
         except ValueError as error:
-            problem = problem or error
-    if problem:
-        raise ValueError(f"{problem} No valid checkpoint is left in {folder}; start again in another folder.")
+            problems.append(error)
+            continue
+        for problem in problems:
+            print(f"warning: {problem} Continuing from {file}, step {state['step']}.", file=sys.stderr)
+        return state
+    if problems:
+        raise ValueError(f"{problems[0]} No valid checkpoint is left in {folder}; start again in another folder.")
     return None
 
 
@@ -93,9 +94,9 @@ def load_model(
     state = read(Path(path), says=SAYS)
     require(path, state["meta"], expect or {})
     meta = {**state["meta"], **overrides}
+    drops = meta["drop_path"], meta["dropout"]
     with fitting(path, f"the weights of a {meta['backbone']}"):
-        names = "modalities", "drop_path", "dropout"
-        model = build_model(meta["backbone"], len(meta["classes"]), *(meta[name] for name in names))
+        model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], *drops)
         if "decoder.film" in state["model"]:
             condition_on_modalities(model)
         model.load_state_dict(state["model"])

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -132,26 +133,24 @@ def early(script: str, argv: list[str] | None, *flags: str) -> argparse.Namespac
     return first.parse_known_args(argv)[0]
 
 
-def read_config(folder: pathlib.Path) -> dict:
-    """config.json of a run folder, {script: {"options": ..., "versions": ...}}; {} if there is none."""
-    file = folder / "config.json"
-    try:
+def read_config(file: pathlib.Path) -> dict:
+    """The config.json of a run, {script: {"options": ..., "versions": ...}}; {} if there is no such file."""
+    config = None
+    with contextlib.suppress(ValueError):  # not JSON
         config = json.loads(file.read_text()) if file.is_file() else {}
-        if config.keys() <= {"train_stage1.py", "train_stage2.py"}:
-            return config
-    except (ValueError, AttributeError):  # not JSON, or not a dictionary
-        pass
-    raise ValueError(f"{file} was not written by this program: choose another folder with --out.")
+    if not isinstance(config, dict) or config.keys() - {"train_stage1.py", "train_stage2.py"}:
+        raise ValueError(f"{file} was not written by this program: choose another folder with --out.")
+    return config
 
 
 def saved_options(parser: argparse.ArgumentParser, where: str) -> tuple[pathlib.Path, dict]:
-    """A run folder, from the name of a file in it or its own, and this script's options there."""
-    folder = pathlib.Path(where)
-    folder = folder.parent if folder.suffix in (".pt", ".json") else folder
+    """A config.json, named by itself, its folder or a .pt file beside it, and the options of this script in it."""
+    file = pathlib.Path(where if where.endswith(".json") else f"{run_folder(where)}/config.json")
     try:
-        return folder, dict(read_config(folder)[parser.prog]["options"])
-    except (OSError, ValueError, KeyError, TypeError):
-        parser.error(f"{folder / 'config.json'} holds no options of {parser.prog}; is {where} its run folder?")
+        options = read_config(file)[parser.prog]["options"]
+        return file, {name: value for name, value in options.items() if name not in ("resume", "config", "out")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        parser.error(f"{file} holds no options of {parser.prog}; is {where} its run folder?")
 
 
 def argument(name: str, value) -> str:
@@ -166,22 +165,18 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict)
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
     args, out = parser.parse_args(argv), early(parser.prog, argv, "--out").out
     if args.resume or args.config:
-        folder, saved = saved_options(parser, args.resume or args.config)
-        if unknown := sorted(saved.keys() - known.keys()):
-            parser.error(f"{folder}/config.json holds options this version does not know: {', '.join(unknown)}.")
-        saved = {name: value for name, value in saved.items() if name not in ("resume", "config", "out")}
+        file, saved = saved_options(parser, args.resume or args.config)
         parser.set_defaults(**{name: None for name, value in saved.items() if value is None})
         as_given = [argument(name, value) for name, value in saved.items() if value is not None and value is not False]
         args = parser.parse_args([*as_given, *(sys.argv[1:] if argv is None else argv)])  # checked as if given now
     if args.resume:
-        args.out = str(folder)
-        if args.config or (out and pathlib.Path(out) != folder):
+        args.out = str(file.parent)
+        if args.config or (out and pathlib.Path(out) != file.parent):
             parser.error(f"--resume {args.resume} has its own folder and options: give neither --out nor --config.")
         for name in sorted(saved.keys() - FREE):
             if getattr(args, name) != saved[name]:
-                parser.error(f"{argument(name, getattr(args, name))} contradicts {folder}, which has "
-                             f"{argument(name, saved[name])}: leave it out, or start a new run with --config {folder} "
-                             "--out DIR.")  # fmt: skip
+                parser.error(f"{argument(name, getattr(args, name))} contradicts {file}, which has "
+                             f"{argument(name, saved[name])}: start a new run with --config {file} --out DIR.")
     args.root, args.val_size = args.root or ROOTS.get(args.data), args.val_size or args.size
     if min(args.size, args.val_size) < 32:
         parser.error("--size and --val-size must be at least 32: the coarsest stage needs that many pixels.")

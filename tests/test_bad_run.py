@@ -312,7 +312,7 @@ def label_map(text):
     (a_log_that_a_loss_of_power_tore(b'{"phase": "teach'), "^0:  5 lines"),
     (a_log_that_a_loss_of_power_tore(bytes(40)), "^0:  5 lines"),
     (no_program_but_python, "^0: $"),
-    (labels_that_are_all_ignored, "2: error: not one pixel of the 8 training frames has a label"),
+    (labels_that_are_all_ignored, "2: error: not one pixel of the 8 frames of the train split"),
     (label_map("shift:300"), "2: error: "),
     (label_map("shift:-300"), "2: error: "),
     (label_map("0=0,1=1,"), "2: error: label map .* is not understood"),

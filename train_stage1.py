@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 def start_model(run: Run, meta: dict) -> nn.Module:
     """What training starts from: --pretrained, or chance; the same at each call and on each process."""
     torch.manual_seed(run.args.seed)
-    names = "modalities", "drop_path", "dropout"
-    model = build_model(meta["backbone"], len(meta["classes"]), *(meta[name] for name in names)).to(run.device)
+    drops = run.args.drop_path, run.args.dropout
+    model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], *drops).to(run.device)
     if run.args.pretrained:
         report = load_pretrained(model, run.args.pretrained)
         run.say(f"{run.args.pretrained} ({report.source}): {len(report.loaded)} tensors loaded, "
@@ -106,10 +106,7 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
 def train_robust(
     run: Run, teacher: nn.Module, own: dict, robust: nn.Module, train, val, meta: dict, state: dict | None
 ) -> None:
-    """Modalities dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2).
-
-    own: the teacher's own meta, for its copy.
-    """
+    """Modalities dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2)."""
     args, classes, modalities = run.args, len(train.classes), len(train.modalities)
     teacher.requires_grad_(False).eval()
     robust.requires_grad_(True)
@@ -129,7 +126,7 @@ def train_robust(
             optimizer.add_param_group({**group, "scale": 0.1})
     phase = Phase(run, "robust", args.distill_epochs, meta, state, **parts)
     if phase.step == 0 and args.teacher:
-        run.save_model("teacher", teacher, own)
+        run.save_model("teacher", teacher, own)  # a copy, which says of itself what it said before
     distilled = args.losses == "anyseg" or args.lambda_kl or args.alpha or args.beta or args.feedback
 
     for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)

@@ -42,11 +42,10 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
         raise FileNotFoundError(f"{path} does not exist, or is no file.")
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()  # by the CRC-32 that the zip container holds for every tensor
+            if bad := archive.testzip():  # by the CRC-32 that the zip container holds for every tensor
+                raise ValueError(f"the checksum of {bad} is wrong")
     except Exception as error:  # flipped bytes of a zip's directory can raise nearly anything
-        raise ValueError(f"{path} is corrupt: cut off or overwritten ({error or type(error).__name__}).") from error
-    if bad:
-        raise ValueError(f"{path} is corrupt: the checksum of {bad} is wrong.")
+        raise ValueError(f"{path} is corrupt: {error or type(error).__name__}.") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -6,6 +6,7 @@
 
 import itertools
 import json
+import os
 import math
 import pathlib
 import re
@@ -83,8 +84,9 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     Raises FileNotFoundError, or ValueError if the file cannot be read or does not fit; then nothing is loaded.
     """
     state = read_file(path)
-    modalities = state.get("meta", {}).get("modalities")
-    state = next((state[key] for key in ("model", "state_dict", "model_state_dict") if key in state), state)
+    modalities = state["meta"].get("modalities") if isinstance(state.get("meta"), dict) else None
+    inner = (state.get(key) for key in ("model", "state_dict", "model_state_dict"))
+    state = next((weights for weights in inner if isinstance(weights, dict)), state)
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
     own, names, is_cmnext = model.state_dict(), " ".join(state), hasattr(model, "aux")
     if "backbone.extra_" in names:
@@ -143,12 +145,12 @@ def translate(name: str, rules: dict) -> str:
 
 def read_file(path: str) -> dict:
     """The dictionary in a file of torch.save or a .safetensors, told apart by their first bytes; runs no code in it."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint {path} does not exist, or is no file.")
     try:
         with open(path, "rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"
         state = read_safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"checkpoint {path} does not exist.") from None
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint of tensors ({type(error).__name__}).") from error
     if isinstance(state, dict):

@@ -1,6 +1,5 @@
 """A training run: its processes, folder, log and signals, and where each of its phases stands."""
 
-import contextlib
 import fcntl
 import json
 import math
@@ -12,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -31,11 +29,11 @@ class Run:
     def __init__(self, args, script: str):
         self.args, self.script = args, script
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available() if args.device == "auto" else args.device.startswith("cuda")
-        if cuda and not torch.cuda.is_available():
+        cuda = torch.cuda.is_available() and args.device != "cpu"
+        if not cuda and args.device.startswith("cuda"):
             raise ValueError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu.")
-        local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        self.device = torch.device("cpu" if not cuda else local if args.device in ("auto", "cuda") else args.device)
+        own = args.device if ":" in args.device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = torch.device(own if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -130,19 +128,16 @@ class Run:
         self.meet()  # the others may read it next
 
 
-def lock(folder: Path) -> TextIO:
-    """Keeps other processes out of a run folder until this one ends, however it ends -> the file that must stay open.
-
-    Not flock, which workers that outlive a killed run would still hold.
-    """
+def lock(folder: Path):
+    """Keeps other processes out of a run folder until this one ends, however it ends -> a file that must stay open."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a")
-    with contextlib.suppress(OSError):  # a file system without locks
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process trains in {folder}: wait for its end, or choose another folder with "
-                             "--out.") from None  # fmt: skip
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would go on to loader workers, which may live longer
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"another process trains in {folder}: wait, or choose another folder with --out.") from None
+    except OSError:
+        pass  # a file system without locks
     return file
 
 
@@ -170,8 +165,7 @@ class Phase:
             self.step, self.best = state["step"], state["best"]
             if run.rank == 0 and self.log_file.exists():  # what was logged since will be logged again
                 lines = self.log_file.read_bytes()[: state["logged"]].splitlines(keepends=True)
-                whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]  # or power was lost
-                replace(self.log_file, b"".join(whole))
+                replace(self.log_file, b"".join(line for line in lines if line.endswith(b"}\n")))  # a crash tears lines
         else:
             self.save()  # a folder without a checkpoint has done nothing, and too full a disk shows now
         self.began, self.waited, self.reported = time.time(), 0.0, self.step

@@ -165,9 +165,20 @@ def a_run_of_other_weights(at):
     return at.train(1, "--resume", at.out)
 
 
-def a_pipe_as_teacher(at):
-    os.mkfifo(at.folder / "pipe.pt")
-    return at.train(1, *SHORT, "--out", at.out, "--teacher", at.folder / "pipe.pt")
+def a_pipe_as(option):
+    def case(at):
+        os.mkfifo(at.folder / "pipe.pt")
+        return at.train(1, *SHORT, "--out", at.out, option, at.folder / "pipe.pt")
+
+    return case
+
+
+def weights_to_start_from(**entries):
+    def case(at):
+        file = change(at.run / "teacher.pt", key=None, **entries)
+        return at.train(1, *SHORT, "--out", at.out, "--pretrained", file)
+
+    return case
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
@@ -297,7 +308,10 @@ def label_map(text):
     (classes_that_are_a_number, "2: error: .*student.pt"),
     (a_run_without_its_optimizer, "2: error: .*last.pt does not hold the (optimizer|model) of this phase"),
     (a_run_of_other_weights, "2: error: .*last.pt does not hold the (optimizer|model) of this phase"),
-    (a_pipe_as_teacher, "2: error: .*pipe.pt does not exist, or is no file"),
+    (a_pipe_as("--pretrained"), "2: error: .*pipe.pt does not exist, or is no file"),
+    (weights_to_start_from(meta=None), "^0: $"),
+    (weights_to_start_from(model=None), "2: error: .*teacher.pt"),
+    (a_pipe_as("--teacher"), "2: error: .*pipe.pt does not exist, or is no file"),
     (a_config_of_somebody_else("[1, 2]"), "2: error: .*config.json .*--out"),
     (a_config_of_somebody_else("not json"), "2: error: .*config.json .*--out"),
     (a_config_of_somebody_else('{"model_type": "segformer"}'), "2: error: .*config.json .*--out"),

@@ -323,7 +323,7 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
     (1, ["--size", "16"], "--size and --val-size must be at least 32"),
     (1, ["--teacher", "a.pt", "--pretrained", "b.pth"], "--teacher and --pretrained contradict"),
     (1, ["--resume", "nowhere"], "nowhere/config.json holds no options of train_stage1.py"),
-    (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr=0.5 contradicts WHOLE/1/config.json, which has --lr=0.002: start a new run with --config"),
+    (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr=0.5 contradicts WHOLE/1/config.json, which has --lr=0.002: "),
     (1, ["--resume", "WHOLE/1", "--out", "elsewhere"], "give neither --out nor --config"),
     (2, ["--resume", "WHOLE/1"], "WHOLE/1/config.json holds no options of train_stage2.py"),
     (2, [], "give either --stage1 RUN, or both --teacher FILE and --robust FILE"),

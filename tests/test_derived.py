@@ -1,13 +1,11 @@
 """Derived event and lidar: they follow from the frame alone, and behave as such sensors do."""
 import io
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import figures
 from datasets import derived
 from datasets.derived import derive_event, derive_lidar
 
@@ -147,18 +145,3 @@ def test_deriving_both_costs_less_than_twice_the_decoding():
         return min(times)
     decoding, deriving = fastest(decode), fastest(derive)
     assert deriving < 2 * decoding, f"deriving takes {1e3 * deriving:.2f} ms, decoding {1e3 * decoding:.2f} ms"
-
-
-def test_the_figure_shows_every_frame_and_refuses_depth_of_16_bits(tmp_path, monkeypatch, capsys):
-    for folder in ("RGB", "Depth"):
-        (tmp_path / folder).mkdir()
-    for name in ("0001", "0002"):
-        Image.fromarray(BLOCKS).save(tmp_path / "RGB" / f"{name}.jpg")
-        Image.fromarray((SLOPE * 25.5).astype(np.uint8)).save(tmp_path / "Depth" / f"{name}.png")
-    command = ["figures", "derived", "--root", str(tmp_path), "--frames", "0001,0002", "--out", str(tmp_path / "a.png")]
-    monkeypatch.setattr(sys, "argv", command)
-    assert figures.main() == 0
-    figure = Image.open(tmp_path / "a.png")
-    assert figure.width > 4 * 320 and figure.height > 2 * 240
-    Image.fromarray((SLOPE * 1000).astype(np.uint16)).save(tmp_path / "Depth" / "0002.png")
-    assert figures.main() == 2 and "0002.png has more than 8 bits" in capsys.readouterr().err

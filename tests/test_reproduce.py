@@ -4,10 +4,9 @@ import json
 import pathlib
 import sys
 
-import numpy as np
 import pytest
 
-from benchmarks import figures, reproduce
+from benchmarks import reproduce
 from benchmarks.reproduce import Job
 from engine import options
 from evaluate import options as evaluate_options
@@ -131,28 +130,3 @@ def test_a_wrong_option_is_named(argv, sentence, capsys):
     with pytest.raises(SystemExit):
         reproduce.parse(argv)
     assert sentence in capsys.readouterr().err
-
-
-def draw_sweep(tmp_path, alpha_1: float) -> np.ndarray:
-    """The figure (H, W, 3) of a sweep in which random matching with alpha 1 reaches so much."""
-    scores = {row: {"0": {"full": value, "missing": value}} for row, value in
-              (("kl", 50.0), ("random_1", alpha_1), ("hpdm", 40.0), ("dropped", 60.0))}  # fmt: skip
-    file = tmp_path / "synthetic-segformer_tiny.json"
-    file.write_text(json.dumps({"values": {"alpha": 20.8}, "scores": scores}))
-    return np.asarray(figures.sweep([file])).astype(int)
-
-
-def test_the_sweep_draws_a_higher_value_higher(tmp_path):
-    heights = []
-    for value in (41.0, 59.0):
-        image = draw_sweep(tmp_path, value)
-        red = np.abs(image - figures.CURVES[0][1]).sum(2) < 30  # (H, W)
-        heights.append(np.nonzero(red[: int(0.85 * len(red))])[0].min())  # without the legend
-    assert heights[1] < heights[0] - 50
-
-
-def test_a_sweep_without_results_says_what_to_run(tmp_path):
-    file = tmp_path / "empty.json"
-    file.write_text(json.dumps({"values": {"alpha": 20.8}, "scores": {"teacher": {}}}))
-    with pytest.raises(ValueError, match="reproduce --rows main,sweep"):
-        figures.sweep([file])

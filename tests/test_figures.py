@@ -1,0 +1,159 @@
+"""What the figures show is what was measured."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import figures
+from data import normalise, open_dataset
+from engine.checkpoint import load_model, save_model
+from engine.subsets import all_subsets
+from fsm import FSM
+
+MODELS = Path(__file__).parents[1] / "docs" / "models"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The series of every chart that is drawn, by its title."""
+    found, chart = {}, figures.chart
+
+    def keep(title, x_label, ticks, series, colours):
+        found[title] = series
+        return chart(title, x_label, ticks, series, colours)
+
+    monkeypatch.setattr(figures, "chart", keep)
+    return found
+
+
+def written(tmp_path: Path, content: dict) -> Path:
+    (tmp_path / "numbers.json").write_text(json.dumps(content))
+    return tmp_path / "numbers.json"
+
+
+def test_a_chart_draws_a_higher_value_higher():
+    heights = []
+    for value in (41.0, 59.0):
+        series = {"a": [(0, [50.0]), (1, [value]), (2, [40.0])], "b": [(0, [60.0]), (2, [60.0])]}
+        image = figures.chart("t", "x", {0: "0", 2: "2"}, series, {"a": (200, 0, 0), "b": (0, 0, 200)})
+        red = np.abs(np.asarray(image).astype(int) - (200, 0, 0)).sum(2) < 30  # (H, W)
+        heights.append(np.nonzero(red[:700, 700:900])[0].min())  # around x = 1, without the legend
+    assert heights[1] < heights[0] - 100
+
+
+def test_lost_shows_the_mean_over_the_subsets_of_each_size(tmp_path, drawn):
+    scores = {str(s): {"miou_published": 10.0 * len(s) + (s == (0,))} for s in all_subsets(3)}
+    figures.lost(written(tmp_path, {"results": {"student": {"any": scores}, "switch": {"any": scores}}}))
+    (series,) = drawn.values()
+    assert series == {"student": [(0, [30.0]), (1, [20.0]), (2, [pytest.approx(10 + 1 / 3)])]}
+
+
+def test_curves_put_the_phases_of_a_run_one_after_the_other(tmp_path, drawn):
+    lines = [{"phase": "teacher", "step": 50, "epoch": 1.0, "ce": 2.0, "lr": 0.1, "data_wait": 9.0},
+             {"phase": "teacher", "step": 80, "epoch": 1.6, "miou": 40.0},
+             {"phase": "robust", "step": 50, "epoch": 1.0, "ce": 1.0, "kl": 0.5, "lr": 0.1, "data_wait": 9.0},
+             {"phase": "robust", "step": 60, "epoch": 1.2, "miou": 31.0, "miou_full": 45.0, "miou_missing": 30.0}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    figures.curves(tmp_path / "log.jsonl")
+    loss, miou = drawn.values()
+    assert loss == {"teacher": [(50, [2.0])], "robust": [(130, [1.5])]}
+    assert miou == {"teacher, all": [(80, [40.0])], "robust, all": [(140, [45.0])],
+                    "robust, some missing": [(140, [30.0])]}  # fmt: skip
+
+
+def test_the_sweep_shows_all_seeds_of_the_rows_that_are_finished(tmp_path, drawn):
+    scores = {"kl": {"0": {"full": 50.0, "missing": 30.0}, "1": {"full": 52.0, "missing": 31.0}},
+              "random_1": {"0": {"full": 53.0, "missing": 32.0}}, "hpdm": {}}  # fmt: skip
+    figures.sweep(written(tmp_path, {"values": {"alpha": 20.8}, "scores": scores}))
+    full, missing = drawn.values()
+    assert full["random matching (the paper's)"] == [(0, [50.0, 52.0]), (2, [53.0])]
+    assert missing["same-modality matching"] == [(0, [30.0, 31.0])]
+
+
+@torch.inference_mode()
+def test_prototypes_are_means_over_pixels_compared_by_their_cosine(drawn):
+    figures.prototypes(MODELS)
+    by_stage, by_pair = drawn.values()
+    model, meta = load_model(MODELS / "teacher.pt", torch.device("cpu"))
+    rgb, lidar = ({k: [] for k in range(12)} for _ in range(2))  # class -> its pixels' features at stage 4
+    for image, label, _ in open_dataset("synthetic", None, "val", meta["modalities"], 64, limit=64):
+        stage4 = model(normalise(image[None], meta["modalities"], "all")).per_modality[3][0]  # (M, C, 2, 2)
+        for y in range(2):
+            for x in range(2):
+                if (k := int(label[32 * y, 32 * x])) < 12:  # nearest neighbour
+                    rgb[k].append(stage4[0, :, y, x])
+                    lidar[k].append(stage4[3, :, y, x])
+    there = [k for k in rgb if rgb[k]]
+    a, b = (torch.stack([torch.stack(features[k]).mean(0) for k in there]) for features in (rgb, lidar))  # (K', C)
+    expected = torch.cosine_similarity(a - a.mean(0), b - b.mean(0), dim=1).mean()
+    assert by_pair["teacher"][2][1] == [pytest.approx(float(expected), abs=1e-3)]  # rgb-lidar
+    mean = np.mean([value for _, (value,) in by_pair["student"]])
+    assert by_stage["student"][3] == (4, [pytest.approx(mean)])
+
+
+def test_the_selection_of_a_fresh_fsm_is_the_switch(tmp_path, monkeypatch):
+    shutil.copy(MODELS / "teacher.pt", tmp_path / "teacher.pt")
+    shutil.copy(MODELS / "student.pt", tmp_path / "robust.pt")
+    model, meta = load_model(MODELS / "teacher.pt", torch.device("cpu"))
+    torch.manual_seed(0)
+    about = {"rule": "score", "temperature": 0.2, "conditioned": True}
+    save_model(tmp_path / "fsm.pt", FSM(model.widths, 12, 4, **about), {**meta, **about, "widths": list(model.widths)})
+    shown = []
+    draw = figures.draw
+    monkeypatch.setattr(figures, "draw", lambda grid, *rest: shown.extend(grid) or draw(grid, *rest))
+    figures.selection(tmp_path)
+    complete, incomplete, *hard = ([int(cell.caption.split()[0]) for cell in row[1:]] for row in shown)
+    assert min(complete) > 80 and max(incomplete) < 20 and len(hard) == 2
+    assert all(0 < share < 100 for row in hard for share in row)
+
+
+def test_the_derived_modalities_are_drawn_beside_their_frames(tmp_path):
+    for folder in ("RGB", "Depth", "Label"):
+        (tmp_path / folder).mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("0015", "0411", "1000"):
+        blocks = rng.integers(0, 256, (30, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(blocks).save(tmp_path / "RGB" / f"{name}.jpg")
+        Image.fromarray(np.full((240, 320), 50, np.uint8)).save(tmp_path / "Depth" / f"{name}.png")
+        Image.fromarray(np.ones((240, 320), np.uint8)).save(tmp_path / "Label" / f"{name}.png")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text("0015\n0411\n1000\n")
+    figures.main(["derived", str(tmp_path), "--out", str(tmp_path / "a.png")])
+    figure = Image.open(tmp_path / "a.png")
+    assert figure.width > 4 * 320 and 4 * 240 > figure.height > 3 * 240
+
+
+def test_the_pipeline_has_every_box_and_arrow_inside_the_picture(tmp_path):
+    figures.main(["pipeline", "--out", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").stat().st_size < 250_000
+    named = {box.strip() for arrow in figures.ARROWS.split(",") for box in arrow.split(">")}
+    assert named == set(figures.BOXES)
+    edge = np.asarray(figures.pipeline())[[0, -1]]
+    assert (edge == 255).all()
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["sweep", "wrong.json"], "the file does not hold these numbers"),
+    (["lost", "wrong.json"], "the file does not hold these numbers"),
+    (["selection", str(MODELS)], "give a run that has finished both stages"),
+    (["pipeline"], "not marked as written by RMMSS"),
+])  # fmt: skip
+def test_a_figure_that_cannot_be_drawn_says_why(argv, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.json").write_text("{}")
+    if argv == ["pipeline"]:
+        (tmp_path / "a.png").write_bytes(b"somebody's own")
+    with pytest.raises(ValueError, match=sentence):
+        figures.main([*argv, "--out", "a.png"])
+
+
+@pytest.mark.parametrize("argv", [["sweep"], ["pipeline", "something"]])
+def test_a_source_too_few_or_too_many_is_refused(argv, capsys):
+    with pytest.raises(SystemExit):
+        figures.main([*argv, "--out", "a.png"])
+    assert f"{argv[0]} is drawn from" in capsys.readouterr().err

@@ -1,16 +1,21 @@
-# make test     the test suite          make demo     both stages, evaluation and a picture, on the CPU
+# make look     a trained model at work, in seconds     make demo     both stages and all figures, in five minutes
+# make test     the test suite                          make reproduce, make bench     the tables of benchmarks/
 # Each sets itself up: a virtual environment in .venv with the packages of requirements.txt.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 RUN = .venv/bin/python
 
-.PHONY: test test-first test-rest demo bench reproduce lint clean
+.PHONY: look test test-first test-rest demo bench reproduce lint clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	touch $@
+
+look: .venv/installed
+	mkdir -p runs/look
+	$(RUN) predict.py docs/models --count 4 --panel runs/look/panel.png
 
 # Two halves side by side, a core each; `pytest` alone runs the same in one process.
 FIRST = $(addprefix tests/test_,kernels.py kernels_compile.py steps.py fsm.py predict.py evaluate.py)
@@ -26,10 +31,14 @@ test-rest:
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(RUN) train_stage1.py --out runs/demo --limit 600 --eval-every 20 --epochs 32 --distill-epochs 14
-	$(RUN) train_stage2.py --stage1 runs/demo --eval-every 20 --fsm-epochs 2 --student-epochs 10
-	$(RUN) evaluate.py runs/demo --json runs/demo/results.json --markdown runs/demo/results.md
-	$(RUN) predict.py runs/demo --data synthetic --count 4 --panel runs/demo/panel.png
+	$(RUN) train_stage1.py --out runs/demo --limit 600 --eval-every 5 --epochs 20 --distill-epochs 10
+	$(RUN) train_stage2.py --stage1 runs/demo --eval-every 5 --fsm-epochs 1 --student-epochs 8
+	$(RUN) evaluate.py runs/demo --limit 200 --json runs/demo/results.json --markdown runs/demo/results.md
+	$(RUN) predict.py runs/demo --count 4 --panel runs/demo/panel.png
+	$(RUN) -m benchmarks.figures lost runs/demo/results.json --out runs/demo/lost.png
+	$(RUN) -m benchmarks.figures curves runs/demo/log.jsonl --out runs/demo/curves.png
+	$(RUN) -m benchmarks.figures prototypes runs/demo --out runs/demo/prototypes.png
+	$(RUN) -m benchmarks.figures selection runs/demo --out runs/demo/selection.png
 
 bench: .venv/installed
 	$(RUN) -m benchmarks.bench_kernels

@@ -19,6 +19,8 @@ def check_output(path: str | Path | None, ending: str = "") -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file.")
     if path.exists() and not (path.is_file() and MARK.encode() in path.open("rb").read(200)):
         raise ValueError(f"{path} exists and is not marked as {MARK}; choose another name, or remove it.")
 

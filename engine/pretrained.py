@@ -6,8 +6,8 @@
 
 import itertools
 import json
-import os
 import math
+import os
 import pathlib
 import re
 from typing import NamedTuple

@@ -72,11 +72,13 @@ def seed_step(seed: int, phase: str, step: int, rank: int) -> torch.Generator:
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW without weight decay for 1-D parameters (norms and biases), as published. Those that are stacked, a row for
-    each modality, count as matrices."""
+    """AdamW that decays the weights of linear layers and convolutions alone. As published, where all else is 1-D; norms
+    that are stacked here, a row for each modality, are among that."""
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    decayed = {id(layer.weight) for layer in layers}
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+    groups = [{"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+              {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0}]  # fmt: skip
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 

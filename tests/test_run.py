@@ -505,3 +505,15 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(whole, tmp_path, capfd, mo
     monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: None)
     assert train(1, start(1, whole, tmp_path)) == 2
     assert "--batch-size 4 counts all processes: make it a multiple of 3" in said(capfd)
+
+
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_only_weights_of_linear_layers_and_convolutions_decay(backbone):
+    model = build_model(backbone, 3, ["rgb", "depth", "event"])
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = ([names[id(p)] for p in group["params"]] for group in loop.adamw(model, 1.0, 0.1).param_groups)
+    assert len(decayed) + len(others) == len(names)
+    # by their names: norms and biases never decay, stacked ones (CMNeXt's embed.weight, a row per modality) included
+    assert not [name for name in decayed if "norm" in name or "bn." in name or not name.endswith("weight")]
+    assert not [name for name in decayed if name.endswith("embed.weight")]
+    assert not [name for name in others if name.endswith(("proj.weight", "fc1.weight", "q.weight", "fuse.weight"))]

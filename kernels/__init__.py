@@ -135,12 +135,12 @@ def _wants_triton(tensor: Tensor) -> bool:
         raise ValueError(f"RMMSS_KERNELS is {choice!r}: set it to reference or triton, or leave it unset.")
     if choice != "triton":
         return choice == "auto" and tensor.is_cuda and tensor.dtype in TRITON_DTYPES and prototype is not None
-    if prototype is None:
-        raise ValueError("RMMSS_KERNELS=triton, but triton is not installed: install it or unset RMMSS_KERNELS.")
-    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("RMMSS_KERNELS=triton runs CPU tensors in Triton's interpreter only: set TRITON_INTERPRET=1.")
-    if tensor.dtype not in TRITON_DTYPES:
-        raise ValueError(f"the Triton kernels take float32, bfloat16 and float16, not {tensor.dtype}.")
+    runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if prototype is None or tensor.dtype not in TRITON_DTYPES or not runs:
+        raise ValueError(
+            "RMMSS_KERNELS=triton needs the package triton, 32 or 16 bits, and a GPU or TRITON_INTERPRET=1; found "
+            f"{tensor.dtype} on {tensor.device}: unset it to run the definitions."
+        )
     return True
 
 

@@ -43,7 +43,7 @@ def class_means(features: Tensor, member: Tensor, counts: Tensor) -> Tensor:
     rows = wide(features).flatten(3)  # (B, M, C, P)
     always = features.is_cuda or torch.compiler.is_compiling()  # where no branch may wait for a value
     sums = None if always else product(rows)
-    if always or not sums.isfinite().all():
+    if always or not sums.detach().sum().isfinite():
         sums = product(rows.where(member.any(2)[:, None, None], 0))
     return sums / counts.clamp(min=1)
 

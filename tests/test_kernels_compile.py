@@ -137,19 +137,20 @@ def compile_launches(capability, launches):
     from triton.runtime.jit import JITFunction
 
     triton.runtime.driver.set_active(Driver(capability))
-    run, seen, kept = JITFunction.run, set(), []
+    run, seen, kept, about = JITFunction.run, set(), [], {}
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in seen:
             seen.add(id(kernel))
             kept.append(kernel)
-            record = {"kernel": self.__name__, "capability": capability, **description}
+            record = {"kernel": self.__name__, "capability": capability, **about}
             record |= {"shared": kernel.metadata.shared, **access_widths(kernel.asm["ptx"])}
             print(json.dumps({**record, **resource_usage(kernel.asm["cubin"])}), flush=True)
 
     JITFunction.run = compile_only
     for description, call in launches:
+        about.update(description)
         call()
 
 

@@ -2,8 +2,8 @@
 
 Called in a default run: by `fsm.FSM`, for the four stages and the logits in every step of stage 2, with the gradients
 of the scores, and wherever the ensemble is evaluated. M-SegFormer's features and logits come channels-last, CMNeXt's
-channels-first; all float32, but the logits bfloat16 under autocast. Both layouts are read and written 16 bytes at a
-time, unless the layout forbids it (25 classes channels-last).
+channels-first; all are float32, except the logits, bfloat16 under autocast. Both layouts are read and written 16 bytes
+at a time, where rows are multiples of 16 bytes (25 classes channels-last are not).
 
 Axes: B samples, C channels, H x W pixels; j = 0, 1 the sources, t = 0..8 the taps of a 3x3 kernel, o_t their offsets.
 
@@ -23,9 +23,9 @@ beside that. Fused away: the convolution's (B, C, H, W) output, the candidates, 
 
 A program owns a tile of pixels with a halo, for all channels. A stencil would read each feature nine times. Instead
 one product on tensor cores, (16 taps x C) times (C x pixels), gives sum_c w[c,t] f[c,p] for every tap, and only these
-sums are shifted. The weight's gradient is the product the other way, with shifted dz. Both take three TF32 parts. The
-second look at a tile's features, once its scores are known, finds them in the cache. Sums over tiles are added in a
-fixed order, without atomics: the result is the same every time.
+sums are shifted. The weight's gradient is the transposed product, with dz shifted. Both are three TF32 products, close
+to float32 (tf32x3). Once a tile's scores are known, its features are read again, from the cache. Sums over tiles are
+added in a fixed order, without atomics: the result is the same every time.
 """
 
 import torch
@@ -104,8 +104,8 @@ def weigh(x_0, x_1, score_0, score_1, temperature, RULE: tl.constexpr):
     if RULE != "score":
         logit_0 = (1 + logit_0) * x_0
         logit_1 = (1 + logit_1) * x_1
-    if RULE == "hard":
-        return (logit_1 > logit_0).to(tl.float32)
+    if RULE == "hard":  # as arg-max: of equal ones the first, and NaN above all numbers, so that none is hidden
+        return ((logit_0 == logit_0) & ~(logit_1 <= logit_0)).to(tl.float32)
     return 1 / (1 + tl.exp((logit_0 - logit_1) / temperature))
 
 
@@ -276,6 +276,7 @@ def _(grad, x_0, x_1, scores, rule, temperature):
 def setup_select(ctx, inputs, output):
     x_0, x_1, _, _, ctx.rule, ctx.temperature = inputs
     ctx.save_for_backward(x_0, x_1, output[2])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def backward_select(ctx, grad, *_):

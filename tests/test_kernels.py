@@ -160,7 +160,9 @@ def test_the_share_is_each_sources_mean_weight(monkeypatch):
     features = [torch.zeros(2, 3, 5, 7, device=DEVICE), torch.ones(2, 3, 5, 7, device=DEVICE)]
     for path, rule in itertools.product(PATHS, kernels.RULES):
         monkeypatch.setenv("RMMSS_KERNELS", path)
-        selected, share = kernels.feature_select(features, random(2, 3, 3, 3), random(2, 2), rule, 0.5)
+        weight = random(2, 3, 3, 3).requires_grad_()
+        selected, share = kernels.feature_select(features, weight, random(2, 2), rule, 0.5)
+        assert not share.requires_grad
         assert share.tolist() == pytest.approx([1 - selected.mean().item(), selected.mean().item()], abs=1e-6)
 
 
@@ -193,16 +195,19 @@ def test_an_ignored_pixel_that_is_not_a_number_poisons_nothing(monkeypatch):
         assert_close(found, evaluate(path, call, [student, teacher, prototypes], monkeypatch))
 
 
-def test_a_feature_that_is_not_a_number_spoils_its_neighbours_alone(monkeypatch):
-    """The 3 x 3 pixels whose scores see it."""
+@pytest.mark.parametrize("rule", kernels.RULES)
+@pytest.mark.parametrize("source", [0, 1])
+def test_a_feature_that_is_not_a_number_is_passed_on_and_spoils_its_neighbours_alone(rule, source, monkeypatch):
+    """The 3 x 3 pixels whose scores see it; by the hard rule, which takes its source there, none but itself."""
     weight, bias, features = random(2, 5, 3, 3), random(2), [random(1, 5, 9, 11) for _ in range(2)]
-    features[1][0, 2, 4, 6] = float("nan")
-    spoiled = torch.zeros(1, 5, 9, 11, dtype=torch.bool, device=DEVICE)
-    spoiled[:, :, 3:6, 5:8] = True
+    features[source][0, 2, 4, 6] = float("nan")
+    expected = features[source].isnan()
+    if rule != "hard":
+        expected[:, :, 3:6, 5:8] = True
     for path in PATHS:
         monkeypatch.setenv("RMMSS_KERNELS", path)
-        selected, _ = kernels.feature_select(features, weight, bias, "score", 0.5)
-        assert torch.equal(selected.isnan(), spoiled)
+        selected, _ = kernels.feature_select(features, weight, bias, rule, 0.5)
+        assert torch.equal(selected.isnan(), expected)
 
 
 def test_gradients_of_the_definitions_pass_gradcheck(monkeypatch):

@@ -59,7 +59,8 @@ def hpdm_loss(
     distance = kernels.prototype_distance if prototypes == "mean" else published_distance
     loss = labels.new_zeros((), dtype=torch.float32)
     for s, t in zip(student, teacher, strict=True):
-        loss = loss + distance(s, t.to(s.dtype), labels_at(labels, s.shape[-2:]), present, match, num_classes)
+        t = t.detach().to(s.dtype)
+        loss = loss + distance(s, t, labels_at(labels, s.shape[-2:]), present, match, num_classes)
     return loss
 
 
@@ -67,7 +68,7 @@ def published_distance(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> Tensor:
     """`kernels.prototype_distance` as the published code has it (mmkd/Prototype.py): the means are divided by the pixel
-    count once more, and classes that do not occur enter the softmax as zeros. So small classes rule."""
+    count once more, and classes that do not occur enter the softmax as zeros. So small classes dominate."""
     (p_s, counts), (p_t, _) = (kernels.prototype_pool(x, labels, num_classes) for x in (student, teacher))
     p_t = p_t.gather(1, match[:, :, None, None].expand_as(p_t))  # (B, M, K, C)
     log_s, log_t = ((p / counts.clamp(min=1)[:, None, :, None]).log_softmax(2) for p in (p_s, p_t))
@@ -78,9 +79,9 @@ def published_distance(
 def distill_logits(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of the class distributions (B, K, H, W), mean over all pixels -> scalar.
 
-    Ignored pixels count too: the teacher has an opinion where the annotator had none.
+    Ignored pixels count too: the teacher has an opinion where the annotator had none. Gradient to the student only.
     """
-    log_s, log_t = student.float().log_softmax(1), teacher.float().log_softmax(1)
+    log_s, log_t = student.float().log_softmax(1), teacher.detach().float().log_softmax(1)
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1).mean()
 
 
@@ -88,7 +89,7 @@ def ohem_cross_entropy(logits: Tensor, labels: Tensor, threshold: float = 0.7) -
     """Cross entropy over the hard pixels: those whose own class has a probability below `threshold`, or, if they are
     fewer than a sixteenth of the valid ones, that hardest sixteenth -> scalar (0 if no pixel is valid).
 
-    logits (B, K, H, W), labels (B, H, W) with 255 = ignore. Both means are formed, so that nothing waits for the host.
+    logits (B, K, H, W), labels (B, H, W) with 255 = ignore. Both means are computed, so that nothing waits for a count.
     """
     loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none").flatten()  # 0 where ignored
     hard = loss > -math.log(threshold)
@@ -113,7 +114,7 @@ def dominant_modalities(per_modality: Sequence[Tensor], fused: Sequence[Tensor])
 def feature_variation_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor, counted: Tensor, num_classes: int
 ) -> Tensor:
-    """How features vary within a class, student like teacher, on the `counted` (B, M) pairs -> scalar >= 0.
+    """Lets the student's features vary within a class as the teacher's do, on the `counted` (B, M) pairs -> scalar.
 
     Per pixel the cosine between its feature and its class's prototype; softmax over the labelled positions;
     KL(teacher || student) over positions, averaged over the counted (sample, modality) pairs, summed over stages.

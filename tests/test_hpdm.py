@@ -1,4 +1,4 @@
-"""hpdm.py: the losses of stage 1 against loops over samples, sensors, classes and pixels that anyone can follow."""
+"""hpdm.py: the losses of stage 1 against loops over samples, modalities, classes and pixels that anyone can follow."""
 
 import itertools
 import math
@@ -55,14 +55,14 @@ def one_modality():
     return scene(5, modalities=1)
 
 
-def one_present_sensor():
+def one_present_modality():
     *rest, present, match = scene(6)
     return *rest, torch.tensor([[False, True, False], [False, False, True], [True, False, False]]), match
 
 
 SCENES = pytest.mark.parametrize(
     "make",
-    [any_scene, classes_that_never_occur, a_sample_without_labels, no_label_at_all, one_modality, one_present_sensor],
+    [any_scene, classes_that_never_occur, a_sample_without_labels, no_label_at_all, one_modality, one_present_modality],
 )
 
 
@@ -206,7 +206,7 @@ def test_published_prototypes_equal_the_published_loop(make):
     same_value_and_gradient(loss, expected, student)
 
 
-def test_absent_sensors_get_no_gradient_whatever_they_hold():
+def test_absent_modalities_get_no_gradient_whatever_they_hold():
     student, teacher, _, labels, present, match = scene(7)
     expected = hpdm.hpdm_loss(student, teacher, labels, present, match, K)
     broken = [torch.where(present[:, :, None, None, None], s.detach(), torch.nan).requires_grad_() for s in student]
@@ -216,12 +216,22 @@ def test_absent_sensors_get_no_gradient_whatever_they_hold():
     assert torch.equal(reached > 0, present)
 
 
-def test_identical_models_are_at_distance_zero_only_when_sensors_answer_to_themselves():
+def test_identical_models_are_at_distance_zero_only_when_modalities_answer_to_themselves():
     student, _, _, labels, present, _ = scene(8)
     own, moved = torch.arange(3).expand(3, 3).contiguous(), torch.tensor([[1, 2, 0]] * 3)
     assert hpdm.hpdm_loss(student, student, labels, present, own, K).abs() < 1e-12
     assert hpdm.hpdm_loss(student, student, labels, present, moved, K) > 1e-2
     assert hpdm.feature_variation_loss(student, student, labels, present, K).abs() < 1e-12
+
+
+def test_no_loss_sends_a_gradient_to_the_teacher():
+    student, teacher, _, labels, present, match = scene(10)
+    teacher = [t.requires_grad_() for t in teacher]
+    losses = [hpdm.hpdm_loss(student, teacher, labels, present, match, K, how) for how in ("mean", "published")]
+    losses.append(hpdm.feature_variation_loss(student, teacher, labels, present, K))
+    losses.append(hpdm.distill_logits(student[0][:, 0], teacher[0][:, 0]))
+    for loss in losses:
+        assert all(g is None for g in torch.autograd.grad(loss, teacher, retain_graph=True, allow_unused=True))
 
 
 @SCENES

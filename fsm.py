@@ -12,8 +12,8 @@ That is rule "hard", as published. An arg-max over frozen features gives the sco
     "candidate" softmax of candidate / temperature over the sources, per element (not in the paper)
     "score"     softmax of s_j / temperature over the sources, per position (commented out in the published FSM)
 
-Ours is the conditioning: 3x3 pixels do not tell whether the input was complete. Which modalities are present is known,
-so each score gets a bias for each of them.
+Not in the paper: conditioning. 3x3 pixels do not show which modalities the input had, but that is known. So each score
+has a learned bias for each present modality, one for complete and one for incomplete input.
 
 Axes: B samples, S sources (T, R), C channels, K classes, M modalities, h w stage.
 """
@@ -27,8 +27,6 @@ import kernels
 from model import Output, ScorePredictor
 from segformer import modality_indicators
 
-RULES = ("hard", "candidate", "score")
-
 
 class Selected(NamedTuple):
     logits: Tensor  # (B, K, H, W)
@@ -39,7 +37,7 @@ class Selected(NamedTuple):
 class FSM(nn.Module):
     """Selects features and logits among the outputs of several models with the same widths C_1..C_4 and classes.
 
-    rule: one of RULES; temperature: > 0 (published: 0.2); conditioned: whether scores know the present modalities.
+    rule: one of kernels.RULES; temperature: > 0 (published: 0.2); conditioned: scores know the present modalities.
     """
 
     def __init__(
@@ -47,8 +45,8 @@ class FSM(nn.Module):
         rule: str = "score", temperature: float = 0.2, conditioned: bool = True,
     ):  # fmt: skip
         super().__init__()
-        if rule not in RULES:
-            raise ValueError(f"FSM rule '{rule}' is unknown; choose one of {', '.join(RULES)}.")
+        if rule not in kernels.RULES:
+            raise ValueError(f"FSM rule '{rule}' is unknown; choose one of {', '.join(kernels.RULES)}.")
         self.rule, self.temperature = rule, temperature
         self.scores = nn.ModuleList(ScorePredictor(c, sources) for c in (*widths, num_classes))
         self.modality_bias = nn.Parameter(torch.zeros(5, sources, modalities + 2), requires_grad=conditioned)
@@ -75,7 +73,8 @@ class FSM(nn.Module):
 def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) -> Tensor:
     """What pulls the final student to the selected features: mean squared difference, summed over stages -> scalar.
 
-    Not in the paper, which leaves this open. In units of each selected channel's deviation, so that all weigh the same.
+    Not in the paper, which leaves this open. Differences are divided by the selected channel's standard deviation, so
+    that all channels weigh the same.
     """
     distance = 0.0
     for s, t in zip(student, selected, strict=True):
@@ -87,7 +86,7 @@ def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) 
 
 def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, declared: Tensor | None = None):
     """Logits of the selected features (B, K, H, W): by the teacher's decoder where the input is complete, else by the
-    robust model's. present (B, M) bool, on the CPU; declared: what the decoders are told instead, if anything."""
+    robust model's. present (B, M) bool, on the CPU; declared: what conditioned decoders are told, if not `present`."""
     declared = present if declared is None else declared
     complete, size = present.all(1), selected.logits.shape[-2:]
     if complete.all() or not complete.any():
@@ -99,7 +98,8 @@ def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: T
 def ensemble_logits(
     selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both", declared=None
 ) -> Tensor:
-    """The ensemble's answer (B, K, H, W). level: "logits" as selected; "features" decoded; "both": mean of the two."""
+    """The ensemble's answer (B, K, H, W). level: "logits" as selected; "features" decoded; "both": log of the
+    sum of their probabilities."""
     if level == "logits":
         return selected.logits
     decoded = decode(selected, teacher, robust, present, declared)

@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:  # macOS and Windows have no Triton: the de
 __all__ = ["feature_select", "pixel_prototype_cosine", "prototype_distance", "prototype_pool"]
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-RULES = ("score", "candidate", "hard")
+RULES = ("hard", "candidate", "score")
 
 
 def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,8 @@ def prototype_distance(
     """Hybrid prototype distance of one stage (paper eq. 5), a float32 scalar >= 0.
 
     student, teacher (B, M, C, h, w) of one dtype; labels (B, h, w) int64 at the stage's size, 255 = ignore;
-    present (B, M) bool: the modalities the student has; match (B, M) int64 in 0..M-1 (not checked on the device):
-    the student's modality m answers to the teacher's modality match[b, m].
+    present (B, M) bool: the modalities the student has; match (B, M) int64 in 0..M-1 (not checked, which
+    would wait for the GPU): the student's modality m answers to the teacher's modality match[b, m].
 
     Per channel, softmax over the classes that occur in the sample turns the prototypes into a distribution;
     KL(teacher || student) is summed over classes and averaged over channels and present (sample, modality) pairs.
@@ -137,10 +137,8 @@ def _wants_triton(tensor: Tensor) -> bool:
         return choice == "auto" and tensor.is_cuda and tensor.dtype in TRITON_DTYPES and prototype is not None
     runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     if prototype is None or tensor.dtype not in TRITON_DTYPES or not runs:
-        raise ValueError(
-            "RMMSS_KERNELS=triton needs the package triton, 32 or 16 bits, and a GPU or TRITON_INTERPRET=1; found "
-            f"{tensor.dtype} on {tensor.device}: unset it to run the definitions."
-        )
+        raise ValueError("RMMSS_KERNELS=triton needs the package triton, features of 32 or 16 bits, and a GPU or "
+                         f"TRITON_INTERPRET=1; found {tensor.dtype} on {tensor.device}: unset it.")  # fmt: skip
     return True
 
 

@@ -6,8 +6,6 @@ gradients are autograd's own. Shapes and ranges stand at the public calls in `ke
 Axes: B samples, M modalities, K classes, C channels of a stage, h x w its positions, P = h*w, S sources.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,19 +30,13 @@ def class_means(features: Tensor, member: Tensor, counts: Tensor) -> Tensor:
     """Means over the pixels of each class, as a product of matrices: (B, M, C, h, w) -> (B, M, C, K).
 
     0 x NaN is NaN, but the feature of an ignored pixel may be anything: it is set to 0 before the product. That costs
-    as much as the product, so eager on the CPU it is done only if the sums turn out to need it.
+    as much as the product, so on the CPU it is done only if the sums turn out to need it.
     """
-
-    def product(rows: Tensor) -> Tensor:
-        if rows.stride(2) == 1:  # channels-last, M-SegFormer's layout, which (M*C, P) would copy
-            return (member.mT[:, None] @ rows.mT).mT
-        return torch.bmm(rows.flatten(1, 2), member).unflatten(1, rows.shape[1:3])
-
-    rows = wide(features).flatten(3)  # (B, M, C, P)
+    rows, member = wide(features).flatten(3), member[:, None]  # (B, M, C, P), (B, 1, P, K)
     always = features.is_cuda or torch.compiler.is_compiling()  # where no branch may wait for a value
-    sums = None if always else product(rows)
+    sums = None if always else rows @ member
     if always or not sums.detach().sum().isfinite():
-        sums = product(rows.where(member.any(2)[:, None, None], 0))
+        sums = rows.where(member.any(3)[:, :, None], 0) @ member
     return sums / counts.clamp(min=1)
 
 
@@ -78,10 +70,10 @@ def prototype_distance_loop(
     """The same one sample, one modality, one class at a time, as the published code does it: for tests and benchmarks
     to compare with. In the features' own dtype."""
     total = student.new_zeros(())
-    for b, m in itertools.product(*map(range, present.shape)):
+    for b, m in present.nonzero().tolist():
         masks = [labels[b] == k for k in range(num_classes)]
         masks = [mask for mask in masks if mask.any()]
-        if present[b, m] and masks:
+        if masks:
             log_s = torch.stack([student[b, m][:, mask].mean(1) for mask in masks]).log_softmax(0)  # (classes, C)
             log_t = torch.stack([teacher[b, match[b, m]][:, mask].mean(1) for mask in masks]).log_softmax(0)
             total = total + F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(0).mean()

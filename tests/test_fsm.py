@@ -48,7 +48,7 @@ def levels(outputs):
 
 
 def slow_score(fsm, level, source, f, present):
-    """sigmoid(conv1x1(depthwise3x3(f)) + its sensors' biases), one convolution after the other -> (B, 1, h, w)."""
+    """sigmoid(conv1x1(depthwise3x3(f)) + its modalities' biases), one convolution after the other -> (B, 1, h, w)."""
     net, bias = fsm.scores[level], fsm.modality_bias[level, source]
     raw = net.pointwise[source](net.depthwise[source](f))
     for b, row in enumerate(present.tolist()):
@@ -120,7 +120,7 @@ def test_a_rule_can_be_replaced_at_inference():
 
 
 @torch.no_grad()
-def test_unconditioned_or_published_scores_start_without_knowing_the_sensors():
+def test_unconditioned_or_published_scores_start_without_knowing_the_modalities():
     torch.manual_seed(0)
     outputs = random_outputs(3)
     for fsm in (FSM(WIDTHS, K, 4, conditioned=False), FSM(WIDTHS, K, 4, rule="candidate")):
@@ -145,9 +145,9 @@ def test_conditioned_scores_start_near_the_switch():
 
 
 @torch.no_grad()
-def test_the_bias_of_a_sensor_moves_only_samples_that_have_it():
+def test_the_bias_of_a_modality_moves_only_samples_that_have_it():
     outputs = random_outputs(4)
-    for m in range(6):  # after the sensors: all are there, some are missing
+    for m in range(6):  # after the modalities: all are there, some are missing
         fsm = random_fsm()
         before = fsm(outputs, PRESENT)
         fsm.modality_bias[2, 1, m] += 1.0  # stage 3, source 1
@@ -235,7 +235,7 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
         given, present = seen(images, degraded, subset)
         selected = fsm([teacher(*given), robust(*given)], present)
         decoder = teacher.decoder if present.all() else robust.decoder
-        declared = present if degraded is None else torch.ones_like(present)  # nobody announces zero-filled sensors
+        declared = present if degraded is None else torch.ones_like(present)  # nobody announces zero-filled modalities
         decoded = decoder(selected.fused, (45, 64), declared)
         expected = {"logits": selected.logits, "features": decoded,
                     "both": ((selected.logits.softmax(1) + decoded.softmax(1)) / 2).log()}[level]  # fmt: skip

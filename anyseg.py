@@ -1,9 +1,10 @@
 """AnySeg's losses (arXiv 2411.17141), the baseline that the paper's margin is over: the same models, the same dropping.
 
-    L = CE + 50 MAD + 5 UMD + 10 CMD        as published; MAD is `hpdm.distill_logits`, whose 50 is 50 / K there
+    L = CE + 50 MAD + 5 UMD + 10 CMD        as published; MAD is `hpdm.distill_logits`, which sums over the K classes
+                                            where the published code averages: its weight is 50 / K
 
-They pull each of the student's modalities to the teacher's same modality, pixel by pixel, and the relations between
-the student's modalities to those between the teacher's. Two choices of the published code stand beside the lines.
+UMD pulls each of the student's modalities towards the same modality of the teacher, pixel by pixel; CMD pulls the
+relations between modalities towards the teacher's. Where the published code does otherwise, the docstring says so.
 
 Axes: B samples, M modalities, C channels of a stage, h w stage. student, teacher: per-modality features,
 4 x (B, M, C_i, h_i, w_i); present (B, M) bool, the student's modalities, at least one per row. Gradient to the student.

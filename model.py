@@ -85,7 +85,7 @@ class MSegFormer(nn.Module):
         weights = self.fusion_weights(present)[:, :, None, None, None]  # (B, M, 1, 1, 1)
         fused = []
         for f in per_modality:
-            f = f.permute(0, 1, 3, 4, 2)  # (B, M, h, w, C), as it lies in memory, so that the mean lies there so too
+            f = f.permute(0, 1, 3, 4, 2)  # (B, M, h, w, C), the order in memory, so that the mean keeps it
             fused.append((weights * f).sum(1).to(f.dtype).permute(0, 3, 1, 2))  # (B, C, h, w)
         return Output(self.decoder(fused, images.shape[-2:], present), tuple(fused), per_modality)
 
@@ -202,7 +202,7 @@ class FFM(nn.Module):
 
 
 class CMNeXt(nn.Module):
-    """CMNeXt (arXiv 2303.01480, section 4): RGB by a MiT, all others by one light branch that asks for the best one.
+    """CMNeXt (arXiv 2303.01480, section 4): RGB by a MiT, all others by one light branch on their largest features.
 
     An absent auxiliary modality is left out of the hub's maximum, an absent RGB has zero features; the published code
     feeds zero images through every branch.
@@ -254,7 +254,7 @@ class CMNeXt(nn.Module):
             per_modality.append(torch.cat((rgb[:, None], x), 1))
 
             f = x[:, 0]
-            if extra.hub is not None:  # self-query: per element the best of the present ones, zeros where none is
+            if extra.hub is not None:  # self-query: per element the largest of the present ones, 0 if none is
                 x = x + extra.hub(x) * x
                 f = x.masked_fill(absent, -torch.inf).amax(1).masked_fill(absent.all(1), 0.0)
             f = extra.blocks(f)

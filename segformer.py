@@ -22,8 +22,8 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "segformer_tiny": Preset((16, 32, 64, 96), (1, 1, 2, 1), 128, 64, heads=(1, 2, 4, 6)),  # not in the paper: for the
-    "cmnext_tiny": Preset((16, 24, 32, 64), (1, 1, 2, 1), 128, 64, heads=(1, 2, 4, 8)),  # demo and the tests
+    "segformer_tiny": Preset((16, 32, 64, 96), (1, 1, 2, 1), 128, 64, heads=(1, 2, 4, 6)),  # for demo and tests,
+    "cmnext_tiny": Preset((16, 24, 32, 64), (1, 1, 2, 1), 128, 64, heads=(1, 2, 4, 8)),  # not in any paper
     "b0": Preset((32, 64, 160, 256), (2, 2, 2, 2), 768, 256),
     "b1": Preset((64, 128, 320, 512), (2, 2, 2, 2), 768, 256),
     "b2": Preset((64, 128, 320, 512), (3, 4, 6, 3), 768, 512),
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, h, w, c = x.shape
-        d = c // self.heads  # spelled out, because a batch without a single RGB image is an empty one here
+        d = c // self.heads  # not -1 in the views below: n is 0 where no sample of a batch has RGB
         q = self.q(x).view(n, h * w, self.heads, d).transpose(1, 2)  # (N, heads, h w, d)
         if self.sr is not None:
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (N, h / r, w / r, C)
@@ -109,7 +109,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         if torch.is_grad_enabled() and x.requires_grad:
-            # Its four times wider insides are most of what training would keep for the backward pass: compute it twice.
+            # Four times as wide inside, it is most of what training would keep for the backward pass: compute it twice.
             y = recompute(self.mlp, self.norm2(x), use_reentrant=False, preserve_rng_state=False)
         else:
             y = self.mlp(self.norm2(x))

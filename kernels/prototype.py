@@ -14,9 +14,9 @@ Its gradient               dL/df[b,m,c,i] = (S - T)[b,m,y_i,c] / (n[b,y_i] * C *
 
 Bytes that must move, with N bytes in one (B, M, C, h, w) tensor: forward 2 N (student and teacher, once each),
 backward N (the gradient). B0 on DELIVER (1024 x 1024, batch 2, four modalities): N = 67, 34, 21 and 8 MB at the four
-stages; labels (8 bytes a pixel) and prototypes are small beside that. Features of absent student modalities, and
-teacher ones that nobody answers to, are not read. Fused away: a masked copy of the features for each class, the matched
-copy of the teacher, the gradients of the sums.
+stages; labels (8 bytes a pixel) and prototypes are small beside that. Modalities that the student lacks, and teacher
+modalities that none of the student's answers to, are not read. Fused away: a masked copy of the features for each
+class, the matched copy of the teacher, the gradients of the sums.
 
 Pooling is a product with the one-hot labels, (C x P) times (P x K), on tensor cores; plain float32 arithmetic would
 take as long as the reading itself. One-hot entries and 16-bit features are exact in TF32. float32 features are split
@@ -116,7 +116,7 @@ def sum_chunks(x_ptr, offs, mask, chunks, stride, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def log_softmax(x, seen):
-    """(BLOCK_C, BLOCK_K), over the classes seen; it means nothing elsewhere, nor in a row without any."""
+    """(BLOCK_C, BLOCK_K), over the classes seen; without meaning elsewhere, and in a row without any."""
     x = tl.where(seen, x, -1e30)
     x -= tl.max(x, axis=1)[:, None]
     return x - tl.log(tl.sum(tl.exp(x), axis=1))[:, None]

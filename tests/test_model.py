@@ -131,7 +131,7 @@ def test_masked_msegformer_equals_one_that_was_given_only_the_present_modalities
 
 
 @torch.no_grad()
-def test_masked_cmnext_equals_one_that_was_built_without_the_absent_sensor():
+def test_masked_cmnext_equals_one_that_was_built_without_the_absent_modality():
     model = randomised(build_model("cmnext_tiny", 7, SENSORS))
     images = torch.randn(2, 4, 3, 64, 64).double()
     for absent in (1, 2, 3):
@@ -141,7 +141,7 @@ def test_masked_cmnext_equals_one_that_was_built_without_the_absent_sensor():
         state, aux = {}, [m - 1 for m in seen[1:]]
         for name in smaller.state_dict():
             source = name
-            if ".hub." in name:  # hub score nets are numbered by sensor
+            if ".hub." in name:  # hub score nets are numbered by modality
                 head, index, tail = name.rsplit(".", 2)
                 source = f"{head}.{aux[int(index)]}.{tail}"
             value = model.state_dict()[source]
@@ -177,7 +177,7 @@ def test_an_absent_modality_gets_no_gradient_and_spoils_none():
 
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-def test_a_conditioned_model_starts_as_it_was_and_learns_by_its_sensors(backbone):
+def test_a_conditioned_model_starts_as_it_was_and_learns_by_its_modalities(backbone):
     model = randomised(build_model(backbone, 7, SENSORS))
     images, present = torch.randn(3, 4, 3, 64, 64).double(), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]])
     before = model(images, present.bool()).logits
@@ -210,7 +210,7 @@ def test_conditioning_stays_float32_under_autocast():
 
 
 @torch.no_grad()
-def test_fusion_weights_make_a_weighted_mean_of_the_present_sensors():
+def test_fusion_weights_make_a_weighted_mean_of_the_present_modalities():
     model, present = randomised(build_model("segformer_tiny", 7, SENSORS)), random_present(6, 4, seed=5)
     torch.testing.assert_close(model.fusion_weights(present), present.double() / present.sum(1, keepdim=True))
     condition_on_modalities(model)
@@ -444,7 +444,7 @@ def test_a_conditioned_checkpoint_is_no_start_for_a_plain_model(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-def test_weights_of_sensors_in_another_order_are_refused(tmp_path, backbone):
+def test_weights_of_modalities_in_another_order_are_refused(tmp_path, backbone):
     model, turned = (build_model(backbone, 7, sensors) for sensors in (SENSORS, [SENSORS[0], *SENSORS[:0:-1]]))
     for each in (model, turned):
         condition_on_modalities(each)
@@ -484,9 +484,9 @@ def test_gather_takes_the_present_pairs_in_order_and_scatter_puts_them_back():
     present, x = random_present(4, 3, seed=9), torch.rand(12, 2)
     rows = present_rows(present, torch.device("cpu"))
     assert rows.tolist() == [b * 3 + m for b in range(4) for m in range(3) if present[b, m]]
-    packed = gather(x, rows)
-    assert torch.equal(packed, x[present.flatten()])
-    assert torch.equal(scatter(packed, rows, 12), x * present.flatten()[:, None])
+    gathered = gather(x, rows)
+    assert torch.equal(gathered, x[present.flatten()])
+    assert torch.equal(scatter(gathered, rows, 12), x * present.flatten()[:, None])
     assert present_rows(torch.ones(2, 3, dtype=torch.bool), torch.device("cpu")) is None
 
 

@@ -129,7 +129,8 @@ def begin(job: Job, args: argparse.Namespace, device: str) -> subprocess.Popen:
     for name in ("teacher.pt", "robust.pt") if (run / "fsm.pt").exists() else ():  # an ensemble lies in one folder
         if not (run / name).exists():
             (run / name).symlink_to(pathlib.Path("..", "hpdm", name))
-    threads = str(max(1, (os.cpu_count() or 1) // len(args.device)))
+    # two threads beside another busy process are ten times slower than one
+    threads = "1" if device == "cpu" else str(max(1, (os.cpu_count() or 1) // len(args.device)))
     with open(f"{job.done}.log", "a") as log:
         return subprocess.Popen([sys.executable, *job.command, "--device", device], stdout=log, stderr=log,
                                 env={**os.environ, "OMP_NUM_THREADS": threads}, start_new_session=True)  # fmt: skip

@@ -96,7 +96,7 @@ def seconds(function: Callable) -> float:
 
 
 def row(what: str, here: float, published: float | None = None) -> dict:
-    return {"what": what, "here": here, "published": published, "ratio": published and published / here}
+    return {"here": here, "published": published, "ratio": published and published / here, "what": what}
 
 
 def model_rows(quick: bool):

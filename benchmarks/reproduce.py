@@ -32,6 +32,15 @@ from benchmarks.rows import GROUPS, PAPER, RECIPES, ROWS, TRAIN
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def seeds(text: str) -> list[int]:
+    return [int(seed) for seed in text.split(",")] if "," in text else list(range(int(text)))
+
+
+def epochs(text: str) -> tuple[float, float, float]:
+    long, short, fsm = map(float, text.split(","))
+    return long, short, fsm
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; those unknown here go to both training scripts as they are (`args.flags`)."""
     names = ["all", *GROUPS, *(row.name for row in ROWS)]
@@ -42,36 +51,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--backbone", help="by comma; default segformer_tiny (synthetic, nyuv2) or segformer_b0")
     parser.add_argument("--pretrained", help="start weights of the teacher; {} stands for the backbone's b0, b1, ...")
-    parser.add_argument("--seeds", default="3", help="how many, from 0 on, or a list by comma (default 3)")
+    parser.add_argument("--seeds", type=seeds, default="3", help="how many, from 0 on, or a list by comma (default 3)")
     parser.add_argument("--rows", default="all", help=f"groups and rows, by comma: {', '.join(names)}")
     parser.add_argument("--modalities", help="by comma; default: those of the papers, for nyuv2 rgb,depth")
     parser.add_argument("--classes", type=int, help="of nyuv2: 13 (default) or 40")
     parser.add_argument("--limit", help="frames of each split; default all, of the synthetic 300")
-    parser.add_argument("--epochs", help="of the teacher, of each model that starts from it, of the FSM; as 160,48,5")
+    parser.add_argument("--epochs", type=epochs, help="of the teacher, of each model that starts from it, of the FSM")
     parser.add_argument("--split", choices=("val", "test"), help="to evaluate on; val while choosing settings")
     parser.add_argument("--tag", help="a word that keeps the runs of other settings apart")
     parser.add_argument("--device", help="by comma, as cuda:0,cuda:1; default: all GPUs, or the CPU")
     parser.add_argument("--jobs", type=int, help="runs at a time on each device; default 1, on a CPU 2")
     parser.add_argument("--dry-run", action="store_true", help="print the commands that are left to do")
     parser.add_argument("--report-only", action="store_true", help="train nothing, tabulate what is there")
-    data = parser.parse_known_args(argv)[0].data
-    parser.set_defaults(**{name: value for name, value in RECIPES[data].items() if name != "flags"})
-    args, flags = parser.parse_known_args(argv)
-    try:
-        args.seeds = [int(seed) for seed in args.seeds.split(",")] if "," in args.seeds else range(int(args.seeds))
-        long, short, fsm = (float(epochs) for epochs in args.epochs.split(","))
-    except ValueError:
-        parser.error("--seeds must be a number, or numbers by comma; --epochs three numbers by comma.")
-    m = args.modalities.count(",") + 1  # (m + 1) / 2 of them are present on average
-    args.values = dict(long=long, short=short, both=2 * short, fsm=fsm, alpha=100 / args.classes * (m + 1) / 2)
-    args.values["lambda"] = 50 / args.classes
-    args.limit = ["--limit", args.limit] if args.limit else []
-    args.flags = ["--data", data, "--modalities", args.modalities, *args.limit,
-                  *RECIPES[data]["flags"].format(classes=args.classes).split(), *flags]  # fmt: skip
+    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].data])  # `flags`, too
+    args, others = parser.parse_known_args(argv)
     if unknown := [name for name in args.rows.split(",") if name not in names]:
         parser.error(f"--rows {unknown[0]} is unknown; choose of {', '.join(names)}.")
     args.rows = [row for row in ROWS if {"all", row.name, *row.groups.split()} & set(args.rows.split(","))]
-    args.root = ["--root", args.root] if args.root else []
+    present = (args.modalities.count(",") + 2) / 2  # modalities, on average
+    long, short, fsm = args.epochs
+    args.values = dict(long=long, short=short, both=2 * short, fsm=fsm, alpha=100 / args.classes * present)
+    args.values["lambda"] = 50 / args.classes
+    args.root, args.limit = (["--root", args.root] * bool(args.root), ["--limit", args.limit] * bool(args.limit))
+    args.flags = ["--data", args.data, "--modalities", args.modalities, *args.limit,
+                  *args.flags.format(classes=args.classes).split(), *others]  # fmt: skip
     args.device = args.device or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
     args.device = args.device.split(",") * (args.jobs or (2 if args.device == "cpu" else 1))
     return args
@@ -179,17 +182,16 @@ def report(args: argparse.Namespace, backbone: str) -> str:
     """Writes the table of the rows that are finished -> its text."""
     base, table, lines = folder(args, backbone), {}, []
     for row in args.rows:
-        files = [(seed, base / f"seed{seed}" / f"{row.name}-{args.split}.json") for seed in args.seeds]
-        scores = table[row.name] = {seed: score(file, row.take) for seed, file in files if file.exists()}
-        if not scores:
+        files = {seed: base / f"seed{seed}" / f"{row.name}-{args.split}.json" for seed in args.seeds}
+        table[row.name] = {seed: score(file, row.take) for seed, file in files.items() if file.exists()}
+        if not (scores := list(table[row.name].values())):
             continue
         cells = [row.what + (f" ({len(scores)} of {len(files)} seeds)" if len(scores) < len(files) else "")]
-        columns = list(next(iter(scores.values())))
-        for values in ([found[column] for found in scores.values()] for column in columns):
+        for values in zip(*(found.values() for found in scores), strict=True):
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         cells += [f"{number:.2f}" for number in PAPER.get(row.name, ())] or ["", ""]
-        lines = lines or [["row", *columns, "paper: full", "paper: mean"], ["---"] + ["---:"] * (len(cells) - 1)]
+        lines = lines or [["row", *scores[0], "paper: full", "paper: mean"], ["---"] + ["---:"] * (len(cells) - 1)]
         lines.append(cells)
     git = ["git", "describe", "--always", "--dirty"]
     revision = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()

@@ -8,7 +8,6 @@ Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 
 """
 import argparse
 import math
-import os
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +21,13 @@ from torch import Tensor
 
 from datasets import synthetic
 from datasets.export import export
-from datasets.files import IGNORED, read_images, read_label
+from datasets.files import IGNORED, checked, learn_ranges, read_images, read_label
 from datasets.layouts import DATASETS, LAYOUTS, Frame, find_frames, label_table, open_layout, spread
-from datasets.ranges import checked, learn_ranges
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
 BLUR = ImageFilter.Kernel((3, 3), [math.exp(-(x**2 + y**2) / (2 * 0.8**2)) for y in (-1, 0, 1) for x in (-1, 0, 1)])
-SYNTHETIC_COUNT = {"train": 2000, "val": 200, "test": 200}
+ALL = sys.maxsize                       # of `skip_broken`: even if no frame is left
 CACHE_BYTES = 256 * 2**20               # a split of synthetic scenes that fits is kept in memory once painted
 
 
@@ -46,7 +44,7 @@ class FrameDataset(torch.utils.data.Dataset):
         self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
         self.size, self.augment, self.seed, self.table, self.split = size, augment, seed, table, split
         self.normalisation = "all" if name == "synthetic" else "rgb"    # see `normalise`
-        self.ranges: dict[str, list] = {}       # see datasets/ranges.py
+        self.ranges: dict[str, list] = {}       # of each modality, see `learn_ranges`
         self.broken, self.painted = [], {}
         self.class_pixels = np.zeros(256, np.int64)     # counted by `open_all`
 
@@ -57,14 +55,13 @@ class FrameDataset(torch.utils.data.Dataset):
         """The frame at its own size: an (H, W, 1 or 3) uint8 or float32 per modality, and the label (H, W) uint8."""
         frame = self.frames[index]
         if self.name == "synthetic":
-            if index not in self.painted:
-                split, number = frame.name.split("/")
-                scene = synthetic.paint(0, split, int(number), self.size or 64, frame.condition, frame.case)
-                painted = [scene[modality] for modality in self.modalities], scene["label"]
-                if len(self) * scene["label"].size * (3 * len(self.modalities) + 1) > CACHE_BYTES:
-                    return painted
-                self.painted[index] = painted
-            return self.painted[index]
+            if index in self.painted:
+                return self.painted[index]
+            scene = synthetic.paint(0, self.split, index, self.size or 64)
+            item = [scene[modality] for modality in self.modalities], scene["label"]
+            if len(self) * scene["label"].size * (3 * len(self.modalities) + 1) < CACHE_BYTES:
+                self.painted[index] = item
+            return item
         images, label = self.read_files(frame)
         files = zip(images, self.modalities, frame.images, strict=True)
         return [checked(image, modality, path, self.ranges) for image, modality, path in files], label
@@ -90,38 +87,37 @@ class FrameDataset(torch.utils.data.Dataset):
 
     def open_all(self, allowed: int) -> None:
         """Read every frame once and leave out at most `allowed` broken ones; `broken` holds a sentence for each."""
-        def problem(index: int) -> tuple[str | None, np.ndarray | int]:
+        def look(index: int) -> tuple[np.ndarray | int, str | None]:
             try:
-                return None, np.bincount(self.read(index)[1].ravel(), minlength=256)
+                return np.bincount(self.read(index)[1].ravel(), minlength=256), None
             except (ValueError, OSError) as error:
-                return str(error), 0
+                return 0, str(error)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            problems, counts = zip(*pool.map(problem, range(len(self))), strict=True)
-        self.class_pixels += sum(counts)
-        self.broken = [text for text in problems if text]
-        if len(self.broken) > allowed:
-            raise ValueError(f"{len(self.broken)} frames are broken, more than --skip-broken {allowed}; the last one: "
-                             f"{self.broken[-1]}")
-        self.frames = [frame for frame, text in zip(self.frames, problems, strict=True) if not text]
+        with ThreadPoolExecutor() as pool:
+            pixels, errors = zip(*pool.map(look, range(len(self))), strict=True)
+        self.class_pixels += sum(pixels)
+        self.frames = [frame for frame, error in zip(self.frames, errors, strict=True) if not error]
+        self.broken = list(filter(None, errors))
+        if len(self.broken) > allowed or not self.frames and allowed != ALL:
+            raise ValueError(f"{len(self.broken)} of {len(errors)} {self.split} frames are broken, but --skip-broken "
+                             f"is {allowed}; the last one: {self.broken[-1]}")
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
         index = range(len(self))[index]     # IndexError past the end
         images, label = self.read(index)
-        crop = label.shape
         if self.augment:
-            crop = (self.size or min(crop),) * 2
+            crop = self.size or min(label.shape)
             # Synthetic scenes are painted at the crop's size, and have fewer pixels to lose.
             scales = (0.8, 1.25) if self.name == "synthetic" else (0.5, 2)
             rng = np.random.default_rng([self.seed, epoch, index])
-            images, label = augmented(images, label, self.modalities, crop[0], scales, rng)
+            images, label = augmented(images, label, self.modalities, crop, scales, rng)
         elif self.name != "synthetic":
-            for size in resized_to(crop, self.size):
+            for size in resized_to(label.shape, self.size):
                 images, label = [resize(image, size) for image in images], nearest(label, size)
-            crop = label.shape
         (h, w), kind = label.shape, np.result_type(*images)     # uint8, or float32 if any modality is
-        pixels, classes = np.zeros((len(images), 3, *crop), kind), np.full(crop, IGNORED, np.uint8)
+        H, W = (crop, crop) if self.augment else (h, w)
+        pixels, classes = np.zeros((len(images), 3, H, W), kind), np.full((H, W), IGNORED, np.uint8)
         for image, into in zip(images, pixels, strict=True):    # (h, w, 1 or 3) -> (3, h, w)
             into[:, :h, :w] = (image if image.dtype == kind else image / np.float32(255)).transpose(2, 0, 1)
         classes[:h, :w] = label         # int64 on the device only: an eighth of the bytes to move
@@ -159,16 +155,14 @@ def augmented(images: list[np.ndarray], label: np.ndarray, modalities: list[str]
     Colour jitter and blur of rgb, a flip, the shorter side scaled to `scales` times the crop, a random crop. Here the
     crop comes before the scaling, so that only what it shows is resized; pixels move by less than one by that.
     """
-    scale, flip, window, size = rng.uniform(*scales) * crop / min(label.shape), rng.random() < 0.5, [], []
-    for side in label.shape:
-        seen = min(side, round(crop / scale))
-        start = int(rng.integers(side - seen + 1))
-        window.append(slice(start, start + seen))
-        size.append(min(crop, round(side * scale)))
-    rows, columns = window
+    scale, flip = rng.uniform(*scales) * crop / min(label.shape), rng.random() < 0.5
+    size = [min(crop, round(side * scale)) for side in label.shape]
+    seen = [min(side, round(crop / scale)) for side in label.shape]
+    top, left = (int(rng.integers(side - part + 1)) for side, part in zip(label.shape, seen, strict=True))
+    window = slice(top, top + seen[0]), slice(left, left + seen[1])
     images = [jitter(image, rng) if modality == "rgb" else image
               for image, modality in zip(images, modalities, strict=True)]
-    images, label = [resize(image[rows, columns], size) for image in images], label[rows, columns]
+    images, label = [resize(image[window], size) for image in images], label[window]
     if flip:
         images, label = [image[:, ::-1] for image in images], label[:, ::-1]
     return images, nearest(label, size)
@@ -196,16 +190,16 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
                  classes: int = 40, hold_out: int = 0, ranges: dict[str, list] | None = None) -> FrameDataset:
     """Open a split of a data set; what it yields is said at `FrameDataset`.
 
-    modalities: which and in which order; by default all, but of MUSES no radar, of nyuv2 no event and lidar, and of a
-        folder nothing that is named or filled like labels.
+    modalities: which and in which order; None or empty: all, but of MUSES no radar, of nyuv2 no event and lidar, and
+        of a folder nothing that is named or filled like labels.
     size: with `augment`, the crop's side. Without, the shorter side, before both go up to a multiple of 32, or exactly
         (H, W). None leaves frames as they are. Synthetic scenes are painted at `size` (by default 64).
-    limit: at most so many frames, spread evenly over the sorted list; for synthetic, the number of scenes.
+    limit: at most so many frames, spread evenly; for synthetic, the number of scenes. None or 0: all.
     depth: "hha" or "raw", of DELIVER and nyuv2. label_map: for the ids of a folder data set, see `label_table`.
     skip_broken: if above 0, open every file now and leave out up to so many broken frames, told in `dataset.broken`.
     classes, hold_out: of nyuv2, 40 or 13 classes, and how many frames of the train list to validate on, evenly spread
         and not trained on; with 0, validation is on the test list, as everyone reports it.
-    ranges: of a checkpoint, what all values must keep to (datasets/ranges.py). None: learnt from the train split.
+    ranges: of a checkpoint, what all values must keep to (see `learn_ranges`). None: learnt from the train split.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
     for what, value, known in (("data set", name, DATASETS), ("split", split, synthetic.SPLITS),
@@ -218,41 +212,31 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         raise ValueError(f"a label map is for folder data sets only; the ids of {name} are fixed")
     if name != "nyuv2" and (classes, hold_out) != (40, 0):
         raise ValueError(f"--classes and --hold-out are for nyuv2 only; {name} has its own classes and val split")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit {limit} leaves no frame; use 1 or more")
     layout, root, names, palette = open_layout(name, root, depth, classes)
     known = list(layout.modalities)
-    if modalities is None:
-        modalities = [modality for modality in known if modality not in layout.unasked]
-    elif not modalities:
-        raise ValueError("the list of modalities is empty; name at least one, or give None for all")
+    modalities = modalities or [modality for modality in known if modality not in layout.unasked]
     for modality in modalities:
         if modality not in known or modalities.count(modality) > 1:
             raise ValueError(f"modality {modality!r} is unknown or given twice; {name if root is None else root} has "
                              f"{', '.join(known) or 'none'}")
-    if name == "synthetic":     # condition and failure as synthetic.paint chooses them by itself
-        frames = [Frame(f"{split}/{i:06d}", synthetic.CONDITIONS[i % 5],
-                        synthetic.CASES[i // 30 % 5] if i // 5 % 6 == 5 else "none")
-                  for i in range(limit or SYNTHETIC_COUNT[split])]
+    if name == "synthetic":
+        count = limit or (2000 if split == "train" else 200)
+        frames = [Frame(f"{split}/{i:06d}", *synthetic.weather(i)) for i in range(count)]
+        ranges = {modality: ["8 bit", 0, 255] for modality in modalities}
     else:
         frames = find_frames(name, layout, root, split, modalities, hold_out) if modalities else []
         if not frames:
-            raise FileNotFoundError(f"{root} has no {split} frames of {layout.title}; expected {layout.expected}; "
-                                    f"{layout.source}")
+            raise FileNotFoundError(f"{root} has no {split} frames of {name}; {LAYOUTS[name].expected()}")
     table = label_table(label_map or layout.label_map, len(names))
     dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
-    if name == "synthetic":
-        ranges = {modality: ["8 bit", 0, 255] for modality in modalities}
-    elif not ranges:
+    if not ranges:
         train = find_frames(name, layout, root, "train", modalities, hold_out) or frames
         ranges = learn_ranges(dataset.read_files, spread(train, 16), modalities)
     dataset.ranges = {modality: ranges[modality] for modality in modalities if modality in ranges}
-    checking = skip_broken == sys.maxsize       # --check reports what is wrong, all of it
     if skip_broken:
         dataset.open_all(skip_broken)
-        if not dataset.frames and not checking:
-            raise ValueError(f"all {split} frames are broken; the last one: {dataset.broken[-1]}")
-    if split == "train" and not checking and all((dataset.read(i)[1] == IGNORED).all() for i in range(len(dataset))):
+    labels = (dataset.read(i)[1] for i in range(len(dataset)))
+    if split == "train" and skip_broken != ALL and all((label == IGNORED).all() for label in labels):
         raise ValueError(f"not one pixel of the {len(dataset)} frames of the train split of {root} has a class; look "
                          f"at the labels and --label-map")
     return dataset
@@ -318,24 +302,22 @@ def sensor_noise(images: Tensor, level: str, names: list[str], modalities: list[
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-def check(options: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> int:
     """Count the frames of each split, open every file once, print a sentence per broken frame; 1 when there is any."""
-    lines, broken, error = [], [], None
+    options = {name: getattr(args, name) for name in ("modalities", "depth", "label_map", "classes")}
+    lines, broken, missing = [], [], None
     for split in synthetic.SPLITS:
         try:
-            dataset = open_dataset(options.data, options.root, split, size=options.size, depth=options.depth,
-                                   modalities=options.modalities.split(",") if options.modalities else None,
-                                   label_map=options.label_map, skip_broken=sys.maxsize, classes=options.classes,
-                                   hold_out=options.hold_out)
-        except FileNotFoundError as missing:    # a split may be absent, but not all three
-            error = missing
+            dataset = open_dataset(args.data, args.root, split, skip_broken=ALL, **options)
+        except FileNotFoundError as error:      # a split may be absent, but not all three
+            missing = error
             continue
         never = [name for c, name in enumerate(dataset.classes) if not dataset.class_pixels[c]]
         what = f"; never in a label: {', '.join(never)}" if never else ""
         lines.append(f"{dataset.describe()}; {len(dataset.broken)} broken{what}")
         broken += dataset.broken
     if not lines:
-        raise error
+        raise missing
     print("\n".join(lines + broken))
     return 1 if broken else 0
 
@@ -345,29 +327,29 @@ def main() -> int:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--check", action="store_true", help="open every file of --data; exit status 1 if one is bad")
     task.add_argument("--export", type=Path, metavar="DIR", help="write synthetic scenes into this new folder")
-    group = parser.add_argument_group("for --check")
-    group.add_argument("--data", choices=DATASETS, default="synthetic", help="data set (default synthetic)")
-    group.add_argument("--root", help="its folder")
-    group.add_argument("--modalities", help="comma-separated (default: all; of MUSES no radar, of nyuv2 rgb,depth)")
-    group.add_argument("--depth", choices=("hha", "raw"), default="hha", help="of DELIVER, nyuv2 (default hha)")
-    group.add_argument("--classes", type=int, choices=(13, 40), default=40, help="of nyuv2 (default 40)")
-    group.add_argument("--hold-out", type=int, default=0, help="of nyuv2: train frames to validate on (default 0)")
-    group.add_argument("--label-map", help="ids of a folder's labels: shift:-1, or 0=255,1=0,... with 255 for ignored")
-    group = parser.add_argument_group("for --export")
-    group.add_argument("--layout", choices=tuple(LAYOUTS), default="deliver", help="whose (default deliver)")
-    group.add_argument("--count", type=int, default=24, help="scenes, 4 or more; half go to train (default 24)")
-    group.add_argument("--size", type=int, help="height in pixels, 8 or more (default 256)")
-    group.add_argument("--seed", type=int, default=0, help="0 or more; another seed paints other scenes (default 0)")
-    options = parser.parse_args()
+    add = parser.add_argument_group("for --check").add_argument
+    add("--data", choices=DATASETS, default="synthetic", help="data set (default synthetic)")
+    add("--root", help="its folder")
+    add("--modalities", type=lambda text: text.split(","), help="by comma (all, but muses no radar, nyuv2 rgb,depth)")
+    add("--depth", choices=("hha", "raw"), default="hha", help="of deliver and nyuv2 (default hha)")
+    add("--classes", type=int, choices=(13, 40), default=40, help="of nyuv2 (default 40)")
+    add("--label-map", help="ids of a folder's labels: shift:-1, or 0=255,1=0,... with 255 for ignored")
+    add = parser.add_argument_group("for --export").add_argument
+    add("--layout", choices=tuple(LAYOUTS), default="deliver", help="whose (default deliver)")
+    add("--count", type=int, default=24, help="scenes, 4 or more; half go to train (default 24)")
+    add("--size", type=int, default=256, help="height in pixels, 8 or more (default 256)")
+    add("--seed", type=int, default=0, help="0 or more; another seed gives other scenes (default 0)")
+    args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")       # file names may be no UTF-8
     try:
-        if options.check:
-            return check(options)
-        export(options.export, options.layout, options.count, options.size or 256, options.seed)
+        if args.check:
+            return check(args)
+        export(args.export, args.layout, args.count, args.size, args.seed)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    print(f"{options.count} scenes are in {options.export}; look at them with "
-          f"python data.py --data {options.layout} --root {options.export} --check")
+    print(f"{args.count} scenes are in {args.export}; look at them with "
+          f"python data.py --data {args.layout} --root {args.export} --check")
     return 0
 
 

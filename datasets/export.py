@@ -10,15 +10,15 @@ import numpy as np
 from PIL import Image
 
 from datasets import synthetic
-from datasets.layouts import LAYOUTS, NYUV2_13, parse_classes
+from datasets.layouts import CLASSES, read_classes
 
-# What each of synthetic.CLASSES, in that order, is called there. Parked and moving cars are the same outdoors.
+# The names of synthetic.CLASSES, in that order, in other data sets. Parked and moving cars are the same outdoors.
 EXPORT_CLASSES = {
     "deliver": "Sky,Building,Vegetation,Road,RoadLine,SideWalk,Pole,TrafficSign,Static,Cars,Cars,Pedestrian",
     "muses": "sky,building,vegetation,road,road,sidewalk,pole,traffic sign,wall,car,car,person",
     "mcubes": "sky,brick,leaf,asphalt,road_marking,concrete,metal,plastic,wood,metal,metal,human",
     "nyuv2": "ceiling,wall,curtain,floor,floor mat,desk,lamp,picture,whiteboard,sofa,bed,person",
-    "nyuv2 13": "ceiling,wall,objects,floor,floor,table,objects,picture,objects,sofa,bed,objects",
+    "nyuv2_13": "ceiling,wall,objects,floor,floor,table,objects,picture,objects,sofa,bed,objects",
 }
 MUSES_WEATHER = {"cloud": "snow/day", "fog": "fog/day", "night": "clear/night", "rain": "rain/day", "sun": "clear/day"}
 
@@ -30,7 +30,7 @@ def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarra
     lidar stand in for its AoLP, DoLP and near infrared.
     """
     rgb, depth, event, lidar = (scene[modality] for modality in ("rgb", "depth", "event", "lidar"))
-    label, condition, case = ids[scene["label"]].astype(np.uint8), scene["condition"], scene["case"]
+    label, condition, case = ids[scene["label"]], scene["condition"], scene["case"]
     if layout == "deliver":
         key = f"{condition}/{split}/MAP_1_point{index % 3 + 1}{'' if case == 'none' else '_' + case}/{index:06d}"
         event = event[::2, ::2] if case == "eventlowres" else event
@@ -54,7 +54,7 @@ def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarra
         return {f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][:array.ndim])
                 for path, array in files.items()}
     if layout == "nyuv2":
-        key, thirteen = f"{split}{index:04d}", class_ids(NYUV2_13, "nyuv2 13")[scene["label"]].astype(np.uint8)
+        key, thirteen = f"{split}{index:04d}", class_ids("nyuv2_13")[scene["label"]]
         return {f"RGB/{key}.jpg": rgb, f"HHA/{key}.png": depth, f"Depth/{key}.png": depth[..., 0],
                 f"Label/{key}.png": label + 1, f"Label13/{key}.png": thirteen + 1}
     key = f"{split}/{condition}/{case}/{index:06d}"
@@ -62,10 +62,10 @@ def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarra
             f"lidar/{key}.npy": lidar / np.float32(255), f"labels/{key}.png": label}
 
 
-def class_ids(classes: str, exported: str) -> np.ndarray:
+def class_ids(layout: str) -> np.ndarray:
     """For each of synthetic.CLASSES its number in a data set's list of classes."""
-    names = parse_classes(classes.split(","))[0]
-    return np.array([names.index(name) for name in EXPORT_CLASSES[exported].split(",")])
+    names, _ = read_classes(CLASSES / f"{layout}.txt")
+    return np.array([names.index(name) for name in EXPORT_CLASSES[layout].split(",")], np.uint8)
 
 
 def export(out: Path, layout: str, count: int, size: int, seed: int) -> None:
@@ -77,7 +77,7 @@ def export(out: Path, layout: str, count: int, size: int, seed: int) -> None:
         raise ValueError(f"--count {count} leaves a split empty; use 4 or more")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose a new folder")
-    ids = class_ids(LAYOUTS[layout].classes, layout) if layout != "folder" else np.arange(len(synthetic.CLASSES))
+    ids = class_ids(layout) if layout != "folder" else np.arange(len(synthetic.CLASSES), dtype=np.uint8)
     lists = dict.fromkeys(synthetic.SPLITS, "")
     for split, number in (("train", count - count // 4 * 2), ("val", count // 4), ("test", count // 4)):
         for i in range(number):

@@ -1,10 +1,13 @@
 """Decoding the files of the data sets: PNG and JPEG of 8 and 16 bit, .npy and .npz, as arrays (H, W, C).
 
-A missing or damaged file is a FileNotFoundError or ValueError of one sentence that names it.
+And the kind and range of each modality: learnt from training frames, kept in checkpoints, held wherever frames are
+read. Not in the paper. A missing, damaged or odd file is a FileNotFoundError or ValueError of one sentence.
 """
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,20 +18,20 @@ IGNORED = 255
 LARGEST = 1e6       # a float beyond it is a mark for "nothing measured" rather than a measurement
 FEW_BITS = {"1": 1, "L;2": 85, "L;4": 17}   # what Pillow multiplies grey of 1, 2 and 4 bits by
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
+KINDS = {"uint8": "8 bit", "uint16": "16 bit", "float32": "float"}
 
 
+# ---- modalities -----------------------------------------------------------------------------------------------------
 def read_file(path: Path, ids: bool = False) -> np.ndarray:
     """The values of a file as stored, (H, W) or (H, W, C); a JPEG turned upright as its EXIF says.
 
     ids: the file holds labels. Grey of 1, 2 or 4 bits is not scaled to 0..255 then, and a palette PNG becomes
         (H, W, 4) uint8, index and colour.
-    A missing or damaged file is a FileNotFoundError or ValueError of one sentence that names it.
     """
     if not path.is_file():
         for raw in (path.with_suffix(".h5"), path.with_suffix(".bin")):
             if raw.is_file():
-                raise FileNotFoundError(f"{raw} is raw sensor data; project it onto the camera with the MUSES SDK "
-                                        f"and put the images it writes at {path}, or below projected_to_rgb/")
+                raise FileNotFoundError(f"{raw} is raw data; project it onto the camera with the MUSES SDK, to {path}")
         raise FileNotFoundError(f"{path} is missing, though its frame has other files; restore it, choose --modalities "
                                 f"without it, or let --skip-broken leave the frame out")
     try:
@@ -66,16 +69,14 @@ def read_image(path: Path) -> np.ndarray:
     image = image[..., None] if image.ndim == 2 else image
     known = image.dtype.kind == "f" or image.dtype in ("u1", "u2")
     if image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size or not known:
-        raise ValueError(f"{path} holds {image.dtype} of shape {image.shape}; expected (H, W), (H, W, 1) or (H, W, 3) "
-                         f"of uint8, uint16 or float")
+        raise ValueError(f"{path} is {image.dtype} {image.shape}; expected (H, W, 1 or 3) uint8, uint16 or float")
     if image.dtype.kind == "u":
         return image
     with np.errstate(over="ignore"):        # what float32 cannot hold becomes infinite, and is found below
         image = image.astype(np.float32)
     largest = np.abs(image).max()
     if not largest <= LARGEST:              # NaN neither, whose comparisons are all false
-        raise ValueError(f"{path} has NaN or infinite values or such beyond {LARGEST:g} ({largest:g}); replace them, "
-                         f"for example by 0")
+        raise ValueError(f"{path} has NaN or infinite values, or some beyond {LARGEST:g} ({largest:g}); put 0 there")
     return image
 
 
@@ -130,11 +131,49 @@ def read_images(name: str, modalities: list[str], paths: Sequence[Path]) -> list
         read = functools.cache(read_nyuv2)      # derived modalities share files
         return [derive(modality, path, read) if modality in ("event", "lidar") and path.parent.name == "Depth"
                 else read(path) for modality, path in zip(modalities, paths, strict=True)]
-    readers = {("muses", "lidar"): read_muses_range, ("muses", "radar"): read_muses_range}
-    reader = read_mcubes if name == "mcubes" else read_image
-    return [readers.get((name, modality), reader)(path) for modality, path in zip(modalities, paths, strict=True)]
+    read = read_mcubes if name == "mcubes" else read_image
+    return [read_muses_range(path) if name == "muses" and modality in ("lidar", "radar") else read(path)
+            for modality, path in zip(modalities, paths, strict=True)]
 
 
+# ---- kinds and ranges -----------------------------------------------------------------------------------------------
+def learn_ranges(read: Callable, frames: Sequence, modalities: list[str]) -> dict[str, list]:
+    """modality -> [kind, minimum, maximum] as stored in these frames; read(frame) -> (images as stored, label).
+
+    Broken frames are left out, since whoever reads them will be told. Without a sound one there are no ranges.
+    """
+    found, ranges = {}, {}
+    for frame in frames:
+        with suppress(ValueError, OSError):
+            for modality, image in zip(modalities, read(frame)[0], strict=True):
+                values = KINDS[image.dtype.name], float(image.min()), float(image.max())
+                found.setdefault(modality, []).append(values)
+    for modality, seen in found.items():
+        kind = mode(kind for kind, _, _ in seen)        # the most frequent: then it is the odd file that is refused
+        _, lows, highs = zip(*(values for values in seen if values[0] == kind), strict=True)
+        ranges[modality] = [kind, min(lows), max(highs)]
+    return ranges
+
+
+def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list]) -> np.ndarray:
+    """The image, 16 bit as float32 in 0..1; ValueError if it is of another kind than `ranges` says, or far outside.
+
+    8 and 16 bit have limits of their own. Floats may lie outside by the width of the range, for it is of few frames.
+    """
+    kind = KINDS[image.dtype.name]
+    known, least, most = ranges.get(modality, (kind, -np.inf, np.inf))
+    if kind != known:
+        raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
+    if kind == "float":
+        low, high, width = image.min(), image.max(), most - least
+        least, most = (0, 1) if modality == "rgb" else (least - width, most + width)
+        if not least <= low <= high <= most:
+            raise ValueError(f"{path} has values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, "
+                             f"by the training split; correct the file or its unit")
+    return scaled(image) if kind == "16 bit" else image
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
 def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """A label file of a data set as (H, W) uint8 classes by `layouts.label_table`; DELIVER's ids are in red.
 

@@ -13,6 +13,7 @@ modality tells all classes apart:
 
 A condition or a failure changes a modality, never the scene: label and geometry depend on (seed, split, index) alone.
 Axes: u right and v down, 0..1 over the image (which is stretched to its size); x right and z forward, in metres.
+The focal length is one image width, so a thing of width x at distance z covers x / z of the image.
 """
 from types import SimpleNamespace
 
@@ -29,7 +30,6 @@ SPLITS = ("train", "val", "test")
 CONDITIONS = ("cloud", "fog", "night", "rain", "sun")
 CASES = ("motionblur", "overexposure", "underexposure", "lidarjitter", "eventlowres")
 
-FOCAL = 1.0     # in image widths
 FAR = 70.0      # metres; only the skyline is there
 TEXELS = 64     # texture and scan lines are as fine as this at every image size
 REFLECTANCE = np.array([0, 0.45, 0.45, 0.25, 0.25, 0.25, 0.4, 0.95, 0.5, 0.5, 0.5, 0.5], np.float32)    # by class
@@ -165,8 +165,8 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
     block = (u * BLOCKS).astype(np.intp)
     np.copyto(surface[:g], DASHED + 1 + block, where=v[:g] > cv - scene.skyline[block])
     z[:g][surface[:g] > VOID] = FAR
-    ahead = np.minimum(FOCAL * eye / (v[g:] - cv), FAR)         # (H - g, 1)
-    x = (u - cu) * ahead / FOCAL - scene.bend * ahead ** 2      # (H - g, W)
+    ahead = np.minimum(eye / (v[g:] - cv), FAR)         # (H - g, 1)
+    x = (u - cu) * ahead - scene.bend * ahead ** 2      # (H - g, W)
     ground = scene.section[(x * 16 + 512).clip(0, 1023).astype(np.intp)]
     ground[(ground == DASHED) & ((ahead * scene.dash[0] + scene.dash[1]) % 1 < 0.5)] = ASPHALT
     stripes = (np.abs(ahead - scene.crossing) < 1.5) & ((x * 1.2 + 64).astype(np.intp) & 1 == 0)
@@ -180,13 +180,13 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
 
     # House fronts: the two sides of the street, so each image column is at one distance.
     rightwards = u > cu
-    front = np.where(rightwards, scene.walls[1], -scene.walls[0]).astype(np.float32) * FOCAL / np.abs(u - cu).clip(1e-3)
+    front = np.where(rightwards, scene.walls[1], -scene.walls[0]).astype(np.float32) / np.abs(u - cu).clip(1e-3)
     house = np.minimum(front / scene.house, HOUSES - 1).astype(np.intp) + HOUSES * rightwards
     tall = np.where(front < FAR, scene.tall[house], scene.curb).astype(np.float32)
-    wall = (v > cv - FOCAL * (tall - eye) / front) & (v < cv + FOCAL * (eye - scene.curb) / front)
+    wall = (v > cv - (tall - eye) / front) & (v < cv + (eye - scene.curb) / front)
     np.copyto(surface, FRONT + house, where=wall)
     np.copyto(z, front, where=wall)
-    floor = ((eye + 2 - (v - cv) * (front / FOCAL)) * 0.7).astype(np.intp)
+    floor = ((eye + 2 - (v - cv) * front) * 0.7).astype(np.intp)
     window = (floor & (front * 0.8).astype(np.intp) & 1).astype(bool)
     np.copyto(light, np.where(window, np.float32(0.5), np.float32(1)), where=wall)
 
@@ -194,7 +194,7 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
     surfaces = [(*background, 0.0) for background in scene.surfaces]
     motion = np.zeros((H, W), np.float32)
     for thing in scene.things:
-        scale = FOCAL / thing.z
+        scale = 1 / thing.z
         width, height, reach = scale * thing.width, scale * thing.height, abs(thing.speed)
         start, foot = cu + scale * thing.x - width / 2, cv + scale * (eye - thing.base)
         motion[_pixels(foot - height, foot, H), _pixels(start - reach, start + width + reach, W)] = thing.speed
@@ -276,7 +276,7 @@ def _rgb(scene, view, condition: str, case: str, rng: np.random.Generator) -> np
 def _distance_and_height(scene, z: np.ndarray, v: np.ndarray, third: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """(h, W, 3) uint8, 0 where not seen: log distance (1 m 255, 70 m 1), root of height (10 m 253), a third channel."""
     log = (255 - 60 * np.log(z)).clip(1, 255)
-    root = 80 * np.sqrt((scene.eye - (v - scene.centre[1]) * z / FOCAL).clip(0, 10))
+    root = 80 * np.sqrt((scene.eye - (v - scene.centre[1]) * z).clip(0, 10))
     return np.dstack([(channel * seen).astype(np.uint8) for channel in (log, root, third)])
 
 
@@ -332,27 +332,25 @@ def _lidar(scene, view, condition: str, case: str, rng: np.random.Generator) -> 
     return out
 
 
+def weather(index: int) -> tuple[str, str]:
+    """The condition of scene `index`, each in every fifth, and its case, which one scene of six has."""
+    return CONDITIONS[index % 5], CASES[index // 30 % 5] if index // 5 % 6 == 5 else "none"
+
+
 def paint(seed: int, split: str, index: int, size: int | tuple[int, int] = 64, condition: str | None = None,
           case: str | None = None) -> dict[str, np.ndarray | str]:
-    """One scene in its four modalities.
+    """Scene `index` of a split in its four modalities; with another seed, another scene.
 
-    Args:
-        seed, split, index: which scene; at least 0, of SPLITS, at least 0.
-        size: H = W, or (H, W), in pixels, at least 8; the same scene at any size.
-        condition: of CONDITIONS; None lets the index choose, each in every fifth scene.
-        case: of CASES, or "none"; None lets the index choose: one scene of six has a case.
-    Returns:
-        uint8 (H, W, 3): "rgb"; "depth" (log distance, height, surface angle, as in HHA; 0 = sky or unseen); "event"
-        (positive, negative, 0); "lidar" (log range, height, intensity; 0 = no return). uint8 (H, W), 0..11: "label".
-        str: "condition" and "case".
-    Raises:
-        ValueError: an argument outside these ranges.
+    seed and index are at least 0. size: H = W, or (H, W), in pixels, at least 8; the same scene at any size.
+    condition: of CONDITIONS; case: of CASES, or "none"; None: by `weather`.
+    Returns uint8 (H, W, 3): "rgb"; "depth" (log distance, height, surface angle, as in HHA; 0 = sky or unseen); "event"
+    (positive, negative, 0); "lidar" (log range, height, intensity; 0 = no return). uint8 (H, W), 0..11: "label". And
+    the str "condition" and "case". ValueError for an argument outside these ranges.
     """
     H, W = (size, size) if isinstance(size, int) else size
-    condition = condition or CONDITIONS[index % 5]
-    case = case or (CASES[index // 30 % 5] if index // 5 % 6 == 5 else "none")
-    choices = (("split", split, SPLITS), ("condition", condition, CONDITIONS), ("case", case, ("none", *CASES)))
-    for name, value, known in choices:
+    condition, case = condition or weather(index)[0], case or weather(index)[1]
+    for name, value, known in (("split", split, SPLITS), ("condition", condition, CONDITIONS),
+                               ("case", case, ("none", *CASES))):
         if value not in known:
             raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}.")
     if min(seed, index) < 0 or min(H, W) < 8:

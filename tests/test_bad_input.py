@@ -160,6 +160,14 @@ def check_prints_the_modalities_in_use(root, monkeypatch, capsys):
     return data.main() == 0 and "rgb (8 bit, 0..255)" in capsys.readouterr().out
 
 
+@case(True)
+def check_prints_a_file_name_that_is_no_utf_8(root, monkeypatch, capsys):
+    broken = folder(root) / "rgb/val" / os.fsdecode(b"caf\xe9.png")
+    broken.write_bytes(b"no picture")
+    monkeypatch.setattr("sys.argv", ["data.py", "--check", "--data", "folder", "--root", str(root)])
+    return data.main() == 1 and r"caf\udce9.png" in capsys.readouterr().out
+
+
 # ---- label files ----------------------------------------------------------------------------------------------------
 @case(True)
 def grey_labels_of_1_2_4_and_8_bits_are_the_stored_ids(root):

@@ -78,7 +78,7 @@ def folder_dataset(root, count=4, height=40, width=60, classes=5, seed=0):
 def test_class_lists_have_the_published_lengths_and_distinct_names():
     for layout, count, first, last in (("deliver", 25, "Building", "Truck"), ("muses", 19, "road", "bicycle"),
                                        ("mcubes", 20, "asphalt", "sky"), ("nyuv2", 40, "wall", "otherprop")):
-        names, palette = layouts.parse_classes(layouts.LAYOUTS[layout].classes.split(","))
+        names, palette = layouts.read_classes(layouts.CLASSES / f"{layout}.txt")
         assert (len(set(names)), names[0], names[-1]) == (count, first, last)
         assert palette.shape == (count, 3) and len(np.unique(palette, axis=0)) >= count - 1
 
@@ -251,7 +251,7 @@ def test_nyuv2_files_come_back_with_either_list_of_classes(exported, classes):
         scene = of_frame(name)
         assert (images[0].int() - chw(scene["rgb"]).int()).abs().float().mean() < 8      # through JPEG
         assert torch.equal(images[1], chw(scene["depth"]))
-        expected = export.EXPORT_CLASSES["nyuv2" if classes == 40 else "nyuv2 13"].split(",")
+        expected = export.EXPORT_CLASSES["nyuv2" if classes == 40 else "nyuv2_13"].split(",")
         assert [dataset.classes[k] for k in label.ravel().tolist()] == [expected[k] for k in scene["label"].ravel()]
 
 
@@ -583,18 +583,23 @@ def fails(kind, *parts):
     return Check()
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
-def test_a_data_set_that_is_not_there_is_named_with_its_layout_and_source(tmp_path, layout):
-    expected = layouts.LAYOUTS[layout].expected
-    with fails(FileNotFoundError, tmp_path / "nowhere", expected, layouts.LAYOUTS[layout].source):
+@pytest.mark.parametrize("layout, expected", [
+    ("deliver", "img/**/*_rgb_front.png, hha/**/*_depth_front.png"), ("muses", "gt_semantic/**/*_gt_labelTrainIds.png"),
+    ("mcubes", "train.txt, test.txt, polL_color/**/*.png"), ("nyuv2", "RGB/**/*.jpg, HHA/**/*.png, Depth/**/*.png"),
+    ("folder", "<modality>/**/*.png, labels/**/*.png")])
+def test_a_data_set_that_is_not_there_is_answered_with_what_was_looked_for_and_where_to_read_more(
+        tmp_path, layout, expected):
+    with fails(FileNotFoundError, tmp_path / "nowhere", expected, "docs/data.md"):
         open_dataset(layout, tmp_path / "nowhere")
     with fails(FileNotFoundError, "--root", expected):
         open_dataset(layout)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/classes.txt").write_text("a\nb\n")
     (tmp_path / "empty/rgb").mkdir()
-    with fails(FileNotFoundError, tmp_path / "empty", "val", expected):
+    with fails(FileNotFoundError, tmp_path / "empty", "val", expected, "docs/data.md"):
         open_dataset(layout, tmp_path / "empty", "val")
+    page = (GOLDEN.parents[1] / "docs/data.md").read_text(encoding="utf-8")
+    assert f"| `{layout}` |" in page
 
 
 def test_a_missing_sensor_file_is_named(mini):
@@ -708,7 +713,7 @@ def test_lists_cannot_lead_out_of_the_root(mini, layout, listing):
     root = mini(layout)
     (root / listing).write_text("../../secret\n/etc/passwd\n..\na\\b\n")
     (root.parent / "secret.png").write_bytes(b"secret")
-    frames = open_dataset(layout, root, "val", skip_broken=sys.maxsize)
+    frames = open_dataset(layout, root, "val", skip_broken=data.ALL)
     assert len(frames) == 0 and all(str(root) in text and "is missing" in text for text in frames.broken)
     assert len(frames.broken) == 4
 
@@ -769,7 +774,7 @@ def test_skip_broken_drops_exactly_the_broken_frames_and_stops_at_one_more(mini)
     assert dataset.frames == [frame for i, frame in enumerate(whole) if i not in (0, 4)]
     assert str(whole[0].images[0]) in dataset.broken[0] and str(whole[4].images[2]) in dataset.broken[1]
     assert len(dataset.broken) == 2 and dataset[0][2] == whole[1].name
-    with fails(ValueError, "2 frames are broken", "--skip-broken 1", whole[4].images[2]):
+    with fails(ValueError, "2 of 6 train frames are broken", "--skip-broken is 1", whole[4].images[2]):
         open_dataset("deliver", root, "train", skip_broken=1)
 
 
@@ -879,7 +884,7 @@ def test_nothing_is_left_when_all_frames_are_broken(mini):
     root = mini("folder")
     for frame in open_dataset("folder", root, "val").frames:
         frame.label.write_bytes(b"no picture")
-    with fails(ValueError, "all val frames are broken"):
+    with fails(ValueError, "3 of 3 val frames are broken"):
         open_dataset("folder", root, "val", skip_broken=99)
 
 

@@ -41,16 +41,25 @@ def subset_outputs(
     model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None, with_fused: bool = True
 ) -> Iterator[Output]:
     """Each subset's output; with mean fusion per_modality is (). ValueError for an MSegFormer in training mode."""
-    if isinstance(model, MSegFormer):
-        features, share, declared = shared_features(model, images, subsets, degraded)
-        for row, logits in zip(share.tolist(), mean_logits(model.decoder, features, share, declared), strict=True):
-            fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in (features if with_fused else ()))
-            yield Output(upsample(logits, images.shape[-2:]), fused, ())
-    else:
+    if not isinstance(model, MSegFormer):
         for subset in subsets:
             present = present_of(subset, images.shape[:2])
             there = present[:, :, None, None, None].to(images.device)
             yield model(images, present) if degraded is None else model(torch.where(there, images, degraded))
+        return
+    if model.training:
+        raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
+    present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
+    declared = present if degraded is None else torch.ones_like(present)  # what the model is told
+    share = model.fusion_weights(declared).detach().cpu()  # before the encoder is queued: nothing waits for it
+    features = model.encode(images)  # 4 x (B, M, C_i, h_i, w_i)
+    if degraded is not None:
+        broken = model.encode(degraded)
+        features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
+        share = torch.cat((share * present, share * ~present), 1)  # (S, V)
+    for row, logits in zip(share.tolist(), mean_logits(model.decoder, features, share, declared), strict=True):
+        fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in (features if with_fused else ()))
+        yield Output(upsample(logits, images.shape[-2:]), fused, ())
 
 
 def subset_logits(model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None) -> Iterator[Tensor]:
@@ -58,52 +67,30 @@ def subset_logits(model: nn.Module, images: Tensor, subsets: list, degraded: Ten
     return (out.logits for out in subset_outputs(model, images, subsets, degraded, with_fused=False))
 
 
-def shared_features(model: MSegFormer, images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None):
-    """What all subsets share: features 4 x (B, V, C_i, h_i, w_i); the share of each of the V maps in the mean of each
-    subset (S, V), on the CPU; the modalities that the model is told are present (S, M), with `degraded` all."""
-    if model.training:
-        raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
-    present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
-    declared = present if degraded is None else torch.ones_like(present)
-    share = model.fusion_weights(declared).detach().cpu()  # before the encoder is queued: nothing waits for it
-    features = model.encode(images)
-    if degraded is not None:
-        broken = model.encode(degraded)
-        features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
-        share = torch.cat((share * present, share * ~present), 1)
-    return features, share, declared
-
-
 @torch.no_grad()
 def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
     """The decoder's logits, not yet upsampled, for many means of the same maps -> (S, B, K, h_1, w_1).
 
     features 4 x (B, V, C_i, h_i, w_i); share (S, V), a row sums to 1; present (S, M), for FiLM. BatchNorm goes into the
-    weights. Columns are upsampled at once, rows a few at a time, to stay in a CPU's cache and within a GPU's memory.
+    weights. The means are taken a few rows at a time, to stay in a CPU's cache and within a GPU's memory.
     """
     b, _, _, h, w = features[0].shape
     share, few = share.to(features[0]), 64 if features[0].is_cuda else 4  # rows at a time
     scale = decoder.bn.weight / (decoder.bn.running_var + decoder.bn.eps).sqrt()  # (E,)
     layers = [(weight * scale[:, None], bias * scale) for weight, bias in decoder.folded()]
-    offset = decoder.bn.bias - decoder.bn.running_mean * scale
+    layers[0][1].add_(decoder.bn.bias - decoder.bn.running_mean * scale)
     film = None if decoder.film is None else decoder.scale_and_shift(present)[:, :, None, None]
-    one_hot = [torch.eye(f.shape[3], device=f.device)[None] for f in features[1:]]
-    down = [F.interpolate(x, size=h, mode="linear")[0].t() for x in one_hot]  # (h, h_i)
     logits = features[0].new_empty(len(share), b, h, w, decoder.classify.out_channels)
     for i in range(b):
-        fine, *coarse = (f[i].permute(0, 2, 3, 1) for f in features)  # (V, h_i, w_i, C_i)
-        coarse = [F.linear(x, *layer).permute(0, 3, 1, 2) for x, layer in zip(coarse, layers[1:], strict=True)]
-        coarse = [upsample(x, (x.shape[2], w)).permute(0, 2, 3, 1).flatten(2) for x in coarse]  # (V, h_i, w E)
+        pairs = zip(features, layers, strict=True)
+        mixed, *coarse = (F.linear(f[i].permute(0, 2, 3, 1), *layer).permute(0, 3, 1, 2) for f, layer in pairs)
+        for x in coarse:  # (V, E, h_i, w_i)
+            mixed += upsample(x, (h, w))
         for top in range(0, h, few):
-            rows = slice(top, min(top + few, h))
-            x = F.linear(fine[:, rows], layers[0][0], layers[0][1] + offset)  # (V, rows, w, E)
-            for y, matrix in zip(coarse, down, strict=True):
-                near = slice(max(0, rows.start * y.shape[1] // h - 1), rows.stop * y.shape[1] // h + 2)
-                upsampling = matrix[rows, near].to(x).expand(len(y), -1, -1)  # (V, rows, near)
-                x.flatten(2).baddbmm_(upsampling, y[:, near].to(x))  # x += upsampling @ y
+            x = mixed[:, :, top : top + few].permute(0, 2, 3, 1)  # (V, rows, w, E)
             hidden = (share @ x.flatten(1)).unflatten(1, x.shape[1:])  # (S, rows, w, E)
             hidden = F.relu_(hidden if film is None else hidden.mul_(film[0]).add_(film[1]))
-            logits[:, i, rows] = F.linear(hidden, decoder.classify.weight[:, :, 0, 0], decoder.classify.bias)
+            logits[:, i, top : top + few] = F.linear(hidden, decoder.classify.weight[:, :, 0, 0], decoder.classify.bias)
     return logits.permute(0, 1, 4, 2, 3)
 
 

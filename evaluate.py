@@ -6,7 +6,7 @@
 
     any        every subset of the modalities, the others left out
     emm        every subset, the others' images zero after normalisation; mean and expectation E(p)     (section 5)
-    rmm        as emm, each value of a missing modality zero with probability 0.25, 0.5, 0.75
+    rmm        as emm, each value of a missing modality zero with probability r = 0.25, 0.5, 0.75
     nm         all modalities, salt and pepper and Gaussian noise: low, mid, high
     condition  all modalities, by weather;    case   all modalities, by sensor failure
 
@@ -31,20 +31,21 @@ from data import FrameDataset, normalise, random_missing, sensor_noise
 from engine import loop, runs
 from engine.files import MARK, check_output, write_output
 from engine.options import RECIPES, Parser, device, names, positive
-from engine.subsets import all_subsets, ensemble_predictor, predictor, present_of, switch_predictor
+from engine.subsets import all_subsets, ensemble_predictor, predictor, switch_predictor
 from engine.trained import caption, load_models, open_data
 
 PROTOCOLS = {
     "any": "any-modality: the other modalities left out",
     "emm": "EMM: the other modalities zero-filled; E(p): expectation when each fails with probability p",
-    "rmm": "RMM: mean over the subsets, missing modalities lose values with probability r",
+    "rmm": "RMM: means over the subsets, missing modalities lose values with probability r; E(p) as in EMM",
     "nm": "NM: all modalities noisy",
     "condition": "all modalities, by weather",
     "case": "all modalities, by sensor failure",
 }
 RMM_RATES = (0.25, 0.5, 0.75)
 NM_LEVELS = ("low", "mid", "high")
-EMM_ODDS = (0.2, 0.1, 0.05)
+FAILURE_RATES = (0.2, 0.1, 0.05)
+GROUPED = ("condition", "case")  # answered with all modalities, counted by what each frame is of
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -113,106 +114,105 @@ def subset_name(subset: tuple[int, ...], modalities: list[str]) -> str:
     return "".join(initials[m] for m in subset)
 
 
+def columns(protocol: str, dataset: FrameDataset) -> list[str]:
+    """The names of a protocol's results on this data set."""
+    if protocol in GROUPED:
+        return sorted({getattr(frame, protocol) for frame in dataset.frames})
+    subsets = [subset_name(subset, dataset.modalities) for subset in all_subsets(len(dataset.modalities))]
+    rates = [f"{name} {r}" for r in RMM_RATES for name in subsets]
+    return {"rmm": rates, "nm": list(NM_LEVELS)}.get(protocol, subsets)
+
+
 def answers(
     protocol: str, predict: Callable, images: Tensor, frames: list[str], modalities: list[str], seed: int
-) -> Iterator[tuple[str, Tensor]]:
-    """(column, logits (B, K, H, W)) of a batch of normalised images (B, M, 3, H, W); frames: their B names."""
-    subsets, full = all_subsets(len(modalities)), tuple(range(len(modalities)))
-    columns = [subset_name(subset, modalities) for subset in subsets]
+) -> Iterator[Tensor]:
+    """Logits (B, K, H, W) of normalised images (B, M, 3, H, W) for each of `columns`; frames: their B names."""
+    subsets, damaged = all_subsets(len(modalities)), torch.zeros(images.shape[:2], dtype=torch.bool)
     if protocol == "any":
-        yield from zip(columns, predict(images, subsets), strict=True)
+        yield from predict(images, subsets)
     if protocol == "emm":
-        yield from zip(columns, predict(images, subsets, torch.zeros_like(images[:1])), strict=True)
+        yield from predict(images, subsets, torch.zeros_like(images[:1]))
     for r in RMM_RATES if protocol == "rmm" else ():
         # a modality's damage does not depend on which others are missing, so all subsets share it
-        damaged = random_missing(images, ~present_of(full, images.shape[:2]), r, frames, seed)
-        yield from zip((f"{name} {r}" for name in columns), predict(images, subsets, damaged), strict=True)
+        yield from predict(images, subsets, random_missing(images, damaged, r, frames, seed))
     for level in NM_LEVELS if protocol == "nm" else ():
-        noisy = sensor_noise(images, level, frames, modalities, seed)
-        yield level, next(iter(predict(noisy, [full])))
+        yield from predict(sensor_noise(images, level, frames, modalities, seed), subsets[-1:])
 
 
 @torch.inference_mode()
 def evaluate(predict: Callable, dataset: FrameDataset, args: argparse.Namespace, run: runs.Run) -> dict[str, dict]:
     """protocol -> column -> metrics.scores, over this data set."""
-    k, full = len(dataset.classes), tuple(range(len(dataset.modalities)))
-    subsets = [subset_name(subset, dataset.modalities) for subset in all_subsets(len(full))]
-    columns = {"any": subsets, "emm": subsets, "rmm": [f"{s} {r}" for r in RMM_RATES for s in subsets],
-               "nm": NM_LEVELS}  # fmt: skip
-    grouped = [protocol for protocol in ("condition", "case") if protocol in args.protocol]
-    columns |= {group: sorted({getattr(frame, group) for frame in dataset.frames}) for group in grouped}
-    counts = {(protocol, column): torch.zeros(k, k, dtype=torch.int64, device=run.device)
-              for protocol in args.protocol for column in columns[protocol]}  # fmt: skip
-
+    k, full = len(dataset.classes), all_subsets(len(dataset.modalities))[-1:]
+    counts = {protocol: {column: torch.zeros(k, k, dtype=torch.int64, device=run.device)
+                         for column in columns(protocol, dataset)} for protocol in args.protocol}  # fmt: skip
+    grouped = [protocol for protocol in args.protocol if protocol in GROUPED]
     batches = [part.tolist() for part in torch.arange(len(dataset)).split(args.batch_size)][run.rank :: run.world]
     source = loop.loader(dataset, batches, args.workers, run.device)
     for indices, (images, labels, frames) in zip(batches, source, strict=True):
         images = normalise(images.to(run.device, non_blocking=True), dataset.modalities, dataset.normalisation)
         labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
         with loop.autocast(run.device, args.amp):
-            for protocol in args.protocol:
-                for column, logits in answers(protocol, predict, images, frames, dataset.modalities, args.seed):
-                    counts[protocol, column] += metrics.confusion(metrics.class_ids(logits, frames), labels, k)
-            ids = metrics.class_ids(next(iter(predict(images, [full]))), frames) if grouped else None
-        for group in grouped:
+            for protocol in [protocol for protocol in args.protocol if protocol not in GROUPED]:
+                found = answers(protocol, predict, images, frames, dataset.modalities, args.seed)
+                for matrix, logits in zip(counts[protocol].values(), found, strict=True):
+                    matrix += metrics.confusion(metrics.class_ids(logits, frames), labels, k)
+            ids = metrics.class_ids(next(iter(predict(images, full))), frames) if grouped else None
+        for protocol in grouped:
             for b, index in enumerate(indices):
-                counts[group, getattr(dataset.frames[index], group)] += metrics.confusion(ids[b], labels[b], k)
-    totals = run.total(torch.stack(list(counts.values())))
-    if not totals.any():
+                counts[protocol][getattr(dataset.frames[index], protocol)] += metrics.confusion(ids[b], labels[b], k)
+    totals = [run.total(torch.stack(list(matrices.values()))) for matrices in counts.values()]
+    if not any(matrices.any() for matrices in totals):
         raise ValueError(f"not one pixel of the {len(dataset)} frames has a label; choose another --split or --root.")
-    results: dict[str, dict] = {protocol: {} for protocol in args.protocol}
-    for (protocol, column), matrix in zip(counts, totals, strict=True):
-        results[protocol][column] = metrics.scores(matrix)
-    return results
+    return {protocol: dict(zip(counts[protocol], map(metrics.scores, matrices), strict=True))
+            for protocol, matrices in zip(counts, totals, strict=True)}  # fmt: skip
 
 
 def summary(protocol: str, scores: dict[str, dict], modalities: list[str], rule: str = "miou_published") -> dict:
     """The summary columns of a protocol's table -> value in per cent. Apart from its data columns: those are named by
     the data set, and a weather may be called "mean"."""
-    values = {column: s[rule] for column, s in scores.items()}
-    subsets = {subset_name(subset, modalities): subset for subset in all_subsets(len(modalities))}
+    values, subsets, table = [s[rule] for s in scores.values()], all_subsets(len(modalities)), {}
     if protocol == "any":
-        *missing, full = (values[name] for name in subsets)
-        return {"full": full, **({"missing": fmean(missing)} if missing else {}), "mean": fmean([*missing, full])}
-    if protocol == "emm":
-        table = {"mean": fmean(values.values())}
-        for p in EMM_ODDS:
-            weights = {name: p ** (len(modalities) - len(s)) * (1 - p) ** len(s) for name, s in subsets.items()}
-            table[f"E({p})"] = sum(w * values[name] for name, w in weights.items()) / sum(weights.values())
-        return table
-    if protocol == "rmm":
-        table = {f"r={r}": fmean(values[f"{name} {r}"] for name in subsets) for r in RMM_RATES}
-        return {**table, "mean": fmean(table.values())}
-    return {"mean": fmean(values.values())}
+        *missing, table["full"] = values
+        table |= {"missing": fmean(missing)} if missing else {}
+    if protocol in ("emm", "rmm"):
+        rates = [f"r={r}" for r in RMM_RATES] if protocol == "rmm" else [""]
+        for i, rate in enumerate(rates):
+            part = values[i * len(subsets) : (i + 1) * len(subsets)]
+            table |= {rate: fmean(part)} if rate else {}
+            for p in FAILURE_RATES:
+                weights = [p ** (len(modalities) - len(subset)) * (1 - p) ** len(subset) for subset in subsets]
+                expected = sum(w * value for w, value in zip(weights, part, strict=True)) / sum(weights)
+                table[f"{rate} E({p})".strip()] = expected
+    return {**table, "mean": fmean(values)}
 
 
 def tables(results: dict, modalities: list[str], protocols: list[str]) -> str:
     """One aligned Markdown table per protocol; with several rows, differences to the first in the summary columns."""
     out = []
     for protocol in protocols:
-        data = {name: {} if protocol == "rmm" else r[protocol] for name, r in results.items()}
-        means = {name: summary(protocol, r[protocol], modalities) for name, r in results.items()}
-        first = next(iter(results))
-        cells = [["", *data[first], *means[first], "mean, occurring"]]  # last: the other rule for absent classes
-        for name in results:
-            occurring = summary(protocol, results[name][protocol], modalities, "miou_occurring")["mean"]
-            texts = [f"{scores['miou_published']:.2f}" for scores in data[name].values()]
-            texts += [f"{v:.2f}" + (f" ({v - means[first][c]:+.2f})" if name != first else "")
-                      for c, v in means[name].items()]  # fmt: skip
-            cells.append([name, *texts, f"{occurring:.2f}"])
+        first, cells = {}, []
+        for name, scores in results.items():
+            shown = {} if protocol == "rmm" else scores[protocol]
+            means = summary(protocol, scores[protocol], modalities)
+            texts = [f"{s['miou_published']:.2f}" for s in shown.values()]
+            texts += [f"{v:.2f}" + (f" ({v - first[c]:+.2f})" if first else "") for c, v in means.items()]
+            occurring = summary(protocol, scores[protocol], modalities, "miou_occurring")["mean"]
+            cells.append([name, *texts, f"{occurring:.2f}"])  # last: the other rule for absent classes
+            first = first or means
+        cells.insert(0, ["", *shown, *means, "mean, occurring"])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         cells.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-        lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-                 for row in cells]  # fmt: skip
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        out.append(f"**{PROTOCOLS[protocol]}**\n\n{text}")
-    return "\n\n".join(out)
+        out.append(f"**{PROTOCOLS[protocol]}**\n")
+        for name, *texts in cells:
+            texts = [name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]
+            out.append(f"| {' | '.join(texts)} |")
+        out.append("")
+    return "\n".join(out[:-1])
 
 
 def main(args: argparse.Namespace) -> None:
     check_output(args.json, ".json")  # now, not after an hour of evaluation
     check_output(args.markdown, ".md")
-    args.deterministic, args.tensorboard, args.out = False, False, "."
     run = runs.Run(args, "evaluate.py")
     same = ["classes", "modalities", "depth", "normalisation"]
     same += [name for name, given in (("label_map", args.label_map), ("val_size", args.size)) if not given]
@@ -224,8 +224,7 @@ def main(args: argparse.Namespace) -> None:
                         skip_broken=args.skip_broken)  # fmt: skip
     for problem in dataset.broken:
         run.say(f"left out: {problem}")
-    rows = {name: predict for name, predict in rows.items() if not args.only or name in args.only}
-    results = {name: evaluate(predict, dataset, args, run) for name, predict in rows.items()}
+    results = {name: evaluate(rows[name], dataset, args, run) for name in rows if name in (args.only or rows)}
     if run.rank:
         return
     about = (f"{caption(dataset, args.split, meta)}, size {size}; mIoU in per cent, absent classes count as 0 "

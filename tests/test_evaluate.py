@@ -187,18 +187,20 @@ def random_results(seed, protocols=evaluate.PROTOCOLS):
                 for c in columns[p]} for p in protocols}  # fmt: skip
 
 
-@pytest.mark.parametrize("p", evaluate.EMM_ODDS)
+@pytest.mark.parametrize("p", evaluate.FAILURE_RATES)
 def test_the_expectation_is_over_sensors_that_fail_on_their_own(p):
-    scores = random_results(1)["emm"]
-    expectation = 0.0
-    for works in itertools.product((True, False), repeat=4):
-        if any(works):
-            chance = math.prod(1 - p if w else p for w in works)
-            name = "".join(sensor[0].upper() for sensor, w in zip(SENSORS, works, strict=True) if w)
-            expectation += chance * scores[name]["miou_published"]
-    table = evaluate.summary("emm", scores, SENSORS)
-    assert table[f"E({p})"] == pytest.approx(expectation / (1 - p**4))  # given that at least one works
-    assert table["mean"] == pytest.approx(sum(s["miou_published"] for s in scores.values()) / 15)
+    results = random_results(1)
+    for protocol, rate in (("emm", ""), ("rmm", 0.25), ("rmm", 0.5), ("rmm", 0.75)):
+        scores, expectation = results[protocol], 0.0
+        for works in itertools.product((True, False), repeat=4):
+            if any(works):
+                chance = math.prod(1 - p if w else p for w in works)
+                name = "".join(sensor[0].upper() for sensor, w in zip(SENSORS, works, strict=True) if w)
+                expectation += chance * scores[f"{name} {rate}".strip()]["miou_published"]
+        table = evaluate.summary(protocol, scores, SENSORS)
+        column = f"r={rate} E({p})" if rate else f"E({p})"
+        assert table[column] == pytest.approx(expectation / (1 - p**4))  # given that at least one works
+        assert table["mean"] == pytest.approx(sum(s["miou_published"] for s in scores.values()) / len(scores))
 
 
 def test_the_summaries_average_what_their_names_say():

@@ -45,7 +45,7 @@ class FrameDataset(torch.utils.data.Dataset):
         self.size, self.augment, self.seed, self.table, self.split = size, augment, seed, table, split
         self.normalisation = "all" if name == "synthetic" else "rgb"    # see `normalise`
         self.ranges: dict[str, list] = {}       # of each modality, see `learn_ranges`
-        self.broken, self.painted = [], {}
+        self.broken, self.cache = [], {}
         self.class_pixels = np.zeros(256, np.int64)     # counted by `open_all`
 
     def __len__(self) -> int:
@@ -55,12 +55,12 @@ class FrameDataset(torch.utils.data.Dataset):
         """The frame at its own size: an (H, W, 1 or 3) uint8 or float32 per modality, and the label (H, W) uint8."""
         frame = self.frames[index]
         if self.name == "synthetic":
-            if index in self.painted:
-                return self.painted[index]
+            if index in self.cache:
+                return self.cache[index]
             scene = synthetic.paint(0, self.split, index, self.size or 64)
             item = [scene[modality] for modality in self.modalities], scene["label"]
             if len(self) * scene["label"].size * (3 * len(self.modalities) + 1) < CACHE_BYTES:
-                self.painted[index] = item
+                self.cache[index] = item
             return item
         images, label = self.read_files(frame)
         files = zip(images, self.modalities, frame.images, strict=True)

@@ -5,7 +5,7 @@ Facts from the data sets' own pages and tools. `datasets/files.py` decodes the f
 import colorsys
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
@@ -67,12 +67,10 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
         raise ValueError(f"{path} has {len(lines)} classes; expected 1 to 255, one a line")
     names, palette = [], []
     for number, words in enumerate(lines):
-        # Steps of the golden ratio spread any number of hues; five brightnesses.
-        colour = colorsys.hsv_to_rgb(0.618 * number % 1, 0.7, 0.95 - 0.12 * (number % 5))
-        colour = [int(255 * value) for value in colour]
+        name, hue, brightness = " ".join(words), 0.618 * number % 1, 0.95 - 0.12 * (number % 5)     # golden ratio
+        colour = [int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.7, brightness)]
         if len(words) > 3 and all(map(str.isdecimal, words[-3:])):
-            *words, colour = *words[:-3], [int(word) for word in words[-3:]]
-        name = " ".join(words)
+            name, colour = " ".join(words[:-3]), [int(word) for word in words[-3:]]
         if name.startswith("#") or max(colour) > 255:
             raise ValueError(f"{path} has the class {name!r} of colour {colour}; expected lines 'name' or "
                              f"'name r g b' with r, g, b in 0..255")
@@ -194,9 +192,8 @@ def listed(name: str, root: Path, split: str, hold_out: int) -> list[str]:
     part = split if name == "mcubes" or split != "val" else "train" if hold_out else "test"
     path = folder / f"{part}.txt"
     lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
-    words = {re.split(r"[/\\]", line.split()[0])[-1] for line in lines if line.strip()}
-    keys = sorted({word.removesuffix(Path(word).suffix) if Path(word).suffix.lower() in SUFFIXES else word
-                   for word in words})
+    files = [PureWindowsPath(line.split()[0]) for line in lines if line.strip()]        # its separators are / and \\
+    keys = sorted({file.stem if file.suffix.lower() in SUFFIXES else file.name for file in files})
     if not hold_out or part == "test":
         return keys
     if not 0 < hold_out < len(keys):

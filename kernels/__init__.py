@@ -133,13 +133,12 @@ def _wants_triton(tensor: Tensor) -> bool:
     choice = os.environ.get("RMMSS_KERNELS", "auto")
     if choice not in ("auto", "reference", "triton"):
         raise ValueError(f"RMMSS_KERNELS is {choice!r}: set it to reference or triton, or leave it unset.")
-    if choice != "triton":
-        return choice == "auto" and tensor.is_cuda and tensor.dtype in TRITON_DTYPES and prototype is not None
     runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    if prototype is None or tensor.dtype not in TRITON_DTYPES or not runs:
+    possible = runs and tensor.dtype in TRITON_DTYPES and prototype is not None
+    if choice == "triton" and not possible:
         raise ValueError("RMMSS_KERNELS=triton needs the package triton, features of 32 or 16 bits, and a GPU or "
                          f"TRITON_INTERPRET=1; found {tensor.dtype} on {tensor.device}: unset it.")  # fmt: skip
-    return True
+    return choice == "triton" or (choice == "auto" and possible and tensor.is_cuda)
 
 
 def _check_maps(name: str, features: Tensor, labels: Tensor, num_classes: int = 1) -> None:

@@ -71,8 +71,7 @@ def prototype_distance_loop(
     to compare with. In the features' own dtype."""
     total = student.new_zeros(())
     for b, m in present.nonzero().tolist():
-        masks = [labels[b] == k for k in range(num_classes)]
-        masks = [mask for mask in masks if mask.any()]
+        masks = [mask for k in range(num_classes) if (mask := labels[b] == k).any()]
         if masks:
             log_s = torch.stack([student[b, m][:, mask].mean(1) for mask in masks]).log_softmax(0)  # (classes, C)
             log_t = torch.stack([teacher[b, match[b, m]][:, mask].mean(1) for mask in masks]).log_softmax(0)
@@ -105,15 +104,13 @@ def feature_select(
     maps = [F.conv2d(f, w[None].to(f.dtype), padding=1) for f, w in zip(sources, weight, strict=True)]  # (B, 1, h, w)
     bias = wide(bias).expand(maps[0].shape[0], S).t()[:, :, None, None, None]  # (S, B, 1, 1, 1)
     scores = torch.sigmoid(torch.stack(maps) + bias)  # (S, B, 1, h, w)
-    logits = scores
-    if rule != "score":
-        logits = torch.stack([(1 + s) * f for s, f in zip(scores, sources, strict=True)])  # (S, B, C, h, w)
+    logits = scores if rule == "score" else (1 + scores) * torch.stack(sources)  # (S, B, 1 or C, h, w)
     if rule == "hard":
         choice = logits.argmax(0)  # (B, C, h, w), ties: the first source
         selected = torch.stack(sources).gather(0, choice[None])[0]
         share = torch.stack([(choice == j).float().mean() for j in range(S)])
     else:
-        weights = (logits / temperature).softmax(0)  # (S, B, 1 or C, h, w)
+        weights = (logits / temperature).softmax(0)
         selected = sum(w * f for w, f in zip(weights, sources, strict=True))
         share = weights.detach().float().mean((1, 2, 3, 4))
     return selected.to(features[0].dtype), share

@@ -73,8 +73,7 @@ class FSM(nn.Module):
 def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) -> Tensor:
     """What pulls the final student to the selected features: mean squared difference, summed over stages -> scalar.
 
-    Not in the paper, which leaves this open. Differences are divided by the selected channel's standard deviation, so
-    that all channels weigh the same.
+    Not in the paper. Differences are divided by the selected channel's deviation, so that all channels weigh the same.
     """
     distance = 0.0
     for s, t in zip(student, selected, strict=True):
@@ -98,8 +97,7 @@ def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: T
 def ensemble_logits(
     selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both", declared=None
 ) -> Tensor:
-    """The ensemble's answer (B, K, H, W). level: "logits" as selected; "features" decoded; "both": log of the
-    sum of their probabilities."""
+    """The ensemble's logits. level: "logits" as selected; "features" decoded; "both": log of their summed softmax."""
     if level == "logits":
         return selected.logits
     decoded = decode(selected, teacher, robust, present, declared)

@@ -59,8 +59,8 @@ def hpdm_loss(
     distance = kernels.prototype_distance if prototypes == "mean" else published_distance
     loss = labels.new_zeros((), dtype=torch.float32)
     for s, t in zip(student, teacher, strict=True):
-        t = t.detach().to(s.dtype)
-        loss = loss + distance(s, t, labels_at(labels, s.shape[-2:]), present, match, num_classes)
+        y = labels_at(labels, s.shape[-2:])  # (B, h, w)
+        loss = loss + distance(s, t.detach().to(s.dtype), y, present, match, num_classes)
     return loss
 
 

@@ -23,24 +23,17 @@ class LoadReport(NamedTuple):
     unexpected: list[str]  # names in the file that nothing in this model takes, such as another head
 
 
-# How names in a file become this model's, rule by rule. "name[1]" is part 1 of a tensor that is one here.
-PUBLISHED = {
-    r"^(backbone|decode_head|encoder|decoder)\.": "",
+# What a name in the file contains -> what kind of file it is. All others are taken for this project's.
+KINDS = {
+    "backbone.extra_": "published CMNeXt",
+    "encoder.patch_embed1.": "published M-SegFormer",
+    "patch_embed1.": "MiT encoder",
+    "patch_embeddings.": "model hub's SegFormer encoder",
+}
+# How names in such a file become this model's, rule by rule. "name[1]" is part 1 of a tensor that is one here.
+NAMES = {
+    r"^(model\.)?(segformer\.)?((backbone|decode_head|encoder|decoder)\.)?": "",
     r"^(\w+?|FFMs\..*(?:proj|norm|kv))(\d)(?=\.)": lambda found: f"{found[1]}.{int(found[2]) - 1}",  # they count from 1
-}
-MIT_NAMES = {
-    r"^patch_embed\.(\d)": r"stages.\1.embed",
-    r"^block\.(\d)": r"stages.\1.blocks",
-    r"^norm\.(\d)": r"stages.\1.norm",
-    r"dwconv\.dwconv": "dwconv",
-}
-DECODER_NAMES = {
-    r"^linear_c\.(\d)\.proj": r"decoder.linear.\1",
-    r"^linear_fuse\.conv": "decoder.fuse",
-    r"^linear_fuse\.bn": "decoder.bn",
-    r"^linear_pred": "decoder.classify",
-}
-CMNEXT_NAMES = {
     r"^extra_downsample_layers\.(\d)\.proj\.module": r"aux.\1.embed.proj",
     r"^extra_downsample_layers\.(\d)\.norm\.ln_(\d+)\.(\w+)": r"aux.\1.embed.\3[\2]",
     r"^extra_score_predictor\.(\d)\.score_nets\.(\d+)\.0": r"aux.\1.hub.depthwise.\2",
@@ -53,11 +46,13 @@ CMNEXT_NAMES = {
     r"^FFMs\.(\d)\.channel_emb\.residual": r"aux.\1.ffm.residual",
     r"^FFMs\.(\d)\.channel_emb\.channel_embed": r"aux.\1.ffm.mix",
     r"^FFMs\.(\d)\.channel_emb\.norm": r"aux.\1.ffm.bn",
-}
-HUB_NAMES = {  # transformers: the names up to version 4, and those from version 5 on
-    r"^(model\.)?(segformer\.)?(encoder\.)?": "",
-    r"^(?:patch_embeddings\.(\d)|stages\.(\d)\.patch_embeddings)": r"stages.\1\2.embed",
-    r"^(?:layer_norm\.(\d)|stages\.(\d)\.layer_norm)": r"stages.\1\2.norm",
+    r"^linear_c\.(\d)\.proj": r"decoder.linear.\1",
+    r"^linear_fuse\.conv": "decoder.fuse",
+    r"^linear_fuse\.bn": "decoder.bn",
+    r"^linear_pred": "decoder.classify",
+    # MiT as published; as the model hub has it, up to version 4 of transformers; and from version 5 on
+    r"^(?:patch_embed|patch_embeddings)\.(\d)|^stages\.(\d)\.patch_embeddings": r"stages.\1\2.embed",
+    r"^(?:norm|layer_norm)\.(\d)|^stages\.(\d)\.layer_norm": r"stages.\1\2.norm",
     r"^block\.(\d)": r"stages.\1.blocks",
     r"layer_norm_1|layernorm_before": "norm1",
     r"layer_norm_2|layernorm_after": "norm2",
@@ -88,25 +83,16 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     inner = (state.get(key) for key in ("model", "state_dict", "model_state_dict"))
     state = next((weights for weights in inner if isinstance(weights, dict)), state)
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    own, names, is_cmnext = model.state_dict(), " ".join(state), hasattr(model, "aux")
-    if "backbone.extra_" in names:
-        source, rules = "published CMNeXt", PUBLISHED | CMNEXT_NAMES | MIT_NAMES | DECODER_NAMES
-    elif "encoder.patch_embed1.proj.weight" in state:
-        source, rules = "published M-SegFormer", PUBLISHED | MIT_NAMES | DECODER_NAMES
-    elif "patch_embed1.proj.weight" in names:
-        source, rules = "MiT encoder", PUBLISHED | MIT_NAMES
-    elif "patch_embeddings." in names:
-        source, rules = "model hub's SegFormer encoder", HUB_NAMES
-    else:
-        source, rules = "this project", {}
-    part = "the encoder" if source.endswith("encoder") else "the model"
+    own, is_cmnext = model.state_dict(), hasattr(model, "aux")
+    source = next((kind for mark, kind in KINDS.items() if any(mark in name for name in state)), "this project")
+    rules, part = {} if source == "this project" else NAMES, "encoder" if source.endswith("encoder") else "model"
     if modalities not in (None, model.modalities) and (is_cmnext or "decoder.film" in state):
         raise ValueError(f"{path} has weights of their own for each of {', '.join(modalities)}, in this order; "
                          f"this model has {', '.join(model.modalities)}.")  # fmt: skip
     found, unexpected = {}, []
     for name in sorted(state, key=lambda name: (len(name), name)):  # part 10 after part 9
         target, _, row = translate(name, rules).partition("[")
-        if not target:
+        if not target or (part == "encoder" and not target.startswith("stages.")):
             unexpected.append(name)
             continue
         value = state[name][None] if row and target.startswith("aux.") else state[name]  # else keys, values
@@ -119,20 +105,20 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
                 raise ValueError(f"{path} (taken for: {source}) has {name} with shape {tuple(value.shape)}, "
                                  f"but this model's has {tuple(own[name].shape)}.")  # fmt: skip
     tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
-    wanted = [name for name in tensors if part == "the model" or name.startswith("stages.")]
+    wanted = [name for name in tensors if part == "model" or name.startswith("stages.")]
     missing, surplus = [name for name in wanted if name not in found], [name for name in found if name not in own]
     if missing or surplus:
         first = f"the first that is missing is {missing[0]}" if missing else f"but it has {surplus[0]}, too"
         raise ValueError(f"{path} was taken for: {source}. {len(wanted) - len(missing)} of {len(wanted)} tensors of "
-                         f"{part} fit, {first}. Is it of another model or size?")  # fmt: skip
-    if part == "the encoder" and is_cmnext:
+                         f"the {part} fit, {first}. Is it of another model or size?")  # fmt: skip
+    if part == "encoder" and is_cmnext:
         for i, p in itertools.product(range(4), ("weight", "bias")):
             found[f"aux.{i}.embed.proj.{p}"] = found[f"stages.{i}.embed.proj.{p}"]
             found[f"aux.{i}.embed.{p}"] = found[f"stages.{i}.embed.norm.{p}"].expand(len(model.modalities) - 1, -1)
     if source == "published CMNeXt":
         found["_extra_state"] = {"published_layout": True}
     model.load_state_dict({**own, **found})
-    source += ", its head left out" if part == "the encoder" and unexpected else ""
+    source += ", its head left out" if part == "encoder" and unexpected else ""
     return LoadReport(source, sorted(found), [name for name in tensors if name not in found], unexpected)
 
 

@@ -118,8 +118,9 @@ def train_robust(
     if args.average:
         parts["average"] = average = AveragedModel(robust, use_buffers=True)
     if args.feedback:
-        if not isinstance(teacher, MSegFormer):
-            raise ValueError(f"--feedback needs one encoder for all modalities: a segformer_*, not {meta['backbone']}.")
+        if not isinstance(teacher, MSegFormer) or modalities == 1:
+            raise ValueError("--feedback needs several modalities and one encoder for all of them, a segformer_*; "
+                             f"here are {modalities} and {meta['backbone']}.")
         parts["teacher"] = teacher
         teacher.stages.requires_grad_(True)  # but not the decoder, which serves the dominant modalities, too
         for group in loop.adamw(teacher, args.lr, args.weight_decay).param_groups:

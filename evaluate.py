@@ -30,9 +30,10 @@ import metrics
 from data import FrameDataset, normalise, random_missing, sensor_noise
 from engine import loop, runs
 from engine.files import MARK, check_output, write_output
-from engine.options import RECIPES, Parser, device, names, positive
+from engine.options import COUNT, COUNT_OR_0, RECIPES, Parser, device, names
 from engine.subsets import all_subsets, ensemble_predictor, predictor, switch_predictor
 from engine.trained import caption, load_models, open_data
+from fsm import RULES
 
 PROTOCOLS = {
     "any": "any-modality: the other modalities left out",
@@ -53,27 +54,24 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", nargs="+", help="model files, or run folders: all that they hold")
     parser.add_argument("--only", type=names, help="of all the rows that run folders give, these, by comma")
     parser.add_argument("--protocol", type=names, default=["any"], help=f"by comma, of {', '.join(PROTOCOLS)}, or all")
-    group = parser.add_argument_group("data", "by default what the first checkpoint was trained on")
-    group.add_argument("--data", choices=RECIPES)
-    group.add_argument("--root", help="folder of the data set")
-    group.add_argument("--split", default="val", choices=("train", "val", "test"), help="papers report val")
-    group.add_argument("--size", type=positive(int), help="shorter side in pixels; both sides then go up to multiples "
-                       "of 32. None: the training's --val-size")  # fmt: skip
-    group.add_argument("--label-map", help="folder data: label ids to classes, as in training")
-    group.add_argument("--skip-broken", type=positive(int, zero=True), default=0, metavar="N",
-                       help="go on past at most N broken frames, each is listed")  # fmt: skip
-    group.add_argument("--limit", type=positive(int), help="only N frames, spread evenly")
-    group.add_argument("--batch-size", type=positive(int), default=8, help="frames; changes memory and speed only")
-    group.add_argument("--workers", type=positive(int, zero=True), default=0, help="loader processes")
-    group.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
-    group.add_argument("--seed", type=positive(int, zero=True), default=0, help="of the rmm and nm corruptions")
-    group = parser.add_argument_group("models and output")
-    group.add_argument("--fsm-rule", choices=("hard", "candidate", "score"),
-                       help="of the FSM ensemble. None: the one it was trained with")  # fmt: skip
-    group.add_argument("--fsm-level", choices=("both", "features", "logits"), default="both", help="what it selects")
-    group.add_argument("--json", metavar="FILE", help="every score of every column")
-    group.add_argument("--markdown", metavar="FILE", help="the printed tables, for a paper or README")
+    add = parser.add_argument_group("data", "by default what the first checkpoint was trained on").add_argument
+    add("--data", choices=RECIPES)
+    add("--root", help="folder of the data set")
+    add("--split", default="val", choices=("train", "val", "test"), help="papers report val")
+    add("--size", type=COUNT, help="shorter side in pixels, then both go up to multiples of 32. None: --val-size")
+    add("--label-map", help="folder data: label ids to classes, as in training")
+    add("--skip-broken", type=COUNT_OR_0, default=0, metavar="N", help="leave out at most N broken frames, listed")
+    add("--limit", type=COUNT, help="only N frames, spread evenly")
+    add("--batch-size", type=COUNT, default=8, help="frames; changes memory and speed only")
+    add("--workers", type=COUNT_OR_0, default=0, help="loader processes")
+    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
+    add("--seed", type=COUNT_OR_0, default=0, help="of the rmm and nm corruptions")
+    add = parser.add_argument_group("models and output").add_argument
+    add("--fsm-rule", choices=RULES, help="of the FSM ensemble. None: the one it was trained with")
+    add("--fsm-level", choices=("both", "features", "logits"), default="both", help="what it selects")
+    add("--json", metavar="FILE", help="every score of every column")
+    add("--markdown", metavar="FILE", help="the printed tables, for a paper or README")
     args = parser.parse_args(argv)
     args.protocol = list(PROTOCOLS) if args.protocol == ["all"] else args.protocol
     if unknown := sorted(set(args.protocol) - set(PROTOCOLS)):

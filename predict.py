@@ -27,8 +27,7 @@ from engine import pictures, runs
 from engine.export import export
 from engine.files import check_output, write_picture
 from engine.inputs import Sample, input_frames, samples
-from engine.options import RECIPES, Parser, names, positive
-from engine.subsets import present_of
+from engine.options import COUNT, RATE, RECIPES, Parser, names
 from engine.trained import load_models, open_data, titles
 from segformer import upsample
 
@@ -53,24 +52,21 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("predict.py", __doc__)
     parser.add_argument("checkpoint", type=Path, help="model file, or run folder for its final model")
     group = parser.add_argument_group("input", "your files, or a data set (None: what the checkpoint was trained on)")
-    group.add_argument("--input", nargs="+", type=modality_file, metavar="MODALITY=PATH",
-                       help="aligned files of a frame, or folders of them; other modalities are missing")
-    group.add_argument("--data", choices=RECIPES)
-    group.add_argument("--root", help="folder of the data set")
-    group.add_argument("--split", choices=("train", "val", "test"), default="val")
-    group.add_argument("--count", type=positive(int), default=8, help="frames, spread over the split")
-    group.add_argument("--modalities", type=names, help="use only these, by comma, the others are missing. None: all")
-    group.add_argument("--depth-unit", type=positive(float), default=0.001,
-                       help="metres of a step of 16-bit raw depth given by --input to a model of nyuv2")
-    group.add_argument("--size", type=image_size, help="shorter side, or HxW, that the network sees, resized as in "
-                       "validation. None: the training's --val-size")
-    group = parser.add_argument_group("output")
-    group.add_argument("--out", metavar="DIR", help="pictures of each frame. None: predictions, if no other is asked")
-    group.add_argument("--panel", metavar="FILE.png",
-                       help="frames by row; modalities, ground truth, and what each model says from all modalities "
-                            "and from --modalities (None: without the first, and the first two)")
-    group.add_argument("--export", metavar="FILE.pt2",
-                       help="torch.export program of the model for --modalities (engine/export.py)")
+    add = group.add_argument
+    add("--input", nargs="+", type=modality_file, metavar="MODALITY=PATH",
+        help="aligned files of a frame, or folders of them; other modalities are missing")  # fmt: skip
+    add("--data", choices=RECIPES)
+    add("--root", help="folder of the data set")
+    add("--split", choices=("train", "val", "test"), default="val")
+    add("--count", type=COUNT, default=8, help="frames, spread over the split")
+    add("--modalities", type=names, help="use only these, by comma, the others are missing. None: all")
+    add("--depth-unit", type=RATE, default=0.001, help="metres of a step of 16-bit raw depth (--input, nyuv2)")
+    add("--size", type=image_size, help="shorter side, or HxW, that the network sees. None: the training's --val-size")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="DIR", help="pictures of each frame. None: predictions, if no other is asked")
+    add("--panel", metavar="FILE.png", help="frames by row; modalities, ground truth, and what each model says from "
+        "all modalities and from --modalities (None: without the first, and the first two)")  # fmt: skip
+    add("--export", metavar="FILE.pt2", help="torch.export program of the model for --modalities (engine/export.py)")
     args = parser.parse_args(argv)
     if args.input and (args.data or args.root or args.modalities or args.panel):
         parser.error("--input has its own frames and modalities: leave out --data, --root, --modalities and --panel.")
@@ -83,33 +79,27 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.inference_mode()
 def segment(model: nn.Module, sample: Sample, modalities: list[str]) -> np.ndarray:
     """Class ids (H, W) uint8 at the frame's own size, from these of its modalities."""
-    seen = torch.stack([sample.network[modality] for modality in modalities])  # (G, 3, h, w)
-    subset = [model.modalities.index(modality) for modality in modalities]
-    images = torch.zeros(1, len(model.modalities), *seen.shape[1:])  # (1, M, 3, h, w)
-    images[0, subset] = seen
-    logits = model(images.to(next(model.parameters()).device), present_of(tuple(subset), images.shape[:2])).logits
-    width, height = sample.shown[modalities[0]].size
-    ids = metrics.class_ids(upsample(logits, (height, width)), [sample.name])[0]  # (H, W)
+    absent = torch.zeros_like(sample.network[modalities[0]])  # (3, h, w)
+    images = torch.stack([sample.network.get(modality, absent) for modality in model.modalities])[None]
+    present = torch.tensor([[modality in modalities for modality in model.modalities]])  # (1, M)
+    logits = model(images.to(next(model.parameters()).device), present).logits
+    ids = metrics.class_ids(upsample(logits, sample.label.shape), [sample.name])[0]  # (H, W)
     return ids.to(torch.uint8).cpu().numpy()
-
-
-def scored(ids: np.ndarray, truth: np.ndarray, palette: list) -> pictures.Cell:
-    """A prediction, with the share of the labelled pixels that it has right."""
-    right = (ids == truth)[truth != IGNORED]
-    return pictures.Cell(pictures.label_map(ids, palette), f"{100 * right.mean():.0f} %" if right.size else "")
 
 
 def comparison(models: dict, frames: Iterator[Sample], views: list[list[str]], meta: dict, data: str) -> Image.Image:
     """Rows: frames. Columns: modalities, ground truth, and what every model says from each view (some modalities)."""
     grid, sides, maps, palette = [], [], [], meta["palette"]
     for sample in frames:
-        answers = [segment(model, sample, view) for model in models.values() for view in views]
-        truth = np.full_like(answers[0], IGNORED) if sample.label is None else sample.label
         cells = [pictures.Cell(image, smooth=modality == "rgb") for modality, image in sample.shown.items()]
-        cells += [pictures.Cell(pictures.label_map(truth, palette)), *(scored(ids, truth, palette) for ids in answers)]
+        answers = [segment(model, sample, view) for model in models.values() for view in views]
+        for ids in (sample.label, *answers):
+            right = (ids == sample.label)[sample.label != IGNORED]
+            share = f"{100 * right.mean():.0f} %" if right.size and ids is not sample.label else ""
+            cells.append(pictures.Cell(pictures.label_map(ids, palette), share))
         grid.append(cells)
         sides.append(sample.about)
-        maps += [truth, *answers]
+        maps += [sample.label, *answers]
     missing = [" and ".join(m for m in meta["modalities"] if m not in view) for view in views]
     says = [f"{missed} missing" if missed else "all modalities" for missed in missing]
     heads = [*titles(data, list(sample.shown)), "ground truth", *(f"{name}: {say}" for name in models for say in says)]

@@ -19,7 +19,7 @@ class Sample(NamedTuple):
     about: str  # the name, and the weather and failure as far as they are known
     shown: dict[str, Image.Image]  # modality -> picture for the eye, at the frame's own size
     network: dict[str, Tensor]  # modality -> (3, h, w) normalised, what the model sees
-    label: np.ndarray | None  # (H, W) uint8
+    label: np.ndarray  # (H, W) uint8, 255 where there is none
 
 
 def samples(frames: Iterable[tuple[FrameDataset, int]], meta: dict, size, depth_unit: float) -> Iterator[Sample]:
@@ -28,67 +28,64 @@ def samples(frames: Iterable[tuple[FrameDataset, int]], meta: dict, size, depth_
     size: shorter side, or (h, w); depth_unit: metres of a step of 16-bit raw depth for a model of nyuv2.
     """
     for dataset, index in frames:
-        images, label = dataset.read(index)
-        frame, painted = dataset.frames[index], dataset.name == "synthetic"  # those have the right size
-        for m, modality in enumerate(dataset.modalities):
-            if modality == "depth" and dataset.name == "nyuv2" and not frame.label:  # a file of --input
-                images[m] = given_depth(frame.images[m], images[m], meta["depth"], depth_unit)
-        resized = images
-        for step in [] if painted else resized_to(label.shape, size):
-            resized = [resize(image, step) for image in resized]
-        network = torch.from_numpy(np.stack([planes(image) for image in resized]))  # (G, 3, h, w)
-        network = normalise(network, dataset.modalities, meta["normalisation"])
+        (images, label), frame, names = dataset.read(index), dataset.frames[index], dataset.modalities
+        if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in names:
+            m = names.index("depth")
+            images[m] = given_depth(frame.images[m], images[m], meta["depth"], depth_unit)
         shown = [pictures.photograph(planes(image)) for image in images]
-        about = ", ".join([frame.name, *(word for word in (frame.condition, frame.case) if word != "none")])
-        yield Sample(frame.name.replace("/", "_"), about, dict(zip(dataset.modalities, shown, strict=True)),
-                     dict(zip(dataset.modalities, network, strict=True)),
-                     label if painted or frame.label else None)  # fmt: skip
+        about = ", ".join(word for word in (frame.name, frame.condition, frame.case) if word != "none")
+        for step in resized_to(label.shape, size) if dataset.name != "synthetic" else []:  # scenes have the right size
+            images = [resize(image, step) for image in images]
+        network = torch.from_numpy(np.stack([planes(image) for image in images]))  # (G, 3, h, w)
+        network = normalise(network, names, meta["normalisation"])
+        yield Sample(frame.name.replace("/", "_"), about, dict(zip(names, shown, strict=True)),
+                     dict(zip(names, network, strict=True)), label)  # fmt: skip
 
 
 def input_frames(given: dict[str, Path], meta: dict) -> Iterator[tuple[FrameDataset, int]]:
     """The frames of --input, each in a data set of its own, so that it is decoded as in training. In folders, files of
     one stem are a frame, which may lack some modalities."""
     frames: dict[str, dict[str, Path]] = {}
-    first = next(iter(given.values()))
+    first = next(iter(given.values())).stem
     for modality, path in given.items():
         files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
         if not files:
             raise ValueError(f"--input {modality}={path} holds no file that ends in {', '.join(SUFFIXES)}.")
         for file in files:
-            frame = frames.setdefault(file.stem if path.is_dir() else first.stem, {})
-            if frame.setdefault(modality, file) != file:
-                raise ValueError(f"{file} and {frame[modality]} are of the same frame; remove one of them.")
+            other = frames.setdefault(file.stem if path.is_dir() else first, {}).setdefault(modality, file)
+            if other != file:
+                raise ValueError(f"{file} and {other} are of the same frame; remove one of them.")
     if len(given) > 1 and max(map(len, frames.values())) == 1:
         raise ValueError(f"--input: {' and '.join(map(str, given.values()))} have no file stem in common; name the "
                          "files of a frame alike, and give files or folders for all modalities.")  # fmt: skip
     decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # exported scenes are a plain folder
     for name, files in sorted(frames.items()):
-        frame = Frame(name, "none", "none", tuple(files.values()))
-        dataset = FrameDataset(decoding, [frame], meta["classes"], meta["palette"], list(files), None, False, 0, None,
-                               "input")  # fmt: skip
-        dataset.ranges = dict(meta.get("ranges", {}))
-        if decoding == "nyuv2" and meta["depth"] == "raw":
-            dataset.ranges.pop("depth", None)  # which may be of either kind: `given_depth` knows the units
+        frame, classes = Frame(name, "none", "none", tuple(files.values())), (meta["classes"], meta["palette"])
+        dataset = FrameDataset(decoding, [frame], *classes, list(files), None, False, 0, None, "input")
+        any_kind = ["depth"] if decoding == "nyuv2" and meta["depth"] == "raw" else []  # see `given_depth`
+        dataset.ranges = {m: kept for m, kept in meta.get("ranges", {}).items() if m not in any_kind}
         yield dataset, 0
 
 
-def given_depth(file: Path, image: np.ndarray, kind: str, unit: float):
-    """Depth of --input for a model of nyuv2, trained on HHA or on raw depth (metres / 10 in 0..1). Says the unit."""
-    channels = image.shape[2]
-    if channels != (3 if kind == "hha" else 1):
-        wanted = "HHA, which has three" if kind == "hha" else "raw depth (--depth raw), which has one"
-        raise ValueError(f"{file} has {channels} channel(s), but the model was trained on {wanted}.")
-    if kind == "raw" and file.suffix.lower() == ".png" and image.dtype != np.uint8:  # 16 bit
-        metres = read_image(file) * np.float32(unit)
-        middle = float(np.median(metres[metres > 0])) if metres.any() else 0.0
-        if middle > 10:
-            raise ValueError(f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model "
-                             "knows up to 10 m; give the file's own --depth-unit, e.g. 0.0001.")  # fmt: skip
-        print(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
-        return np.minimum(metres / 10, 1)
-    if kind == "raw":
-        print(f"{file}: depth read as metres / 10{', 255 being 1' if image.dtype == np.uint8 else ''}")
-    return image
+def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.ndarray:
+    """Depth of --input for a model of nyuv2: HHA (H, W, 3) as read, or raw depth (H, W, 1) as metres / 10 in 0..1.
+
+    kind: "hha" or "raw", what the model was trained on; unit: metres of a step of 16 bit. Says in which it is read.
+    """
+    wanted, channels = {"hha": ("HHA", 3), "raw": ("raw depth", 1)}[kind]
+    if image.shape[2] != channels:
+        raise ValueError(f"{file} has {image.shape[2]} channel(s), but the model was trained on {wanted}: {channels}.")
+    if kind == "hha":
+        return image
+    stored = read_image(file)
+    unit = {"uint8": 10 / 255, "uint16": unit}.get(stored.dtype.name, 1.0)  # floats are metres
+    metres = stored * np.float32(unit)
+    middle = float(np.median(metres[metres > 0])) if (metres > 0).any() else 0.0
+    if middle > 10:
+        raise ValueError(f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model knows up "
+                         "to 10 m; of 16 bit, give the file's own --depth-unit, e.g. 0.0001.")  # fmt: skip
+    print(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
+    return np.minimum(metres / 10, 1)
 
 
 def planes(image: np.ndarray) -> np.ndarray:

@@ -55,30 +55,30 @@ def draw(grid: list[list[Cell]], titles: list[str], sides=(), key=(), note: str 
     rows = [[fit(cell, width) for cell in row] for row in grid]
     width = max(image.width for row in rows for image in row)
     font = ImageFont.load_default(min(max(width // 7, 15), 26))
-    line, letter = round(1.3 * font.size), font.getlength("n")
+    line, letter, total = round(1.3 * font.size), font.getlength("n"), len(titles) * (width + GAP) + GAP
     headings = [textwrap.fill(title, int(width / letter)) for title in titles]
-    total, top = len(titles) * (width + GAP) + GAP, GAP + line * max(text.count("\n") + 1 for text in headings)
+    y = GAP + line * max(text.count("\n") + 1 for text in headings)
     tall = sum(max(image.height for image in row) + line + GAP for row in rows) + line * (len(key) + 20)
-    panel = Image.new("RGB", (total, top + tall), "white")  # cut below to what was drawn
-    pen, y = ImageDraw.Draw(panel), top + GAP
+    panel = Image.new("RGB", (total, y + tall), "white")  # cut below to what was drawn
+    pen = ImageDraw.Draw(panel)
     for i, text in enumerate(headings):
-        pen.text((GAP + i * (width + GAP) + width / 2, top), text, INK, font, "md", align="center")
+        pen.text((GAP + i * (width + GAP) + width / 2, y), text, INK, font, "md", align="center")
+    y += GAP
     for row, cells, side in zip(rows, grid, sides or [""] * len(grid), strict=True):
         pen.text((GAP, y), side, INK, font)
         y += line * bool(sides)
         for i, (image, cell) in enumerate(zip(row, cells, strict=True)):
-            left, bottom = GAP + i * (width + GAP), y + image.height
-            panel.paste(image, (left, y))
-            pen.text((left + GAP, bottom - GAP), cell.caption, INK, font, "ld", stroke_width=4, stroke_fill="white")
+            corner = 2 * GAP + i * (width + GAP), y + image.height - GAP
+            panel.paste(image, (corner[0] - GAP, y))
+            pen.text(corner, cell.caption, INK, font, "ld", stroke_width=4, stroke_fill="white")
         y += max(image.height for image in row) + GAP
-    left = GAP
-    for name, colour in key:
-        if left > GAP and left + line + font.getlength(name) > total:
-            left, y = GAP, y + line
-        pen.rectangle((left, y + 3, left + line - 8, y + line - 5), tuple(colour), PALE)
-        pen.text((left + line, y), name, INK, font)
-        left += round(line + font.getlength(name) + font.size)
-    y += line * bool(key)
+    column = line + GAP + round(max((font.getlength(name) for name, _ in key), default=0))
+    columns = max(1, total // column)
+    for i, (name, colour) in enumerate(key):
+        left, top = GAP + i % columns * column, y + i // columns * line
+        pen.rectangle((left, top + 3, left + line - 8, top + line - 5), tuple(colour), PALE)
+        pen.text((left + line, top), name, INK, font)
+    y += -(-len(key) // columns) * line
     lines = textwrap.wrap(note, int(total / letter))
     pen.text((GAP, y), "\n".join(lines), PALE, font)
     return panel.crop((0, 0, total, y + line * len(lines) + GAP))

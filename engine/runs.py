@@ -243,6 +243,7 @@ class Phase:
 def guarded(main: Callable, *arguments) -> int:
     """Runs a script's main -> exit status; what the user can mend is told in one sentence, status 2."""
     status = 0
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot print
     try:
         main(*arguments)
     except SystemExit as end:

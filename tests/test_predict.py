@@ -1,7 +1,11 @@
 """predict.py and pictures.py: files in, pictures out, at the input's size and from whichever modalities there are."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +102,17 @@ def test_the_network_may_see_another_size_than_the_outputs_have(run, frame, size
     call(run, "--input", f"rgb={folder / 'a.png'}", "--size", size, "--out", folder / "out")
     assert Image.open(folder / "out/a_label.png").size == (96, 64)
     assert Image.open(folder / "out/a_overlay.png").size == (96, 64)
+
+
+def test_a_file_name_that_is_no_utf_8_is_printed_with_its_bytes_as_numbers(run, tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9.png")
+    write_file(file, np.zeros((40, 50), np.uint8))
+    command = [sys.executable, "predict.py", str(run / "student.pt"), "--input", f"depth={file}", "--out", "out"]
+    command[1] = str(Path(predict.__file__))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert b"out/caf\\udce9_*.png: depth; missing rgb" in done.stdout
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_frames_smaller_than_the_network_needs_work(run, tmp_path):
@@ -215,7 +230,7 @@ def indoor(run, tmp_path):
 def test_16_bit_depth_is_read_in_millimetres_or_in_the_unit_given_and_the_unit_is_said(indoor, capsys):
     def ids(file, *options):
         call(indoor / "student.pt", "--input", f"depth={indoor / file}", "--out", indoor / "out", *options)
-        return np.asarray(Image.open(indoor / "out" / file.replace(".", "_label.")))
+        return np.asarray(Image.open(indoor / "out" / f"{file.partition('.')[0]}_label.png"))
 
     plain = ids("millimetres.png")
     said = capsys.readouterr().out
@@ -223,7 +238,10 @@ def test_16_bit_depth_is_read_in_millimetres_or_in_the_unit_given_and_the_unit_i
     assert len(np.unique(plain)) > 3
     assert (ids("tenths.png", "--depth-unit", "0.0001") != plain).mean() < 0.01
     assert (ids("grey.png") != plain).mean() < 0.2  # steps of 4 cm
-    assert "grey.png: depth read as metres / 10, 255 being 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"grey.png: depth read in steps of 0\.0392157 m, its median is 2\.[45] m", said)
+    np.save(indoor / "metres.npy", np.asarray(Image.open(indoor / "millimetres.png")).astype(np.float32) / 1000)
+    assert (ids("metres.npy") != plain).mean() < 0.01
     with pytest.raises(ValueError, match="tenths.png: in steps of 0.001 m, half of it is beyond 2[45] m.*--depth-unit"):
         ids("tenths.png")
     write_file(indoor / "hha.png", np.zeros((64, 96, 3), np.uint8))

@@ -4,12 +4,6 @@
     python evaluate.py runs/demo                                    # all models of a run, with switch and FSM ensemble
     python evaluate.py a.pt b.pt --protocol any,emm,rmm,nm,condition,case --json out.json --markdown table.md
 
-    any        every subset of the modalities, the others left out
-    emm        every subset, the others' images zero after normalisation; mean and expectation E(p)     (section 5)
-    rmm        as emm, each value of a missing modality zero with probability r = 0.25, 0.5, 0.75
-    nm         all modalities, salt and pepper and Gaussian noise: low, mid, high
-    condition  all modalities, by weather;    case   all modalities, by sensor failure
-
 Under emm and rmm the failure is not announced: every modality is declared present to the models. The switch and the
 ensemble's selection do know which modalities work, an advantage in those rows.
 Writes nothing but what --json and --markdown name. Seeded per frame: no batch size, worker or process count changes
@@ -23,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,11 +30,11 @@ from engine.subsets import all_subsets, ensemble_predictor, predictor, switch_pr
 from engine.trained import caption, load_models, open_data
 from fsm import RULES
 
-PROTOCOLS = {
-    "any": "any-modality: the other modalities left out",
-    "emm": "EMM: the other modalities zero-filled; E(p): expectation when each fails with probability p",
-    "rmm": "RMM: means over the subsets, missing modalities lose values with probability r; E(p) as in EMM",
-    "nm": "NM: all modalities noisy",
+PROTOCOLS = {  # section 5
+    "any": "any-modality: every subset, the other modalities left out",
+    "emm": "EMM: every subset, the others zero-filled; E(p): expectation when each fails with probability p",
+    "rmm": "RMM: every subset, the others lose each value with probability r; means, and E(p) as in EMM",
+    "nm": "NM: all modalities, with salt and pepper and Gaussian noise",
     "condition": "all modalities, by weather",
     "case": "all modalities, by sensor failure",
 }
@@ -50,7 +45,8 @@ GROUPED = ("condition", "case")  # answered with all modalities, counted by what
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser("evaluate.py", __doc__)
+    listed = "\n".join(f"    {name:<9}  {what}" for name, what in PROTOCOLS.items())
+    parser = Parser("evaluate.py", f"{__doc__}\nprotocols:\n{listed}")
     parser.add_argument("checkpoint", nargs="+", help="model files, or run folders: all that they hold")
     parser.add_argument("--only", type=names, help="of all the rows that run folders give, these, by comma")
     parser.add_argument("--protocol", type=names, default=["any"], help=f"by comma, of {', '.join(PROTOCOLS)}, or all")
@@ -168,19 +164,17 @@ def evaluate(predict: Callable, dataset: FrameDataset, args: argparse.Namespace,
 def summary(protocol: str, scores: dict[str, dict], modalities: list[str], rule: str = "miou_published") -> dict:
     """The summary columns of a protocol's table -> value in per cent. Apart from its data columns: those are named by
     the data set, and a weather may be called "mean"."""
-    values, subsets, table = [s[rule] for s in scores.values()], all_subsets(len(modalities)), {}
+    values, table = [s[rule] for s in scores.values()], {}
     if protocol == "any":
         *missing, table["full"] = values
         table |= {"missing": fmean(missing)} if missing else {}
-    if protocol in ("emm", "rmm"):
-        rates = [f"r={r}" for r in RMM_RATES] if protocol == "rmm" else [""]
-        for i, rate in enumerate(rates):
-            part = values[i * len(subsets) : (i + 1) * len(subsets)]
-            table |= {rate: fmean(part)} if rate else {}
-            for p in FAILURE_RATES:
-                weights = [p ** (len(modalities) - len(subset)) * (1 - p) ** len(subset) for subset in subsets]
-                expected = sum(w * value for w, value in zip(weights, part, strict=True)) / sum(weights)
-                table[f"{rate} E({p})".strip()] = expected
+    there = np.array([len(subset) for subset in all_subsets(len(modalities))])
+    for i, rate in enumerate({"emm": [""], "rmm": [f"r={r}" for r in RMM_RATES]}.get(protocol, [])):
+        part = values[i * len(there) : (i + 1) * len(there)]  # of all subsets, at this rate
+        table |= {rate: fmean(part)} if rate else {}
+        for p in FAILURE_RATES:
+            odds = p ** (len(modalities) - there) * (1 - p) ** there
+            table[f"{rate} E({p})".strip()] = float(np.average(part, weights=odds))
     return {**table, "mean": fmean(values)}
 
 

@@ -32,9 +32,8 @@ def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """
     prediction, labels = prediction.long(), labels.long()  # uint8 would wrap around in the product below
     valid = (labels >= 0) & (labels < num_classes)
-    pairs = torch.where(valid, labels * num_classes + prediction, num_classes * num_classes).flatten()
-    counts = torch.bincount(pairs, minlength=num_classes * num_classes + 1)[:-1]
-    return counts.view(num_classes, num_classes)
+    pairs = torch.where(valid, labels * num_classes + prediction, num_classes**2).flatten()
+    return torch.bincount(pairs, minlength=num_classes**2 + 1)[:-1].view(num_classes, num_classes)
 
 
 def scores(matrix: Tensor) -> dict:

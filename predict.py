@@ -121,11 +121,9 @@ def main(args: argparse.Namespace) -> None:
 
     def frames(modalities: list[str]) -> Iterator[Sample]:
         if args.input:
-            found = input_frames(dict(args.input), meta)
-        else:
-            dataset = open_data(meta, args.data, args.root, args.split, size, limit=args.count, modalities=modalities)
-            found = ((dataset, index) for index in range(len(dataset)))
-        return samples(found, meta, size, args.depth_unit)
+            return samples(input_frames(dict(args.input), meta, size), meta, args.depth_unit)
+        dataset = open_data(meta, args.data, args.root, args.split, size, limit=args.count, modalities=modalities)
+        return samples([dataset], meta, args.depth_unit)
 
     if args.panel:
         views = [known, chosen] if args.modalities else [known, known[1:], known[2:]]

@@ -1,16 +1,16 @@
 """What predict.py looks at: files of your own, decoded as in training, or frames of a data set."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from data import Frame, FrameDataset, normalise, resize, resized_to
-from datasets.files import SUFFIXES, read_image, scaled
+from data import Frame, FrameDataset, normalise
+from datasets.files import SUFFIXES, read_image
 from engine import pictures
 
 
@@ -22,27 +22,26 @@ class Sample(NamedTuple):
     label: np.ndarray  # (H, W) uint8, 255 where there is none
 
 
-def samples(frames: Iterable[tuple[FrameDataset, int]], meta: dict, size, depth_unit: float) -> Iterator[Sample]:
-    """(data set, index) -> the frames as a model with this meta sees them, resized as in validation.
+def samples(datasets: Iterable[FrameDataset], meta: dict, depth_unit: float) -> Iterator[Sample]:
+    """All frames of these data sets as a model with this meta sees them, resized as in validation.
 
-    size: shorter side, or (h, w); depth_unit: metres of a step of 16-bit raw depth for a model of nyuv2.
+    depth_unit: metres of a step of 16-bit raw depth for a model of nyuv2.
     """
-    for dataset, index in frames:
-        (images, label), frame, names = dataset.read(index), dataset.frames[index], dataset.modalities
-        if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in names:
-            m = names.index("depth")
-            images[m] = given_depth(frame.images[m], images[m], meta["depth"], depth_unit)
-        shown = [pictures.photograph(planes(image)) for image in images]
-        about = ", ".join(word for word in (frame.name, frame.condition, frame.case) if word != "none")
-        for step in resized_to(label.shape, size) if dataset.name != "synthetic" else []:  # scenes have the right size
-            images = [resize(image, step) for image in images]
-        network = torch.from_numpy(np.stack([planes(image) for image in images]))  # (G, 3, h, w)
-        network = normalise(network, names, meta["normalisation"])
-        yield Sample(frame.name.replace("/", "_"), about, dict(zip(names, shown, strict=True)),
-                     dict(zip(names, network, strict=True)), label)  # fmt: skip
+    for dataset in datasets:
+        dataset.read = functools.lru_cache(1)(dataset.read)  # for the eye and for the network: decoded once
+        for index, frame in enumerate(dataset.frames):
+            (images, label), names = dataset.read(index), dataset.modalities
+            if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in names:
+                m = names.index("depth")  # changed in the list that is kept, so for both
+                images[m] = given_depth(frame.images[m], images[m], meta["depth"], depth_unit)
+            network = normalise(dataset[index][0], names, meta["normalisation"])  # (G, 3, h, w)
+            shown = map(pictures.photograph, images)
+            about = ", ".join(word for word in (frame.name, frame.condition, frame.case) if word != "none")
+            yield Sample(frame.name.replace("/", "_"), about, dict(zip(names, shown, strict=True)),
+                         dict(zip(names, network, strict=True)), label)  # fmt: skip
 
 
-def input_frames(given: dict[str, Path], meta: dict) -> Iterator[tuple[FrameDataset, int]]:
+def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]) -> Iterator[FrameDataset]:
     """The frames of --input, each in a data set of its own, so that it is decoded as in training. In folders, files of
     one stem are a frame, which may lack some modalities."""
     frames: dict[str, dict[str, Path]] = {}
@@ -61,10 +60,10 @@ def input_frames(given: dict[str, Path], meta: dict) -> Iterator[tuple[FrameData
     decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # exported scenes are a plain folder
     for name, files in sorted(frames.items()):
         frame, classes = Frame(name, "none", "none", tuple(files.values())), (meta["classes"], meta["palette"])
-        dataset = FrameDataset(decoding, [frame], *classes, list(files), None, False, 0, None, "input")
+        dataset = FrameDataset(decoding, [frame], *classes, list(files), size, False, 0, None, "input")
         any_kind = ["depth"] if decoding == "nyuv2" and meta["depth"] == "raw" else []  # see `given_depth`
         dataset.ranges = {m: kept for m, kept in meta.get("ranges", {}).items() if m not in any_kind}
-        yield dataset, 0
+        yield dataset
 
 
 def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.ndarray:
@@ -86,8 +85,3 @@ def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.nda
                          "to 10 m; of 16 bit, give the file's own --depth-unit, e.g. 0.0001.")  # fmt: skip
     print(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
     return np.minimum(metres / 10, 1)
-
-
-def planes(image: np.ndarray) -> np.ndarray:
-    """A modality's picture as (3, H, W) float32, 8 bit in 0..1."""
-    return np.repeat(scaled(image), 3 // image.shape[2], 2).transpose(2, 0, 1)

@@ -17,12 +17,12 @@ class Cell(NamedTuple):
 
 
 def photograph(image: np.ndarray) -> Image.Image:
-    """A modality's (3, H, W) in 0..1 for the eye. Grey ones fill the range: 16-bit depth in millimetres looks black."""
-    values = image.transpose(1, 2, 0)  # (H, W, 3)
+    """A modality's (H, W, 1 or 3), uint8 or float 0..1, for the eye. Grey ones fill the range: depth may look black."""
+    values = image / 255 if image.dtype == np.uint8 else image
     if (values == values[..., :1]).all():
         low, high = np.percentile(values, (0, 98))
         values = (values - low) / max(high - low, 1e-6)
-    return Image.fromarray(np.rint(255 * values.clip(0, 1)).astype(np.uint8))
+    return Image.fromarray(np.rint(255 * values.clip(0, 1)).astype(np.uint8).repeat(3 // image.shape[2], 2))
 
 
 def label_map(ids: np.ndarray, palette: list) -> Image.Image:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import kernels
 import metrics
 from data import FrameDataset, normalise, random_missing, sensor_noise
 from engine import loop, runs
@@ -28,7 +29,6 @@ from engine.files import MARK, check_output, write_output
 from engine.options import COUNT, COUNT_OR_0, RECIPES, Parser, device, names
 from engine.subsets import all_subsets, ensemble_predictor, predictor, switch_predictor
 from engine.trained import caption, load_models, open_data
-from fsm import RULES
 
 PROTOCOLS = {  # section 5
     "any": "any-modality: every subset, the other modalities left out",
@@ -64,7 +64,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
     add("--seed", type=COUNT_OR_0, default=0, help="of the rmm and nm corruptions")
     add = parser.add_argument_group("models and output").add_argument
-    add("--fsm-rule", choices=RULES, help="of the FSM ensemble. None: the one it was trained with")
+    add("--fsm-rule", choices=kernels.RULES, help="of the FSM ensemble. None: the one it was trained with")
     add("--fsm-level", choices=("both", "features", "logits"), default="both", help="what it selects")
     add("--json", metavar="FILE", help="every score of every column")
     add("--markdown", metavar="FILE", help="the printed tables, for a paper or README")

@@ -72,7 +72,7 @@ def draw(grid: list[list[Cell]], titles: list[str], sides=(), key=(), note: str 
             panel.paste(image, (corner[0] - GAP, y))
             pen.text(corner, cell.caption, INK, font, "ld", stroke_width=4, stroke_fill="white")
         y += max(image.height for image in row) + GAP
-    column = line + GAP + round(max((font.getlength(name) for name, _ in key), default=0))
+    column = line + 3 * GAP + round(max((font.getlength(name) for name, _ in key), default=0))  # of the key
     columns = max(1, total // column)
     for i, (name, colour) in enumerate(key):
         left, top = GAP + i % columns * column, y + i // columns * line

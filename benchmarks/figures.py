@@ -161,7 +161,7 @@ def selection(run: Path) -> Image.Image:
         raise ValueError(f"{run} must hold teacher.pt, robust.pt and fsm.pt: give a run that has finished both stages.")
     dataset = open_data(meta, None, None, "val", meta["val_size"], limit=1)
     names, (image, _, frame), grid, sides = dataset.modalities, dataset[0], [], []
-    scene = photograph((image[0].float() / (255 if image.dtype == torch.uint8 else 1)).numpy())
+    scene = photograph(image[0].permute(1, 2, 0).numpy())
     images, every = normalise(image[None], names, dataset.normalisation), tuple(range(len(names)))
     for rule, subset in itertools.product(dict.fromkeys((fsm.rule, "hard")), (every, every[1:])):
         sources = [next(subset_outputs(models[name], images, [subset])) for name in ("teacher", "robust")]
@@ -186,7 +186,7 @@ def derived(root: Path) -> Image.Image:
     dataset.frames = [f for f in dataset.frames if f.name in ("0015", "0411", "1347")] or dataset.frames[:3]
     for images, _, _ in dataset:
         images = images.float() / (255 if images.dtype == torch.uint8 else 1)
-        grid.append([Cell(photograph(image)) for image in images.numpy()])
+        grid.append([Cell(photograph(image.transpose(1, 2, 0))) for image in images.numpy()])
     return draw(grid, titles("nyuv2", names), [frame.name for frame in dataset.frames], note=(
         "Real frames of NYU Depth v2. Event and lidar are derived: computed from rgb and depth, not measured. "
         "Depth: far is bright. Events: red is brighter, green darker after a small motion. Lidar: near is bright."))

@@ -13,7 +13,8 @@ import sys
 
 # Published (paper, section 5): AdamW 6e-5, weight decay 0.01, 10 epochs of warm-up from 0.1, poly 0.9, 200 epochs for
 # the teacher, 120 for the student, 1024 x 1024, lambda 50 / K. The batch size is not stated there; 8 is usual on
-# DELIVER. alpha was chosen on real frames (docs/results.md). Stage 2 has no published recipe at all. The synthetic one suits a short demo.
+# DELIVER. alpha was chosen on real frames (docs/results.md). Stage 2 has no published recipe at all. The synthetic
+# recipe suits a short demo.
 PUBLISHED = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
                  student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0,
                  lambda_kl=50 / 25, alpha=0.3, workers=min(4, os.cpu_count() or 1))  # fmt: skip

@@ -94,7 +94,7 @@ def add_common_options(parser: argparse.ArgumentParser, out: str) -> None:
     """What both stages have: data, training, run."""
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
-    add("--root", type=path, help="its folder, in the published layout (README); None: data/NAME")
+    add("--root", type=path, help="its folder, in the published layout (docs/data.md); None: data/NAME")
     add("--modalities", type=names, help="by comma. None: all; of MUSES all but radar, of NYUv2 rgb,depth")
     add("--depth", choices=("hha", "raw"), default="hha", help="of DELIVER and NYUv2; published models: hha")
     add("--label-map", type=path, help='folder: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')

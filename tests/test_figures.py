@@ -108,7 +108,8 @@ def test_the_selection_of_a_fresh_fsm_is_the_switch(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "draw", lambda grid, *rest: shown.extend(grid) or draw(grid, *rest))
     figures.selection(tmp_path)
     complete, incomplete, *hard = ([int(cell.caption.split()[0]) for cell in row[1:]] for row in shown)
-    assert min(complete) > 80 and max(incomplete) < 20 and len(hard) == 2
+    assert min(complete[:4]) > 90 and max(incomplete[:4]) < 10 and len(hard) == 2
+    assert complete[4] > 50 > incomplete[4]  # logits are larger, so fresh weights move their scores more
     assert all(0 < share < 100 for row in hard for share in row)
 
 

@@ -1,4 +1,4 @@
-# make look     a trained model at work, in seconds     make demo     both stages and all figures, in five minutes
+# make look     a trained model at work, in seconds     make demo     both stages and all figures, in minutes
 # make test     the test suite                          make reproduce, make bench     the tables of benchmarks/
 # Each sets itself up: a virtual environment in .venv with the packages of requirements.txt.
 

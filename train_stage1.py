@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             state = None
         teacher, found = load_model(run.folder / "teacher.pt", run.device)  # the best one, not the last
     if args.distill_epochs:
-        # The paper: teacher and student have the same initialisation; the published script: the teacher's own start.
+        # The paper: from the teacher's weights. The published script: from what the teacher itself started from.
         robust = copy.deepcopy(teacher) if args.robust_from == "teacher" else start_model(run, meta)
         train_robust(run, teacher, found, robust, train, val, meta, state)
     then = f"train_stage2.py --stage1 {run.folder}"

@@ -1,7 +1,7 @@
 """A trained model as a torch.export program, for machines without this project: predict.py --export.
 
 The program takes images (B, modalities, 3, H, W) as data.normalise gives them, B free, and gives logits (B, K, H, W).
-Its modalities are fixed: a robust model can be written for the sensors that a machine has.
+Its modalities are fixed: a robust model can be written for the modalities that a machine has.
 """
 
 import copy

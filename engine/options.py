@@ -11,8 +11,8 @@ import pathlib
 import re
 import sys
 
-# Published (paper, section 5): AdamW 6e-5, weight decay 0.01, 10 epochs of warm-up from 0.1, poly 0.9, 200 epochs for
-# the teacher, 120 for the student, 1024 x 1024, lambda 50 / K. The batch size is not stated there; 8 is usual on
+# Published (docs/paper_vs_code.md): AdamW 6e-5, weight decay 0.01, 10 epochs of warm-up from 0.1, poly 0.9, 200 epochs
+# for the teacher, 120 for the student, 1024 x 1024, lambda 50 / K. The batch size is not stated there; 8 is usual on
 # DELIVER. alpha was chosen on real frames (docs/results.md). Stage 2 has no published recipe at all. The synthetic
 # recipe suits a short demo.
 PUBLISHED = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
@@ -94,7 +94,7 @@ def add_common_options(parser: argparse.ArgumentParser, out: str) -> None:
     """What both stages have: data, training, run."""
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
-    add("--root", type=path, help="its folder, in the published layout (docs/data.md); None: data/NAME")
+    add("--root", type=path, help="its folder, laid out as in docs/data.md; None: data/DELIVER and the like")
     add("--modalities", type=names, help="by comma. None: all; of MUSES all but radar, of NYUv2 rgb,depth")
     add("--depth", choices=("hha", "raw"), default="hha", help="of DELIVER and NYUv2; published models: hha")
     add("--label-map", type=path, help='folder: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')

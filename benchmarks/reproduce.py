@@ -44,7 +44,7 @@ def epochs(text: str) -> tuple[float, float, float]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; those unknown here go to both training scripts as they are (`args.flags`)."""
     names = ["all", *GROUPS, *(row.name for row in ROWS)]
-    parser = argparse.ArgumentParser("reproduce.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser("python -m benchmarks.reproduce", description=__doc__, allow_abbrev=False,
                                      epilog="All other options go to both training scripts as they are.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--data", choices=RECIPES, default="synthetic")
@@ -70,7 +70,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.rows = [row for row in ROWS if {"all", row.name, *row.groups.split()} & set(args.rows.split(","))]
     present = (args.modalities.count(",") + 2) / 2  # modalities, on average
     long, short, fsm = args.epochs
-    args.values = dict(long=long, short=short, both=2 * short, fsm=fsm, alpha=100 / args.classes * present)
+    every = long + 2 * short
+    args.values = dict(long=long, short=short, both=2 * short, all=every, eighth=every / 8, fsm=fsm,
+                       alpha=100 / args.classes * present)  # fmt: skip
     args.values["lambda"] = 50 / args.classes
     args.root, args.limit = (["--root", args.root] * bool(args.root), ["--limit", args.limit] * bool(args.limit))
     args.flags = ["--data", args.data, "--modalities", args.modalities, *args.limit,
@@ -98,9 +100,11 @@ def training(args: argparse.Namespace, run: str, backbone: str, base: pathlib.Pa
     out, done = base / run, base / f"{run}.done"
     values = {name: f"{value:.4g}" for name, value in args.values.items()}
     flags = TRAIN[run].format(teacher=base / "teacher", hpdm=base / "hpdm", **values).split()
-    flags += [*args.flags, "--seed", str(seed), *(["--backbone", backbone] if run == "teacher" else [])]
-    if args.pretrained and run in ("teacher", "start"):
+    if not {"--teacher", "--stage1"} & set(flags):
+        flags += ["--backbone", backbone]
+    if args.pretrained and ("start" in flags or not {"--teacher", "--stage1", "--pretrained"} & set(flags)):
         flags += ["--pretrained", args.pretrained.format(backbone.split("_")[-1])]
+    flags += [*args.flags, "--seed", str(seed)]
     if done.exists() and done.read_text() != shlex.join(flags):
         sys.exit(f"{out} was trained with other options: {done.read_text()}\nGive --tag, or remove its seed's folder.")
     script = "train_stage2.py" if "{hpdm}" in TRAIN[run] else "train_stage1.py"

@@ -18,14 +18,16 @@ RECIPES = {
 }  # fmt: skip
 
 # train: the flags of the row's run, or the name of another row's run; take: the row's name in evaluate.py's table.
-# {x} is the folder of run x of the same seed; {long}, {short}, {both} (robust model and student together) and {fsm} are
-# epochs; {lambda} and {alpha} the published weights in the normalisation of train_stage1.py.
+# {x} is the folder of run x of the same seed; {long}, {short}, {both} (robust model and student together), {all} (the
+# teacher, too), {eighth} (of that) and {fsm} are epochs; {lambda} and {alpha} the published weights as
+# train_stage1.py counts them.
 Row = namedtuple("Row", "name groups what train take evaluation", defaults=("robust", ""))
 GROUPS = ("main", "levers", "sweep", "cvpr", "ablation", "stage2")
 ROBUST, LONGER = (f"--teacher {{teacher}}/teacher.pt --distill-epochs {{{epochs}}}" for epochs in ("short", "both"))
 CE = " --lambda-kl 0 --alpha 0"
-SIMPLE = LONGER + CE + " --complete 0.5"
-QUARTER, TOLD, MEAN = " --complete 0.25", " --conditioned", " --average 4"
+HALF, TOLD, MEAN = " --complete 0.5", " --conditioned", " --average {eighth}"
+SIMPLE = LONGER + CE + HALF
+ALONE = "--teacher {teacher}/teacher.pt --robust-from start --distill-epochs {all}" + CE  # the teacher is not asked
 KL = ROBUST + " --lambda-kl {lambda}"
 HPDM = KL + " --alpha {alpha}"
 VARIATION = " --beta 12 --variation all"
@@ -39,13 +41,16 @@ ROWS = [
     Row("dropped_longer", "main", "modalities dropped, CE only, as long as robust + student", LONGER + CE),
     Row("simple", "main", "simple baseline: the same, half of the inputs complete", SIMPLE),
     Row("conditioned", "main", "simple baseline, conditioned on its modalities", SIMPLE + TOLD),
-    Row("dropped_mean", "levers", "dropped_longer, mean weights of 4 epochs", LONGER + CE + MEAN),
-    Row("simple_25", "levers", "simple, a quarter complete", LONGER + CE + QUARTER),
-    Row("conditioned_25", "levers", "conditioned, a quarter complete, mean weights",
-        LONGER + CE + QUARTER + TOLD + MEAN),
-    Row("conditioned_50", "levers", "conditioned, mean weights", SIMPLE + TOLD + MEAN),
-    Row("conditioned_kl", "levers", "conditioned_25 + KL, lambda 1, to the teacher on the same subset",
-        LONGER + " --lambda-kl 1 --alpha 0 --kl-teacher subset" + QUARTER + TOLD + MEAN),
+    Row("once", "levers", "teacher, as long as teacher + robust model + student at once",
+        "--epochs {all} --distill-epochs 0", "teacher"),
+    Row("alone", "levers", "one model, modalities dropped from the first step, half complete, as long", ALONE + HALF),
+    Row("alone_told", "levers", "the same, conditioned", ALONE + HALF + TOLD),
+    Row("alone_mean", "levers", "the same, conditioned, mean weights of the last eighth", ALONE + HALF + TOLD + MEAN),
+    Row("alone_25", "levers", "the same with a quarter complete", ALONE + " --complete 0.25" + TOLD + MEAN),
+    Row("dropped_mean", "levers", "dropped_longer, mean weights", LONGER + CE + MEAN),
+    Row("conditioned_kl", "levers", "conditioned + KL, lambda 1, to the teacher on the same subset",
+        LONGER + " --lambda-kl 1 --alpha 0 --kl-teacher subset" + HALF + TOLD),
+    Row("fused", "levers", "CE + KL + HPDM on the fused features' prototypes", HPDM + " --fused-prototypes"),
     Row("anyseg", "main", "AnySeg's losses", ROBUST + " --losses anyseg"),
     Row("kl_0.3", "sweep", "CE + KL, lambda 0.3", ROBUST + " --lambda-kl 0.3 --alpha 0"),
     Row("kl_1", "sweep", "CE + KL, lambda 1", ROBUST + " --lambda-kl 1 --alpha 0"),

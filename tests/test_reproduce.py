@@ -62,6 +62,18 @@ def test_every_seed_trains_its_own_models():
         assert all(need.parent == job.done.parent for need in job.needs)
 
 
+def test_a_model_that_no_other_of_the_project_gives_starts_as_its_backbone_from_the_given_weights():
+    argv = ["--rows", "longer,once,start,hpdm", "--backbone", "segformer_b2", "--pretrained", "mit_{}.pth"]
+    given = {}
+    for job in reproduce.plan(reproduce.parse(argv)):
+        if job.command[0] == "train_stage1.py":
+            args = options.stage1_options("", job.command[1:])
+            given[job.done.stem] = args.backbone, args.pretrained and pathlib.Path(args.pretrained).name
+    assert given == {"teacher": ("segformer_b2", "mit_b2.pth"), "once": ("segformer_b2", "mit_b2.pth"),
+                     "longer": ("segformer_b2", "teacher.pt"), "start": (None, "mit_b2.pth"),
+                     "hpdm": (None, None)}  # fmt: skip
+
+
 def test_the_main_rows_of_every_seed_come_before_the_sweep():
     names = [job.done.name for job in reproduce.plan(reproduce.parse(["--seeds", "2"]))]
     assert names[0] == "teacher.done" and names.count("teacher.done") == 2
@@ -109,7 +121,7 @@ def test_what_needs_a_failed_run_does_not_begin(capsys):
 
 
 def test_the_report_gives_mean_and_spread_and_names_what_was_not_run(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--seeds", "2"])
+    monkeypatch.setattr(sys, "argv", ["reproduce", "--seeds", "2"])
     for seed, full in ((0, 10.0), (1, 14.0)):
         finish("teacher", seed, full, "teacher")
     finish("kl", 1, 20.0)

@@ -10,7 +10,7 @@ PUBLISHED = dict(backbone="segformer_b0", epochs="200,120,10", classes=25, modal
 RECIPES = {
     "synthetic": dict(backbone="segformer_tiny", epochs="160,48,5", classes=12, modalities=RDEL, split="test",
                       limit="300", flags=TINY),
-    "nyuv2": dict(backbone="segformer_tiny", epochs="40,20,5", classes=13, modalities="rgb,depth", split="test",
+    "nyuv2": dict(backbone="segformer_tiny", epochs="80,20,5", classes=13, modalities="rgb,depth", split="test",
                   limit=None, flags="--classes {classes} --depth raw --size 120 --hold-out 0 " + TINY),
     "deliver": PUBLISHED,
     "muses": dict(PUBLISHED, classes=19, modalities="rgb,event,lidar"),

@@ -46,7 +46,7 @@ ROWS = [
     Row("alone", "levers", "one model, modalities dropped from the first step, half complete, as long", ALONE + HALF),
     Row("alone_told", "levers", "the same, conditioned", ALONE + HALF + TOLD),
     Row("alone_mean", "levers", "the same, conditioned, mean weights of the last eighth", ALONE + HALF + TOLD + MEAN),
-    Row("alone_25", "levers", "the same with a quarter complete", ALONE + " --complete 0.25" + TOLD + MEAN),
+    Row("alone_75", "levers", "the same with three quarters complete", ALONE + " --complete 0.75" + TOLD + MEAN),
     Row("dropped_mean", "levers", "dropped_longer, mean weights", LONGER + CE + MEAN),
     Row("conditioned_kl", "levers", "conditioned + KL, lambda 1, to the teacher on the same subset",
         LONGER + " --lambda-kl 1 --alpha 0 --kl-teacher subset" + HALF + TOLD),

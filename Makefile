@@ -41,8 +41,7 @@ demo: .venv/installed
 	$(RUN) -m benchmarks.figures selection runs/demo --out runs/demo/selection.png
 
 bench: .venv/installed
-	$(RUN) -m benchmarks.bench_kernels
-	$(RUN) -m benchmarks.bench_steps
+	$(RUN) -m benchmarks.bench
 
 reproduce: .venv/installed
 	$(RUN) -m benchmarks.reproduce

@@ -80,13 +80,15 @@ class MSegFormer(nn.Module):
         return tuple(features)
 
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
-        per_modality = self.encode(images, present)
+        """present (V B, M) gives V answers to each image, all from one pass of the encoder; V is 1 as a rule."""
         present = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
-        weights = self.fusion_weights(present)[:, :, None, None, None]  # (B, M, 1, 1, 1)
+        views = len(present) // len(images)
+        per_modality = self.encode(images, present if views == 1 else None)
+        weights = self.fusion_weights(present).unflatten(0, (views, -1))[..., None, None, None]  # (V, B, M, 1, 1, 1)
         fused = []
         for f in per_modality:
             f = f.permute(0, 1, 3, 4, 2)  # (B, M, h, w, C), the order in memory, so that the mean keeps it
-            fused.append((weights * f).sum(1).to(f.dtype).permute(0, 3, 1, 2))  # (B, C, h, w)
+            fused.append((weights * f).sum(2).flatten(0, 1).to(f.dtype).permute(0, 3, 1, 2))  # (V B, C, h, w)
         return Output(self.decoder(fused, images.shape[-2:], present), tuple(fused), per_modality)
 
     def fusion_weights(self, present: Tensor) -> Tensor:
@@ -238,6 +240,8 @@ class CMNeXt(nn.Module):
         self.published_layout = bool(state["published_layout"])
 
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
+        """present may be (V B, M), as for an MSegFormer; but the modalities mix in the encoder, which runs V times."""
+        images = images if present is None else images.repeat(len(present) // len(images), 1, 1, 1, 1)
         check_input(images, present, self.modalities)
         b, m = images.shape[:2]
         parts = (None, None) if present is None else (present[:, 0], present[:, 1:])

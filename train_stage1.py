@@ -67,19 +67,27 @@ def start_model(run: Run, meta: dict) -> nn.Module:
 
 
 def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
-    """All modalities, cross entropy only (paper, section 4.1)."""
-    args, model = run.args, run.parallel(teacher)
+    """All modalities, cross entropy only (paper, section 4.1). --teacher-subsets, not in the paper: each batch is also
+    answered from random subsets of its modalities, from the same features where the modalities are encoded apart."""
+    args, modalities = run.args, len(train.modalities)
+    if args.teacher_subsets and args.conditioned:
+        condition_on_modalities(teacher)
+    model = run.parallel(teacher)
     optimizer, scaler = loop.adamw(teacher, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
     phase = Phase(run, "teacher", args.epochs, meta, state, model=teacher, optimizer=optimizer, scaler=scaler)
-    complete = [tuple(range(len(train.modalities)))]
+    subsets = all_subsets(modalities) if args.teacher_subsets else [tuple(range(modalities))]
 
     for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
         lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
-        loop.seed_step(args.seed, "teacher", phase.step, run.rank)
+        generator = loop.seed_step(args.seed, "teacher", phase.step, run.rank)
         model.train()
+        present = torch.ones(images.shape[:2], dtype=torch.bool)  # (B, M)
+        if args.teacher_subsets:
+            some = run.share(draw_present(args.batch_size, modalities, generator))
+            present, labels = torch.cat((present, some)), labels.repeat(2, 1, 1)  # (2 B, M), (2 B, H, W)
 
         with loop.autocast(run.device, args.amp):
-            logits = model(images).logits
+            logits = model(images, present).logits
         losses = {"ce": hpdm.ohem_cross_entropy(logits, labels)}
 
         scaler.scale(losses["ce"]).backward()
@@ -92,10 +100,10 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            scores = loop.validate(predictor(teacher), val, complete, run)[0]
-            phase.log(miou=scores["miou_published"])
-            if scores["miou_published"] > phase.best:
-                phase.best = scores["miou_published"]
+            scores = loop.summarise(loop.validate(predictor(teacher), val, subsets, run))
+            phase.log(**scores)
+            if scores["miou"] > phase.best:
+                phase.best = scores["miou"]
                 run.save_model("teacher", teacher, meta)
         if phase.due(args.save_every) or run.stopping:
             phase.save()

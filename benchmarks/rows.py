@@ -27,7 +27,6 @@ ROBUST, LONGER = (f"--teacher {{teacher}}/teacher.pt --distill-epochs {{{epochs}
 CE = " --lambda-kl 0 --alpha 0"
 HALF, TOLD, MEAN = " --complete 0.5", " --conditioned", " --average {eighth}"
 SIMPLE = LONGER + CE + HALF
-ALONE = "--teacher {teacher}/teacher.pt --robust-from start --distill-epochs {all}" + CE  # the teacher is not asked
 KL = ROBUST + " --lambda-kl {lambda}"
 HPDM = KL + " --alpha {alpha}"
 VARIATION = " --beta 12 --variation all"
@@ -43,10 +42,10 @@ ROWS = [
     Row("conditioned", "main", "simple baseline, conditioned on its modalities", SIMPLE + TOLD),
     Row("once", "levers", "teacher, as long as teacher + robust model + student at once",
         "--epochs {all} --distill-epochs 0", "teacher"),
-    Row("alone", "levers", "one model, modalities dropped from the first step, half complete, as long", ALONE + HALF),
-    Row("alone_told", "levers", "the same, conditioned", ALONE + HALF + TOLD),
-    Row("alone_mean", "levers", "the same, conditioned, mean weights of the last eighth", ALONE + HALF + TOLD + MEAN),
-    Row("alone_75", "levers", "the same with three quarters complete", ALONE + " --complete 0.75" + TOLD + MEAN),
+    Row("alone", "levers", "one model, dropped from its first step on, half complete, conditioned, as long",
+        "--teacher {teacher}/teacher.pt --robust-from start --distill-epochs {all}" + CE + HALF + TOLD),
+    Row("both_ways", "levers", "one model, each step complete and with random subsets, conditioned, as long",
+        "--epochs {all} --distill-epochs 0 --teacher-subsets" + TOLD, "teacher"),
     Row("dropped_mean", "levers", "dropped_longer, mean weights", LONGER + CE + MEAN),
     Row("conditioned_kl", "levers", "conditioned + KL, lambda 1, to the teacher on the same subset",
         LONGER + " --lambda-kl 1 --alpha 0 --kl-teacher subset" + HALF + TOLD),

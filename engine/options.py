@@ -211,6 +211,7 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--feedback", type=WEIGHT, default=0.0, help="weight of variation in a teacher that learns too; 0: it does not")
     add = parser.add_argument_group("stage 1, not in the paper").add_argument
     add("--complete", type=SHARE, default=0.0, help="share of the robust model's inputs that are complete in any case")
+    add("--teacher-subsets", action="store_true", help="the teacher also learns from random subsets, in each step")
     add("--conditioned", action="store_true", help="a robust model that knows which modalities are present (model.py)")
     add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
     add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")

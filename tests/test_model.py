@@ -502,3 +502,19 @@ def test_fused_and_per_modality_features_of_msegformer_lie_channels_last(conditi
             _, c, h, w = fused.shape
             assert fused.stride() == (h * w * c, 1, w * c, c)
             assert each.stride() == (4 * h * w * c, h * w * c, 1, w * c, c)
+
+
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_several_answers_to_an_image_are_those_of_several_calls(backbone):
+    torch.manual_seed(0)
+    model = build_model(backbone, 5, ["rgb", "depth", "event"]).eval()
+    condition_on_modalities(model)
+    for p in (p for name, p in model.named_parameters() if "film" in name or "fusion" in name):
+        torch.nn.init.normal_(p)
+    images, present = torch.randn(3, 3, 3, 64, 64), torch.rand(2, 3, 3) < 0.6
+    present[:, :, 0] |= ~present.any(2)
+    both = model(images, present.flatten(0, 1))
+    for v, found in enumerate(both.logits.unflatten(0, (2, 3))):
+        torch.testing.assert_close(found, model(images, present[v]).logits)
+    for stage, fused in enumerate(both.fused):
+        torch.testing.assert_close(fused[3:], model(images, present[1]).fused[stage])

@@ -11,10 +11,8 @@ import pathlib
 import re
 import sys
 
-# Published (docs/paper_vs_code.md): AdamW 6e-5, weight decay 0.01, 10 epochs of warm-up from 0.1, poly 0.9, 200 epochs
-# for the teacher, 120 for the student, 1024 x 1024, lambda 50 / K. The batch size is not stated there; 8 is usual on
-# DELIVER. alpha was chosen on real frames (docs/results.md). Stage 2 has no published recipe at all. The synthetic
-# recipe suits a short demo.
+# As published (docs/paper_vs_code.md), where it is: the batch size is usual on DELIVER, alpha was chosen on real frames
+# (docs/results.md), and stage 2 has no published recipe at all. The synthetic recipe suits a short demo.
 PUBLISHED = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
                  student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0,
                  lambda_kl=50 / 25, alpha=0.3, workers=min(4, os.cpu_count() or 1))  # fmt: skip
@@ -43,8 +41,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one sentence, where argparse would put all of the usage before it."""
 
-    def __init__(self, script: str, doc: str, **more):
-        super().__init__(script, description=doc, formatter_class=Help, allow_abbrev=False, **more)
+    def __init__(self, script: str, doc: str):
+        super().__init__(script, description=doc, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -90,8 +88,9 @@ COUNT, RATE, COUNT_OR_0, WEIGHT = positive(int), positive(float), positive(int, 
 SHARE = positive(float, zero=True, most=1.0)
 
 
-def add_common_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """What both stages have: data, training, run."""
+def common_options(script: str, doc: str) -> Parser:
+    """What both stages have: data, training, run. The defaults of what the recipe decides come later, in `parse`."""
+    parser = Parser(script, doc)
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
     add("--root", type=path, help="its folder, laid out as in docs/data.md; None: data/DELIVER and the like")
@@ -117,21 +116,14 @@ def add_common_options(parser: argparse.ArgumentParser, out: str) -> None:
     add("--eval-every", type=RATE, help="epochs between validations (fractions allowed); the best model is kept")
     add("--seed", type=COUNT_OR_0, default=0, help="same seed, same machine: same numbers")
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=path, default=out, help="run folder; must be empty or new, unless --resume continues it")
+    add("--out", type=path, help="run folder, new or empty. None: runs/DATA; in stage 2 that of --stage1")
     add("--resume", type=path, metavar="RUN", help="continue this run exactly: its folder, or a file in it")
     add("--config", type=path, metavar="FILE", help="take the options of a run's config.json; others overrule them")
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="bit-for-bit repeatable on a GPU as well; slower")
     add("--save-every", type=COUNT, default=200, metavar="STEPS", help="steps between last.pt")
     add("--max-minutes", type=RATE, help="save and stop by the clock, exit status 0")
-
-
-def early(script: str, argv: list[str] | None, *flags: str) -> argparse.Namespace:
-    """A few flags of the command line, read before the real parse because they decide its defaults."""
-    first = Parser(script, "", add_help=False)
-    for flag in flags:
-        first.add_argument(flag)
-    return first.parse_known_args(argv)[0]
+    return parser
 
 
 def read_config(file: pathlib.Path) -> dict:
@@ -144,14 +136,14 @@ def read_config(file: pathlib.Path) -> dict:
     return config
 
 
-def saved_options(parser: argparse.ArgumentParser, where: str) -> tuple[pathlib.Path, dict]:
-    """A config.json, named by itself, its folder or a .pt file beside it, and the options of this script in it."""
+def saved_options(parser: Parser, where: str, script: str) -> tuple[pathlib.Path, dict]:
+    """A config.json, named by itself, its folder or a .pt file beside it, and the options of a script in it."""
     file = pathlib.Path(where if where.endswith(".json") else f"{run_folder(where)}/config.json")
     try:
-        options = read_config(file)[parser.prog]["options"]
+        options = read_config(file)[script]["options"]
         return file, {name: value for name, value in options.items() if name not in ("resume", "config", "out")}
     except (ValueError, KeyError, TypeError, AttributeError):
-        parser.error(f"{file} holds no options of {parser.prog}; is {where} its run folder?")
+        parser.error(f"{file} holds no options of {script}; is {where} its run folder?")
 
 
 def argument(name: str, value) -> str:
@@ -160,24 +152,31 @@ def argument(name: str, value) -> str:
     return f"--{name.replace('_', '-')}{'' if value is True else f'={text}'}"
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict) -> argparse.Namespace:
-    """The command line, over --config or the resumed run's config.json, over the recipe."""
-    known = vars(parser.parse_args([]))
-    parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
-    args, out = parser.parse_args(argv), early(parser.prog, argv, "--out").out
+def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The command line, over the options of --resume or --config, over those of --stage1, over the recipe."""
+    argv, saved = sys.argv[1:] if argv is None else argv, {}
+    plain = [word for word in argv if word not in ("-h", "--help")]  # help waits until its defaults are known
+    args = parser.parse_args(plain)
+    if vars(args).get("stage1"):
+        stage1 = saved_options(parser, args.stage1, "train_stage1.py")[1]
+        saved = {name: stage1[name] for name in INHERITED if name in stage1}
     if args.resume or args.config:
-        file, saved = saved_options(parser, args.resume or args.config)
-        parser.set_defaults(**{name: None for name, value in saved.items() if value is None})
-        as_given = [argument(name, value) for name, value in saved.items() if value is not None and value is not False]
-        args = parser.parse_args([*as_given, *(sys.argv[1:] if argv is None else argv)])  # checked as if given now
+        file, own = saved_options(parser, args.resume or args.config, parser.prog)
+        saved |= own
+    before = [argument(name, value) for name, value in saved.items() if value is not None and value is not False]
+    args = parser.parse_args([*before, *plain])  # on one command line, what was saved is checked as if given now
+    recipe = RECIPES[args.data] | ({"backbone": None} if args.teacher else {})
+    recipe |= {"lambda_kl": 50 / 13} if (args.data, args.classes) == ("nyuv2", 13) else {}
+    parser.set_defaults(**{name: value for name, value in {**recipe, **saved}.items() if name in args})
+    args = parser.parse_args([*before, *argv])
     if args.resume:
-        args.out = str(file.parent)
-        if args.config or (out and pathlib.Path(out) != file.parent):
+        if args.config or (args.out and pathlib.Path(args.out) != file.parent):
             parser.error(f"--resume {args.resume} has its own folder and options: give neither --out nor --config.")
-        for name in sorted(saved.keys() - FREE):
-            if getattr(args, name) != saved[name]:
+        args.out = str(file.parent)
+        for name in sorted(own.keys() - FREE):
+            if getattr(args, name) != own[name]:
                 parser.error(f"{argument(name, getattr(args, name))} contradicts {file}, which has "
-                             f"{argument(name, saved[name])}: start a new run with --config {file} --out DIR.")
+                             f"{argument(name, own[name])}: start a new run with --config {file} --out DIR.")
     args.root, args.val_size = args.root or ROOTS.get(args.data), args.val_size or args.size
     if min(args.size, args.val_size) < 32:
         parser.error("--size and --val-size must be at least 32: the coarsest stage needs that many pixels.")
@@ -185,12 +184,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, recipe: dict)
 
 
 def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    first = early("train_stage1.py", argv, "--data", "--teacher", "--classes")
-    recipe = dict(RECIPES.get(first.data, RECIPES["synthetic"]))
-    recipe |= {"lambda_kl": 50 / 13} if (first.data, first.classes) == ("nyuv2", "13") else {}
-    recipe |= {"backbone": None} if first.teacher else {}
-    parser = Parser("train_stage1.py", doc)
-    add_common_options(parser, f"runs/{first.data or 'synthetic'}")
+    parser = common_options("train_stage1.py", doc)
     add = parser.add_argument_group("model").add_argument
     add("--backbone", help="segformer_b0..b5, cmnext_b0..b5; for trials segformer_tiny, cmnext_tiny")
     add("--pretrained", type=path, help="MiT ImageNet weights or a published model's, to start the teacher from")
@@ -198,12 +192,10 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add = parser.add_argument_group("stage 1").add_argument
     add("--epochs", type=RATE, help="of the teacher, on all modalities")
     add("--distill-epochs", type=WEIGHT, help="of the robust model, modalities dropped; 0: the teacher only")
-    add("--robust-from", choices=("teacher", "start"), default="teacher", help="start of the robust model. start: "
-        "what the teacher itself started from (--pretrained or --seed), as the published script has it")
+    add("--robust-from", choices=("teacher", "start"), default="teacher", help="start: where the teacher started")
     add("--losses", choices=("rmmss", "anyseg"), default="rmmss", help="anyseg: the baseline, with its weights")
     add("--lambda-kl", type=WEIGHT, help="weight of KL(teacher || student) per pixel, 0..10; published: 50 / K classes")
-    add("--alpha", type=WEIGHT, help="weight of the prototype distance, 0..30; 0: plain distillation; published: "
-        "100 / K times the mean number of present modalities, 10 for 25 classes and 4 modalities")
+    add("--alpha", type=WEIGHT, help="weight of the prototype distance, 0..30; 0: without; published on DELIVER: 10")
     add("--match", choices=("random", "same"), default="random", help="of modalities; same is the ablation")
     add("--prototypes", choices=("mean", "published"), default="mean", help="published: as that code has it (hpdm.py)")
     add("--beta", type=WEIGHT, default=0.0, help="weight of intra-class feature variation; CVPR 2026 version: 12")
@@ -216,19 +208,15 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
     add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")
     add("--average", type=WEIGHT, default=0.0, metavar="N", help="keep the mean of the weights over the last N epochs")
-    args = parse(parser, argv, recipe)
+    args = parse(parser, argv)
+    args.out = args.out or f"runs/{args.data}"
     if args.teacher and args.pretrained and args.robust_from == "teacher":
         parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
     return args
 
 
 def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
-    first = early("train_stage2.py", argv, "--data", "--stage1")
-    folder = run_folder(first.stage1) if first.stage1 else None
-    stage1 = saved_options(Parser("train_stage1.py", doc), folder)[1] if folder else {}
-    recipe = RECIPES.get(first.data or stage1.get("data"), RECIPES["synthetic"])
-    parser = Parser("train_stage2.py", doc)
-    add_common_options(parser, folder or "runs/stage2")
+    parser = common_options("train_stage2.py", doc)
     add = parser.add_argument_group("models").add_argument
     add("--stage1", type=run_folder, metavar="RUN", help="run folder of stage 1, or one of its models: both are used")
     add("--teacher", type=path, help="the full-modality teacher, instead of --stage1")
@@ -243,7 +231,8 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--complete", type=SHARE, default=0.5, help="share of inputs that are complete in any case")
     add("--gamma-logits", type=WEIGHT, default=1.0, help="weight of KL(ensemble || student) per pixel, 0..10")
     add("--gamma-features", type=WEIGHT, default=0.1, help="weight of the distance to the selected features, 0..10")
-    args = parse(parser, argv, {**recipe, **{name: stage1[name] for name in INHERITED if name in stage1}})
+    args = parse(parser, argv)
+    args.out = args.out or args.stage1 or "runs/stage2"
     if bool(args.stage1) == bool(args.teacher or args.robust) or bool(args.teacher) != bool(args.robust):
         parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
     return args

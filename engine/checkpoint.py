@@ -40,16 +40,11 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is no file.")
-    try:
+    with fitting(f"{path} is corrupt, or no checkpoint of tensors and plain values"):
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():  # by the CRC-32 that the zip container holds for every tensor
                 raise ValueError(f"the checksum of {bad} is wrong")
-    except Exception as error:  # flipped bytes of a zip's directory can raise nearly anything
-        raise ValueError(f"{path} is corrupt: {error or type(error).__name__}.") from error
-    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({type(error).__name__}).") from error
     if not isinstance(state, dict) or not KEYS[what] <= state.keys() or not isinstance(state["meta"], dict):
         raise ValueError(f"{path} is not a {what} that this version of the project saved; a run's models are "
                          "teacher.pt, robust.pt and student.pt, and published weights go through --pretrained.")
@@ -60,20 +55,18 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
 
 def load_last(folder: Path) -> dict | None:
     """The newest valid of a run's checkpoints, with a warning if it is not the first; None if there is none at all."""
-    problems = []
-    for file in (folder / "last.pt", folder / "last.previous.pt"):
+    problem = None
+    for file in filter(Path.exists, (folder / "last.pt", folder / "last.previous.pt")):
         try:
             state = read(file, "training run")
-        except FileNotFoundError:
-            continue
         except ValueError as error:
-            problems.append(error)
+            problem = problem or error
             continue
-        for problem in problems:
+        if problem:
             print(f"warning: {problem} Continuing from {file}, step {state['step']}.", file=sys.stderr)
         return state
-    if problems:
-        raise ValueError(f"{problems[0]} No valid checkpoint is left in {folder}; start again in another folder.")
+    if problem:
+        raise ValueError(f"{problem} No valid checkpoint is left in {folder}; start again in another folder.")
     return None
 
 
@@ -82,33 +75,32 @@ def save_model(path: Path, model: nn.Module, meta: dict) -> None:
     write(path, {"format": "rmmss 1", "meta": meta, "model": model.state_dict()})
 
 
-def load_model(
-    path: Path | str, device: torch.device, expect: dict | None = None, **overrides
-) -> tuple[nn.Module, dict]:
-    """Rebuilds a model from its checkpoint -> (model in eval mode, meta as the file has it).
+def load_model(path: Path | str, device: torch.device, expect: dict | None = None, **drops) -> tuple[nn.Module, dict]:
+    """Rebuilds a model from its checkpoint -> (model in eval mode, meta).
 
     expect: entries of meta that must agree (see SAME), else ValueError with both descriptions.
-    overrides: entries of meta to replace, for training on with another drop_path or dropout.
+    drops: drop_path and dropout for training on, instead of the checkpoint's.
     """
     state = read(Path(path), says=SAYS)
-    require(path, state["meta"], expect or {})
-    meta = {**state["meta"], **overrides}
-    drops = meta["drop_path"], meta["dropout"]
-    with fitting(path, f"the weights of a {meta['backbone']}"):
-        model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], *drops)
+    meta = state["meta"]
+    require(path, meta, expect or {})
+    with fitting(f"{path} does not hold the weights of a {meta['backbone']}"):
+        drops = {"drop_path": meta["drop_path"], "dropout": meta["dropout"], **drops}
+        model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], **drops)
         if "decoder.film" in state["model"]:
             condition_on_modalities(model)
         model.load_state_dict(state["model"])
-    return model.to(device).eval(), state["meta"]
+    return model.to(device).eval(), meta
 
 
 @contextlib.contextmanager
-def fitting(path: Path | str, what: str):
-    """Makes one sentence of whatever is raised by a file that does not hold what it should."""
+def fitting(failure: str):
+    """Makes one sentence of whatever is raised by a file that does not hold what it should: `failure`, and why."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path} does not hold {what}: {' '.join(str(error).split()[:40])} ...") from error
+        why = " ".join(str(error).split()[:40]).split(". ")[0]  # torch's first sentence, or as much of it as one reads
+        raise ValueError(f"{failure}: {why or type(error).__name__}.") from error
 
 
 def require(path: Path | str, found: dict, expect: dict) -> None:

@@ -6,14 +6,14 @@
 
 import itertools
 import json
-import math
-import os
-import pathlib
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from engine.checkpoint import fitting
 
 
 class LoadReport(NamedTuple):
@@ -78,34 +78,37 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     project's checkpoints fill the whole model; published CMNeXt weights switch `published_layout` on.
     Raises FileNotFoundError, or ValueError if the file cannot be read or does not fit; then nothing is loaded.
     """
-    state = read_file(path)
+    state = read_file(Path(path))
     modalities = state["meta"].get("modalities") if isinstance(state.get("meta"), dict) else None
-    inner = (state.get(key) for key in ("model", "state_dict", "model_state_dict"))
-    state = next((weights for weights in inner if isinstance(weights, dict)), state)
+    for key in ("model", "state_dict", "model_state_dict"):
+        state = state[key] if isinstance(state.get(key), dict) else state
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    own, is_cmnext = model.state_dict(), hasattr(model, "aux")
     source = next((kind for mark, kind in KINDS.items() if any(mark in name for name in state)), "this project")
-    rules, part = {} if source == "this project" else NAMES, "encoder" if source.endswith("encoder") else "model"
+    part = "encoder" if source.endswith("encoder") else "model"
+    parts = ("stages.",) if part == "encoder" else ("stages.", "aux.", "decoder.", "fusion_logits", "_extra_state")
+    own, is_cmnext = model.state_dict(), hasattr(model, "aux")
     if modalities not in (None, model.modalities) and (is_cmnext or "decoder.film" in state):
         raise ValueError(f"{path} has weights of their own for each of {', '.join(modalities)}, in this order; "
                          f"this model has {', '.join(model.modalities)}.")  # fmt: skip
     found, unexpected = {}, []
     for name in sorted(state, key=lambda name: (len(name), name)):  # part 10 after part 9
-        target, _, row = translate(name, rules).partition("[")
-        if not target or (part == "encoder" and not target.startswith("stages.")):
+        new = name
+        for pattern, replacement in NAMES.items() if source != "this project" else ():
+            new = re.sub(pattern, replacement, new)
+        new, _, row = new.partition("[")
+        if not new.startswith(parts):
             unexpected.append(name)
             continue
-        value = state[name][None] if row and target.startswith("aux.") else state[name]  # else keys, values
-        found[target] = torch.cat((found[target], value)) if target in found else value
-    for name, value in found.items():
-        if isinstance(own.get(name), Tensor):
-            if own[name].ndim == 2 and value.shape[2:] == (1, 1):
-                found[name] = value = value[:, :, 0, 0]  # a 1x1 convolution there, the linear layer that equals it here
-            if own[name].shape != value.shape:
-                raise ValueError(f"{path} (taken for: {source}) has {name} with shape {tuple(value.shape)}, "
-                                 f"but this model's has {tuple(own[name].shape)}.")  # fmt: skip
-    tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
-    wanted = [name for name in tensors if part == "model" or name.startswith("stages.")]
+        value = state[name][None] if row and new.startswith("aux.") else state[name]  # else keys, values
+        found[new] = torch.cat((found[new], value)) if new in found else value
+    tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    for name in found.keys() & tensors.keys():
+        if tensors[name].ndim == 2 and found[name].shape[2:] == (1, 1):
+            found[name] = found[name][:, :, 0, 0]  # a 1x1 convolution there, the linear layer that equals it here
+        if tensors[name].shape != found[name].shape:
+            raise ValueError(f"{path} (taken for: {source}) has {name} with shape {tuple(found[name].shape)}, "
+                             f"but this model's has {tuple(tensors[name].shape)}.")  # fmt: skip
+    wanted = [name for name in tensors if name.startswith(parts)]
     missing, surplus = [name for name in wanted if name not in found], [name for name in found if name not in own]
     if missing or surplus:
         first = f"the first that is missing is {missing[0]}" if missing else f"but it has {surplus[0]}, too"
@@ -122,37 +125,26 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     return LoadReport(source, sorted(found), [name for name in tensors if name not in found], unexpected)
 
 
-def translate(name: str, rules: dict) -> str:
-    """A name in a file -> the name in this model, "" for what it has no part for, such as another head."""
-    for pattern, new in rules.items():
-        name = re.sub(pattern, new, name)
-    return name if re.match(r"stages\.|aux\.|decoder\.|fusion_logits|_extra_state", name) else ""
-
-
-def read_file(path: str) -> dict:
+def read_file(path: Path) -> dict:
     """The dictionary in a file of torch.save or a .safetensors, told apart by their first bytes; runs no code in it."""
-    if not os.path.isfile(path):
+    if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist, or is no file.")
-    try:
+    with fitting(f"{path} is not a readable checkpoint of tensors"):
         with open(path, "rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"
         state = read_safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint of tensors ({type(error).__name__}).") from error
-    if isinstance(state, dict):
-        return state
-    raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights.")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights.")
+    return state
 
 
-def read_safetensors(path: str) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
     """8 bytes: length n; n bytes of JSON: {name: {dtype, shape, data_offsets [from, to]}}; then the tensors' bytes."""
-    data = bytearray(pathlib.Path(path).read_bytes())
+    data = bytearray(path.read_bytes())
     n = int.from_bytes(data[:8], "little")
     raw, tensors = torch.frombuffer(data, dtype=torch.uint8)[8 + n :], {}
     for name, about in json.loads(data[8 : 8 + n]).items():
         if name != "__metadata__":
-            (start, end), dtype = about["data_offsets"], DTYPES[about["dtype"]]
-            if not 0 <= start <= end <= len(raw) or end - start != math.prod(about["shape"]) * dtype.itemsize:
-                raise ValueError(f"the bytes of {name} are not all there")
-            tensors[name] = raw[start:end].clone().view(dtype).reshape(about["shape"])
+            start, end = about["data_offsets"]
+            tensors[name] = raw[start:end].clone().view(DTYPES[about["dtype"]]).reshape(about["shape"])
     return tensors

@@ -160,7 +160,7 @@ class Phase:
             last, kept = run.folder / "last.pt", ("backbone", "frames", "frame names", *SAME)
             require(last, state["meta"], {key: meta[key] for key in kept})
             for key, part in parts.items():
-                with fitting(last, f"the {key} of this phase"):
+                with fitting(f"{last} does not hold the {key} of this phase"):
                     part.load_state_dict(state["parts"][key])
             self.step, self.best = state["step"], state["best"]
             if run.rank == 0 and self.log_file.exists():  # what was logged since will be logged again

@@ -133,7 +133,7 @@ def load_fsm(path: pathlib.Path | str, device: torch.device, expect: dict | None
     state = read(pathlib.Path(path), says=("widths", "classes", "modalities", *about))
     meta = state["meta"]
     require(path, meta, expect or {})
-    with fitting(path, "a feature selection"):
+    with fitting(f"{path} does not hold a feature selection"):
         sizes = meta["widths"], len(meta["classes"]), len(meta["modalities"])
         fsm = FSM(*sizes, **{name: meta[name] for name in about})
         fsm.load_state_dict(state["model"])

@@ -7,6 +7,7 @@ loader workers.
 
 import contextlib
 import ctypes
+import functools
 import platform
 import resource
 import signal
@@ -24,30 +25,23 @@ PHASES = ("teacher", "robust", "fsm", "student")
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0, signal.SIGALRM: 0}
 
 
-def batch_keys(
-    frames: int, batch_size: int, seed: int, first_step: int, steps: int, rank: int, world: int
-) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, index) of this process's share of every batch from `first_step` on.
+def batch_keys(frames: int, batch_size: int, seed: int, steps: range, rank: int, world: int
+               ) -> Iterator[list[tuple[int, int]]]:
+    """(epoch, index) of this process's share of the batch of each of these steps.
 
     The run is one endless stream of frames, a fresh permutation per epoch, cut into batches: every frame is seen once
     an epoch, every batch is full, and the position in the stream follows from the step alone.
     """
-    shuffled, order = -1, None
-    for step in range(first_step, steps):
-        batch = []
-        for position in range(step * batch_size, (step + 1) * batch_size):
-            epoch, place = divmod(position, frames)
-            if epoch != shuffled:
-                shuffled, order = epoch, np.random.default_rng([seed, epoch]).permutation(frames)
-            batch.append((epoch, int(order[place])))
-        yield batch[rank::world]
+    order_of = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(frames).tolist())
+    for step in steps:
+        places = [divmod(position, frames) for position in range(step * batch_size, (step + 1) * batch_size)]
+        yield [(epoch, order_of(epoch)[place]) for epoch, place in places[rank::world]]
 
 
 def quiet_worker(_: int) -> None:
     """Loader workers leave signals to the training process, which finishes its step first."""
     for number in EXIT_STATUS:
         signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def loader(dataset, batches, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
@@ -74,8 +68,7 @@ def seed_step(seed: int, phase: str, step: int, rank: int) -> torch.Generator:
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays the weights of linear layers and convolutions alone. As published, where all else is 1-D; norms
     that are stacked here, a row for each modality, are among that."""
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-    decayed = {id(layer.weight) for layer in layers}
+    decayed = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
               {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0}]  # fmt: skip

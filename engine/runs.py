@@ -55,15 +55,23 @@ class Run:
             torch.use_deterministic_algorithms(True)
         config = read_config(self.folder / "config.json")
         if self.rank == 0:
-            self.lock = lock(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a")  # locked until this process ends, however it ends
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would go on to loader workers
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"another process trains in {self.folder}: wait, or choose another folder with --out."
+                                 ) from None
+            except OSError:
+                pass  # a file system without locks
         state = load_last(self.folder)
         ours = state is not None and state["script"] == self.script
-        goes_on = args.resume if ours else after and self.folder.resolve() == Path(after).resolve()
-        used = [] if ours and goes_on else [f"{phase}.pt" for phase in phases]
-        used += [] if goes_on else ["last.pt", "log.jsonl"]
-        if used := [name for name in used if (self.folder / name).exists()]:
-            what = f"{used[0]}, but no last.pt to continue from:"
-            what = f"a run of {state['script']}: continue it with --resume {self.folder}, or" if state else what
+        follows = not ours and after and self.folder.resolve() == Path(after).resolve()
+        files = [f"{phase}.pt" for phase in phases] + ([] if follows else ["last.pt", "log.jsonl"])
+        used = [name for name in files if (self.folder / name).exists()]
+        if used and not (ours and args.resume):
+            what = f"a run of {state['script']}: continue it with --resume {self.folder}, or" if state else (
+                f"{used[0]}, but no last.pt to continue from:")
             raise ValueError(f"{self.folder} holds {what} choose another folder with --out.")
         self.meet()  # nobody writes before everybody has looked
         if self.rank == 0 and not ours:
@@ -86,18 +94,16 @@ class Run:
         same = {name: getattr(self.args, name) for name in names}
         train = open_dataset(self.args.data, split="train", size=self.args.size, augment=True, **same)
         val = open_dataset(self.args.data, split="val", size=self.args.val_size, ranges=train.ranges, **same)
-        for problem in (*train.broken, *val.broken):
-            self.say(f"left out: {problem}")
-        self.say(f"{train.describe()}\n{val.describe()}")
+        broken = [f"left out: {problem}" for problem in (*train.broken, *val.broken)]
+        self.say("\n".join([*broken, train.describe(), val.describe()]))
         return train, val
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model as the loop calls it: compiled if asked for, its gradients averaged over the processes."""
         if self.world > 1:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # a remark on speed
-            cuda = self.device.type == "cuda"
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if cuda else model
-            model = nn.parallel.DistributedDataParallel(model, device_ids=[self.device.index] if cuda else None)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.device.type == "cuda" else model
+            model = nn.parallel.DistributedDataParallel(model)
         return torch.compile(model) if self.args.compile else model
 
     def share(self, rows: Tensor) -> Tensor:
@@ -128,19 +134,6 @@ class Run:
         self.meet()  # the others may read it next
 
 
-def lock(folder: Path):
-    """Keeps other processes out of a run folder until this one ends, however it ends -> a file that must stay open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would go on to loader workers, which may live longer
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process trains in {folder}: wait, or choose another folder with --out.") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
-
-
 class Phase:
     """Where a phase of a run stands: its step, its best score, and all that has a state.
 
@@ -155,10 +148,10 @@ class Phase:
         self.steps = max(1, math.ceil(epochs * self.per_epoch))
         self.warmup = min(round(args.warmup_epochs * self.per_epoch), self.steps // 2)
         self.eval_steps = max(1, round(args.eval_every * self.per_epoch))
-        self.step, self.best, self.sums = 0, -1.0, {}
+        self.step, self.best = 0, -1.0
         if state:
-            last, kept = run.folder / "last.pt", ("backbone", "frames", "frame names", *SAME)
-            require(last, state["meta"], {key: meta[key] for key in kept})
+            last = run.folder / "last.pt"
+            require(last, state["meta"], {key: meta[key] for key in ("backbone", "frames", "frame names", *SAME)})
             for key, part in parts.items():
                 with fitting(f"{last} does not hold the {key} of this phase"):
                     part.load_state_dict(state["parts"][key])
@@ -168,21 +161,22 @@ class Phase:
                 replace(self.log_file, b"".join(line for line in lines if line.endswith(b"}\n")))  # a crash tears lines
         else:
             self.save()  # a folder without a checkpoint has done nothing, and too full a disk shows now
-        self.began, self.waited, self.reported = time.time(), 0.0, self.step
+        self.sums, self.began, self.waited, self.reported = {}, time.time(), 0.0, self.step
 
     def save(self) -> None:
         """last.pt, all that `--resume` continues from."""
-        logged = self.log_file.stat().st_size if self.log_file.exists() else 0
-        state = {"script": self.run.script, "phase": self.name, "step": self.step, "steps": self.steps,
-                 "best": self.best, "logged": logged, "meta": self.meta,
-                 "parts": {key: part.state_dict() for key, part in self.parts.items()}}  # fmt: skip
         if self.run.rank == 0:
-            write(self.run.folder / "last.pt", state, keep_previous=True)
+            logged = self.log_file.stat().st_size if self.log_file.exists() else 0
+            write(self.run.folder / "last.pt",
+                  {"script": self.run.script, "phase": self.name, "step": self.step, "steps": self.steps,
+                   "best": self.best, "logged": logged, "meta": self.meta,
+                   "parts": {key: part.state_dict() for key, part in self.parts.items()}}, keep_previous=True)
 
     def batches(self, dataset) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         """From this step on: images (B, M, 3, H, W) normalised and labels (B, H, W) int64, on the device, and names."""
         run, args, asked = self.run, self.run.args, time.time()
-        keys = batch_keys(len(dataset), args.batch_size, args.seed, self.step, self.steps, run.rank, run.world)
+        steps = range(self.step, self.steps)
+        keys = batch_keys(len(dataset), args.batch_size, args.seed, steps, run.rank, run.world)
         for images, labels, names in loader(dataset, keys, args.workers, run.device):
             self.waited += time.time() - asked
             images = images.to(run.device, non_blocking=True)

@@ -19,10 +19,9 @@ def check_output(path: str | Path | None, ending: str = "") -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist.")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file.")
     if path.exists() and not (path.is_file() and MARK.encode() in path.open("rb").read(200)):
-        raise ValueError(f"{path} exists and is not marked as {MARK}; choose another name, or remove it.")
+        what = "is a folder" if path.is_dir() else f"exists and is not marked as {MARK}"
+        raise ValueError(f"{path} {what}; choose the name of another file.")
 
 
 def write_output(path: str | Path, content: str | bytes) -> None:
@@ -40,10 +39,7 @@ def write_picture(path: str | Path, image: Image.Image) -> None:
 
 
 def replace(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Writes beside, flushes, reads back and renames; `previous` is where the old file goes.
-
-    Raises OSError with the space needed when the disk is full; the old file stays as it was.
-    """
+    """Writes beside, flushes, reads back and renames: an OSError leaves the old file, which else goes to `previous`."""
     beside = path.with_name(f"{path.name}.new")
     try:
         with open(beside, "wb") as file:
@@ -59,6 +55,3 @@ def replace(path: Path, content: bytes, previous: Path | None = None) -> None:
         beside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error.strerror or error}); what was there before is still there. "
                       f"{len(content) / 2**20:.1f} MB of free space are needed.") from error  # fmt: skip
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name itself must reach the disk
-    os.close(folder)

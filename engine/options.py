@@ -48,17 +48,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive(kind: type, zero: bool = False, most: float = 1e9):
-    """Type of an option: a number of this kind above 0 (or from 0 on), up to `most`."""
+def number(kind: type, least: float, most: float = 1e9):
+    """Type of an option: a number of this kind from `least` to `most`."""
 
     def parse(text: str):
-        value = kind(text)
-        if not 0 <= value <= most or (value == 0 and not zero):
+        if not least <= kind(text) <= most:
             raise ValueError
-        return value
+        return kind(text)
 
-    parse.__name__ = f"{kind.__name__} {'from 0' if zero else 'above 0'}{'' if most == 1e9 else f' to {most:g}'}"
+    parse.__name__ = f"{kind.__name__} from {least:g} to {most:g}"
     return parse
+
+
+COUNT, COUNT_OR_0, SIDE = number(int, 1), number(int, 0), number(int, 32)
+RATE, WEIGHT, SHARE = number(float, 1e-9), number(float, 0), number(float, 0, 1)
 
 
 def names(text: str) -> list[str]:
@@ -68,14 +71,8 @@ def names(text: str) -> list[str]:
     return found
 
 
-def path(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the name is empty; is a variable of the shell not set?")
-    return text
-
-
 def run_folder(text: str) -> str:
-    return str(pathlib.Path(path(text)).parent) if text.endswith(".pt") else path(text)
+    return str(pathlib.Path(text).parent) if text.endswith(".pt") else text
 
 
 def device(text: str) -> str:
@@ -84,23 +81,19 @@ def device(text: str) -> str:
     return text
 
 
-COUNT, RATE, COUNT_OR_0, WEIGHT = positive(int), positive(float), positive(int, zero=True), positive(float, zero=True)
-SHARE = positive(float, zero=True, most=1.0)
-
-
 def common_options(script: str, doc: str) -> Parser:
     """What both stages have: data, training, run. The defaults of what the recipe decides come later, in `parse`."""
     parser = Parser(script, doc)
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
-    add("--root", type=path, help="its folder, laid out as in docs/data.md; None: data/DELIVER and the like")
+    add("--root", help="its folder, laid out as in docs/data.md; None: data/DELIVER and the like")
     add("--modalities", type=names, help="by comma. None: all; of MUSES all but radar, of NYUv2 rgb,depth")
     add("--depth", choices=("hha", "raw"), default="hha", help="of DELIVER and NYUv2; published models: hha")
-    add("--label-map", type=path, help='folder: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
+    add("--label-map", help='folder: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
     add("--classes", type=int, choices=(13, 40), default=40, help="NYUv2: which of its two label sets")
     add("--hold-out", type=COUNT_OR_0, default=0, metavar="N", help="NYUv2: validate on N frames of the train list")
-    add("--size", type=COUNT, help="side of the training crop in pixels, from 32 on")
-    add("--val-size", type=COUNT, help="shorter side in validation and evaluation. None: --size")
+    add("--size", type=SIDE, help="side of the training crop in pixels, from 32 on: the coarsest stage needs them")
+    add("--val-size", type=SIDE, help="shorter side in validation and evaluation. None: --size")
     add("--limit", type=COUNT, help="use only N frames of each split, spread evenly; for trials")
     add("--skip-broken", type=COUNT_OR_0, default=0, metavar="N", help="leave out at most N broken frames, listed")
     add("--workers", type=COUNT_OR_0, help="loader processes; more while the log's data_wait is above 0.05")
@@ -116,9 +109,9 @@ def common_options(script: str, doc: str) -> Parser:
     add("--eval-every", type=RATE, help="epochs between validations (fractions allowed); the best model is kept")
     add("--seed", type=COUNT_OR_0, default=0, help="same seed, same machine: same numbers")
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=path, help="run folder, new or empty. None: runs/DATA; in stage 2 that of --stage1")
-    add("--resume", type=path, metavar="RUN", help="continue this run exactly: its folder, or a file in it")
-    add("--config", type=path, metavar="FILE", help="take the options of a run's config.json; others overrule them")
+    add("--out", help="run folder, new or empty. None: runs/DATA; in stage 2 that of --stage1")
+    add("--resume", metavar="RUN", help="continue this run exactly: its folder, or a file in it")
+    add("--config", metavar="FILE", help="take the options of a run's config.json; others overrule them")
     add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="bit-for-bit repeatable on a GPU as well; slower")
     add("--save-every", type=COUNT, default=200, metavar="STEPS", help="steps between last.pt")
@@ -157,6 +150,8 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     argv, saved = sys.argv[1:] if argv is None else argv, {}
     plain = [word for word in argv if word not in ("-h", "--help")]  # help waits until its defaults are known
     args = parser.parse_args(plain)
+    if empty := [name for name, value in vars(args).items() if not str(value).strip()]:
+        parser.error(f"{argument(empty[0], '')} is empty; is a variable of the shell not set?")
     if vars(args).get("stage1"):
         stage1 = saved_options(parser, args.stage1, "train_stage1.py")[1]
         saved = {name: stage1[name] for name in INHERITED if name in stage1}
@@ -178,8 +173,6 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
                 parser.error(f"{argument(name, getattr(args, name))} contradicts {file}, which has "
                              f"{argument(name, own[name])}: start a new run with --config {file} --out DIR.")
     args.root, args.val_size = args.root or ROOTS.get(args.data), args.val_size or args.size
-    if min(args.size, args.val_size) < 32:
-        parser.error("--size and --val-size must be at least 32: the coarsest stage needs that many pixels.")
     return args
 
 
@@ -187,8 +180,8 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     parser = common_options("train_stage1.py", doc)
     add = parser.add_argument_group("model").add_argument
     add("--backbone", help="segformer_b0..b5, cmnext_b0..b5; for trials segformer_tiny, cmnext_tiny")
-    add("--pretrained", type=path, help="MiT ImageNet weights or a published model's, to start the teacher from")
-    add("--teacher", type=path, help="a trained teacher: skip its training")
+    add("--pretrained", help="MiT ImageNet weights or a published model's, to start the teacher from")
+    add("--teacher", help="a trained teacher: skip its training")
     add = parser.add_argument_group("stage 1").add_argument
     add("--epochs", type=RATE, help="of the teacher, on all modalities")
     add("--distill-epochs", type=WEIGHT, help="of the robust model, modalities dropped; 0: the teacher only")
@@ -219,8 +212,8 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     parser = common_options("train_stage2.py", doc)
     add = parser.add_argument_group("models").add_argument
     add("--stage1", type=run_folder, metavar="RUN", help="run folder of stage 1, or one of its models: both are used")
-    add("--teacher", type=path, help="the full-modality teacher, instead of --stage1")
-    add("--robust", type=path, help="the robust model, instead of --stage1")
+    add("--teacher", help="the full-modality teacher, instead of --stage1")
+    add("--robust", help="the robust model, instead of --stage1")
     add = parser.add_argument_group("stage 2").add_argument
     add("--fsm-epochs", type=RATE, help="of the feature selection, which has few parameters and needs few")
     add("--student-epochs", type=WEIGHT, help="of the final student, from the robust model on; 0: the selection only")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import fitting
+from engine.checkpoint import fitting, require
 
 
 class LoadReport(NamedTuple):
@@ -79,7 +79,7 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     Raises FileNotFoundError, or ValueError if the file cannot be read or does not fit; then nothing is loaded.
     """
     state = read_file(Path(path))
-    modalities = state["meta"].get("modalities") if isinstance(state.get("meta"), dict) else None
+    meta = state["meta"] if isinstance(state.get("meta"), dict) else {}
     for key in ("model", "state_dict", "model_state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
@@ -87,9 +87,8 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     part = "encoder" if source.endswith("encoder") else "model"
     parts = ("stages.",) if part == "encoder" else ("stages.", "aux.", "decoder.", "fusion_logits", "_extra_state")
     own, is_cmnext = model.state_dict(), hasattr(model, "aux")
-    if modalities not in (None, model.modalities) and (is_cmnext or "decoder.film" in state):
-        raise ValueError(f"{path} has weights of their own for each of {', '.join(modalities)}, in this order; "
-                         f"this model has {', '.join(model.modalities)}.")  # fmt: skip
+    if "modalities" in meta and (is_cmnext or "decoder.film" in state):  # with weights of its own for each modality
+        require(path, meta, {"modalities": model.modalities})
     found, unexpected = {}, []
     for name in sorted(state, key=lambda name: (len(name), name)):  # part 10 after part 9
         new = name

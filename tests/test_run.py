@@ -190,7 +190,7 @@ def test_a_corrupt_last_checkpoint_costs_only_the_steps_since_the_one_before(who
     (tmp_path / "last.pt").write_bytes(data)
     capfd.readouterr()
     assert train(1, ["--resume", str(tmp_path)]) == 0
-    assert re.match(r"warning: .*last.pt is corrupt: .* Continuing from .*last.previous.pt, step 2\.\n$",
+    assert re.match(r"warning: .*last.pt is corrupt, or .* Continuing from .*last.previous.pt, step 2\.\n$",
                     capfd.readouterr().err)  # fmt: skip
     assert differences(whole / "1", tmp_path) == []
 
@@ -313,14 +313,14 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
 
 @pytest.mark.parametrize("stage, argv, sentence", [
     (1, ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
-    (1, ["--batch-size", "0"], "argument --batch-size: invalid int above 0 value: '0'"),
-    (1, ["--lr", "nan"], "argument --lr: invalid float above 0 value: 'nan'"),
-    (1, ["--epochs", "inf"], "argument --epochs: invalid float above 0 value: 'inf'"),
-    (1, ["--out", ""], "argument --out: the name is empty; is a variable of the shell not set?"),
-    (1, ["--teacher", " "], "argument --teacher: the name is empty"),
-    (1, ["--epochs", "1e308"], "argument --epochs: invalid float above 0 value: '1e308'"),
+    (1, ["--batch-size", "0"], "argument --batch-size: invalid int from 1 to 1e+09 value: '0'"),
+    (1, ["--lr", "nan"], "argument --lr: invalid float from 1e-09 to 1e+09 value: 'nan'"),
+    (1, ["--epochs", "inf"], "argument --epochs: invalid float from 1e-09 to 1e+09 value: 'inf'"),
+    (1, ["--out", ""], "--out= is empty; is a variable of the shell not set?"),
+    (1, ["--teacher", " "], "--teacher= is empty"),
+    (1, ["--epochs", "1e308"], "argument --epochs: invalid float from 1e-09 to 1e+09 value: '1e308'"),
     (1, ["--device", "gpu"], "argument --device: 'gpu' must be auto, cpu, cuda or cuda:N"),
-    (1, ["--size", "16"], "--size and --val-size must be at least 32"),
+    (1, ["--size", "16"], "argument --size: invalid int from 32 to 1e+09 value: '16'"),
     (1, ["--teacher", "a.pt", "--pretrained", "b.pth"], "--teacher and --pretrained contradict"),
     (1, ["--resume", "nowhere"], "nowhere/config.json holds no options of train_stage1.py"),
     (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr=0.5 contradicts WHOLE/1/config.json, which has --lr=0.002: "),
@@ -440,16 +440,16 @@ def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd)
 
 def test_shards_are_disjoint_complete_and_the_same_stream_for_any_number_of_processes():
     frames, size, seed, steps = 13, 12, 5, 26
-    one = list(loop.batch_keys(frames, size, seed, 0, steps, 0, 1))
+    one = list(loop.batch_keys(frames, size, seed, range(steps), 0, 1))
     for world in (2, 3, 4):
-        shards = [list(loop.batch_keys(frames, size, seed, 0, steps, rank, world)) for rank in range(world)]
+        shards = [list(loop.batch_keys(frames, size, seed, range(steps), rank, world)) for rank in range(world)]
         for step, batch in enumerate(one):
             parts = [shard[step] for shard in shards]
             assert {len(part) for part in parts} == {size // world} and sorted(sum(parts, [])) == sorted(batch)
     keys = [key for batch in one for key in batch]
     for epoch in range(steps * size // frames):
         assert sorted(index for e, index in keys if e == epoch) == list(range(frames))
-    assert list(loop.batch_keys(frames, size, seed, 7, steps, 0, 1)) == one[7:]
+    assert list(loop.batch_keys(frames, size, seed, range(7, steps), 0, 1)) == one[7:]
 
 
 def in_two_processes(log: pathlib.Path, act) -> None:

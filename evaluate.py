@@ -26,7 +26,7 @@ import metrics
 from data import FrameDataset, normalise, random_missing, sensor_noise
 from engine import loop, runs
 from engine.files import MARK, check_output, write_output
-from engine.options import COUNT, COUNT_OR_0, RECIPES, Parser, device, names
+from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, Parser, names
 from engine.subsets import all_subsets, ensemble_predictor, predictor, switch_predictor
 from engine.trained import caption, load_models, open_data
 
@@ -60,7 +60,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=COUNT, help="only N frames, spread evenly")
     add("--batch-size", type=COUNT, default=8, help="frames; changes memory and speed only")
     add("--workers", type=COUNT_OR_0, default=0, help="loader processes")
-    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", choices=DEVICES, default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
     add("--seed", type=COUNT_OR_0, default=0, help="of the rmm and nm corruptions")
     add = parser.add_argument_group("models and output").add_argument

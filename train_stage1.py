@@ -106,9 +106,7 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
                 phase.best = scores["miou"]
                 run.save_model("teacher", teacher, meta)
         if phase.due(args.save_every) or run.stopping:
-            phase.save()
-        if run.stopping:
-            phase.leave()
+            phase.save()  # and end here, if a signal or the clock asked for it
 
 
 def train_robust(
@@ -142,8 +140,8 @@ def train_robust(
         lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
         generator = loop.seed_step(args.seed, "robust", phase.step, run.rank)
         model.train()
-        present = run.share(draw_present(args.batch_size, modalities, generator, args.complete))  # (B, M)
-        match = run.share(hpdm.draw_match(args.batch_size, modalities, args.match, generator))  # (B, M)
+        present = draw_present(args.batch_size, modalities, generator, args.complete)[run.share]  # (B, M)
+        match = hpdm.draw_match(args.batch_size, modalities, args.match, generator)[run.share]  # (B, M)
         there, match = present.to(run.device, non_blocking=True), match.to(run.device, non_blocking=True)
 
         with loop.autocast(run.device, args.amp):
@@ -196,9 +194,7 @@ def train_robust(
                 if args.feedback:
                     run.save_model("teacher", teacher, meta)
         if phase.due(args.save_every) or run.stopping:
-            phase.save()
-        if run.stopping:
-            phase.leave()
+            phase.save()  # and end here, if a signal or the clock asked for it
 
 
 def feedback_losses(

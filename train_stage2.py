@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
                          f"{begun['phase']}): finish it with train_stage1.py --resume {args.stage1}, or name its files "
                          "with --teacher and --robust.")  # fmt: skip
     train, val = run.open_splits()
-    state = run.claim(("fsm", "student"), after=args.stage1)
+    state = run.claim(("fsm", "student"))
 
     meta = describe(args, train, "")
     expect = {name: meta[name] for name in SAME}
@@ -76,7 +76,7 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
         lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
         generator = loop.seed_step(args.seed, "fsm", phase.step, run.rank)
         model.train()
-        present = run.share(draw_present(args.batch_size, modalities, generator, args.complete))  # (B, M)
+        present = draw_present(args.batch_size, modalities, generator, args.complete)[run.share]  # (B, M)
 
         with loop.autocast(run.device, args.amp):
             with torch.no_grad():
@@ -103,9 +103,7 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
                 phase.best = scores["miou"]
                 run.save_model("fsm", fsm, meta)
         if phase.due(args.save_every) or run.stopping:
-            phase.save()
-        if run.stopping:
-            phase.leave()
+            phase.save()  # and end here, if a signal or the clock asked for it
 
 
 def train_student(
@@ -128,7 +126,7 @@ def train_student(
         lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
         generator = loop.seed_step(args.seed, "student", phase.step, run.rank)
         model.train()
-        present = run.share(draw_present(args.batch_size, modalities, generator, args.complete))  # (B, M)
+        present = draw_present(args.batch_size, modalities, generator, args.complete)[run.share]  # (B, M)
 
         with loop.autocast(run.device, args.amp):
             if fsm:
@@ -159,9 +157,7 @@ def train_student(
                 phase.best = scores["miou"]
                 run.save_model("student", student, meta)
         if phase.due(args.save_every) or run.stopping:
-            phase.save()
-        if run.stopping:
-            phase.leave()
+            phase.save()  # and end here, if a signal or the clock asked for it
 
 
 if __name__ == "__main__":

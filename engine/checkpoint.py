@@ -1,7 +1,7 @@
 """Checkpoints that nothing can ruin: atomic, checked, self-describing, and read without running any code.
 
     save_model("student.pt", model, meta)          model, meta = load_model("student.pt", device)
-    write(folder / "last.pt", state)               state = load_last(folder)     # the newest valid one, or None
+    write(folder / "last.pt", state)               state = load_last(folder)     # or the one before it, or None
 """
 
 import contextlib
@@ -54,20 +54,16 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
 
 
 def load_last(folder: Path) -> dict | None:
-    """The newest valid of a run's checkpoints, with a warning if it is not the first; None if there is none at all."""
-    problem = None
-    for file in filter(Path.exists, (folder / "last.pt", folder / "last.previous.pt")):
-        try:
-            state = read(file, "training run")
-        except ValueError as error:
-            problem = problem or error
-            continue
-        if problem:
-            print(f"warning: {problem} Continuing from {file}, step {state['step']}.", file=sys.stderr)
+    """A run's last checkpoint, or with a warning the one before if that is corrupt; None if there is none at all."""
+    last, previous = folder / "last.pt", folder / "last.previous.pt"
+    try:
+        return read(last, "training run") if last.exists() or previous.exists() else None
+    except (ValueError, OSError) as error:
+        if not previous.exists():
+            raise
+        state = read(previous, "training run")
+        print(f"warning: {error} Continuing from {previous}, step {state['step']}.", file=sys.stderr)
         return state
-    if problem:
-        raise ValueError(f"{problem} No valid checkpoint is left in {folder}; start again in another folder.")
-    return None
 
 
 def save_model(path: Path, model: nn.Module, meta: dict) -> None:
@@ -99,7 +95,7 @@ def fitting(failure: str):
     try:
         yield
     except Exception as error:
-        why = " ".join(str(error).split()[:40]).split(". ")[0]  # torch's first sentence, or as much of it as one reads
+        why = " ".join(str(error).split()[:40]).split(". ")[0].rstrip(".")  # torch can say pages: its first sentence
         raise ValueError(f"{failure}: {why or type(error).__name__}.") from error
 
 

@@ -25,8 +25,7 @@ PHASES = ("teacher", "robust", "fsm", "student")
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0, signal.SIGALRM: 0}
 
 
-def batch_keys(frames: int, batch_size: int, seed: int, steps: range, rank: int, world: int
-               ) -> Iterator[list[tuple[int, int]]]:
+def batch_keys(frames: int, batch_size: int, seed: int, steps: range, share: slice) -> Iterator[list[tuple[int, int]]]:
     """(epoch, index) of this process's share of the batch of each of these steps.
 
     The run is one endless stream of frames, a fresh permutation per epoch, cut into batches: every frame is seen once
@@ -35,7 +34,7 @@ def batch_keys(frames: int, batch_size: int, seed: int, steps: range, rank: int,
     order_of = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(frames).tolist())
     for step in steps:
         places = [divmod(position, frames) for position in range(step * batch_size, (step + 1) * batch_size)]
-        yield [(epoch, order_of(epoch)[place]) for epoch, place in places[rank::world]]
+        yield [(epoch, order_of(epoch)[place]) for epoch, place in places[share]]
 
 
 def quiet_worker(_: int) -> None:
@@ -121,9 +120,8 @@ def summarise(results: list[dict]) -> dict[str, float]:
 
 
 def keep_freed_memory() -> None:
-    """For CPU runs on Linux. The C library returns large blocks to the system as soon as they are free, and the system
-    clears every page of them when the next step asks again: 5 to 25 % of a B0 step. Told so, it keeps them.
-    """
+    """For CPU runs on Linux. The C library gives large blocks back as soon as they are free, and the system clears all
+    their pages when the next step asks again: 5 to 25 % of a B0 step. Told so, it keeps them."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, another system: nothing to tell
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping

@@ -1,14 +1,11 @@
-"""The command lines of both training stages, and each data set's recipe.
-
-`--data` picks the recipe, whose values become the defaults: `python train_stage1.py --data deliver --help` shows them.
-"""
+"""The command lines of both training stages, and each data set's recipe, which `--data` picks: its values become the
+defaults, as `python train_stage1.py --data deliver --help` shows."""
 
 import argparse
 import contextlib
 import json
 import os
 import pathlib
-import re
 import sys
 
 # As published (docs/paper_vs_code.md), where it is: the batch size is usual on DELIVER, alpha was chosen on real frames
@@ -60,6 +57,7 @@ def number(kind: type, least: float, most: float = 1e9):
     return parse
 
 
+DEVICES = ("auto", "cpu", "cuda", *(f"cuda:{n}" for n in range(16)))
 COUNT, COUNT_OR_0, SIDE = number(int, 1), number(int, 0), number(int, 32)
 RATE, WEIGHT, SHARE = number(float, 1e-9), number(float, 0), number(float, 0, 1)
 
@@ -73,12 +71,6 @@ def names(text: str) -> list[str]:
 
 def run_folder(text: str) -> str:
     return str(pathlib.Path(text).parent) if text.endswith(".pt") else text
-
-
-def device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"'{text}' must be auto, cpu, cuda or cuda:N")
-    return text
 
 
 def common_options(script: str, doc: str) -> Parser:
@@ -112,7 +104,7 @@ def common_options(script: str, doc: str) -> Parser:
     add("--out", help="run folder, new or empty. None: runs/DATA; in stage 2 that of --stage1")
     add("--resume", metavar="RUN", help="continue this run exactly: its folder, or a file in it")
     add("--config", metavar="FILE", help="take the options of a run's config.json; others overrule them")
-    add("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", choices=DEVICES, default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="bit-for-bit repeatable on a GPU as well; slower")
     add("--save-every", type=COUNT, default=200, metavar="STEPS", help="steps between last.pt")
     add("--max-minutes", type=RATE, help="save and stop by the clock, exit status 0")

@@ -4,6 +4,7 @@
     print(report.source, len(report.loaded), report.missing, report.unexpected)
 """
 
+import io
 import itertools
 import json
 import re
@@ -42,10 +43,9 @@ NAMES = {
     r"c_nets\.0": "gate",
     r"^extra_norm\.(\d)": r"aux.\1.norm",
     r"^FRMs\.(\d)\.(channel|spatial)_weights\.mlp": r"aux.\1.frm.\2",
-    r"^FFMs\.(\d)\.cross(\.cross_attn)?": r"aux.\1.ffm",
-    r"^FFMs\.(\d)\.channel_emb\.residual": r"aux.\1.ffm.residual",
-    r"^FFMs\.(\d)\.channel_emb\.channel_embed": r"aux.\1.ffm.mix",
-    r"^FFMs\.(\d)\.channel_emb\.norm": r"aux.\1.ffm.bn",
+    r"channel_emb\.norm": "channel_emb.bn",
+    r"channel_emb\.channel_embed": "channel_emb.mix",
+    r"^FFMs\.(\d)\.(cross\.cross_attn|cross|channel_emb)": r"aux.\1.ffm",
     r"^linear_c\.(\d)\.proj": r"decoder.linear.\1",
     r"^linear_fuse\.conv": "decoder.fuse",
     r"^linear_fuse\.bn": "decoder.bn",
@@ -66,8 +66,7 @@ NAMES = {
     r"mlp\.dense": "mlp.fc",
     r"dwconv\.dwconv": "dwconv",
 }
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 def load_pretrained(model: nn.Module, path: str) -> LoadReport:
@@ -101,7 +100,7 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
         value = state[name][None] if row and new.startswith("aux.") else state[name]  # else keys, values
         found[new] = torch.cat((found[new], value)) if new in found else value
     tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    for name in found.keys() & tensors.keys():
+    for name in [name for name in found if name in tensors]:
         if tensors[name].ndim == 2 and found[name].shape[2:] == (1, 1):
             found[name] = found[name][:, :, 0, 0]  # a 1x1 convolution there, the linear layer that equals it here
         if tensors[name].shape != found[name].shape:
@@ -129,21 +128,17 @@ def read_file(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist, or is no file.")
     with fitting(f"{path} is not a readable checkpoint of tensors"):
-        with open(path, "rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"
-        state = read_safetensors(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+        data = bytearray(path.read_bytes())
+        if data[8:9] == b"{":  # 8 bytes: n; n bytes of JSON: {name: {dtype, shape, data_offsets}}; the tensors' bytes
+            n = int.from_bytes(data[:8], "little")
+            state = json.loads(data[8 : 8 + n])
+            state.pop("__metadata__", None)
+            raw = torch.frombuffer(data, dtype=torch.uint8)[8 + n :]
+            for name, about in state.items():
+                start, end = about["data_offsets"]
+                state[name] = raw[start:end].clone().view(DTYPES[about["dtype"]]).reshape(about["shape"])
+        else:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights.")
     return state
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """8 bytes: length n; n bytes of JSON: {name: {dtype, shape, data_offsets [from, to]}}; then the tensors' bytes."""
-    data = bytearray(path.read_bytes())
-    n = int.from_bytes(data[:8], "little")
-    raw, tensors = torch.frombuffer(data, dtype=torch.uint8)[8 + n :], {}
-    for name, about in json.loads(data[8 : 8 + n]).items():
-        if name != "__metadata__":
-            start, end = about["data_offsets"]
-            tensors[name] = raw[start:end].clone().view(DTYPES[about["dtype"]]).reshape(about["shape"])
-    return tensors

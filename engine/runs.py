@@ -29,6 +29,7 @@ class Run:
     def __init__(self, args, script: str):
         self.args, self.script = args, script
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.share = slice(self.rank, None, self.world)  # this process's rows of what is drawn for the whole batch
         cuda = torch.cuda.is_available() and args.device != "cpu"
         if not cuda and args.device.startswith("cuda"):
             raise ValueError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu.")
@@ -42,11 +43,8 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
 
-    def claim(self, phases: tuple[str, ...], after: str | None = None) -> dict | None:
-        """Takes the run folder for these phases -> the state to continue from, or None. Never overwrites a run.
-
-        after: the folder of stage 1, in which stage 2 may go on.
-        """
+    def claim(self, phases: tuple[str, ...]) -> dict | None:
+        """Takes the run folder for these phases -> the state to continue from, or None. Never overwrites a run."""
         args, self.folder, self.signalled, self.stopping = self.args, Path(self.args.out), 0, 0
         if args.batch_size % self.world:
             raise ValueError(f"--batch-size {args.batch_size} counts all processes: make it a multiple of {self.world}")
@@ -60,12 +58,12 @@ class Run:
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would go on to loader workers
             except (BlockingIOError, PermissionError):
-                raise ValueError(f"another process trains in {self.folder}: wait, or choose another folder with --out."
-                                 ) from None
+                raise ValueError(f"another process trains in {self.folder}: wait, or choose another --out.") from None
             except OSError:
                 pass  # a file system without locks
         state = load_last(self.folder)
         ours = state is not None and state["script"] == self.script
+        after = vars(args).get("stage1")  # in whose folder stage 2 may go on
         follows = not ours and after and self.folder.resolve() == Path(after).resolve()
         files = [f"{phase}.pt" for phase in phases] + ([] if follows else ["last.pt", "log.jsonl"])
         used = [name for name in files if (self.folder / name).exists()]
@@ -105,10 +103,6 @@ class Run:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.device.type == "cuda" else model
             model = nn.parallel.DistributedDataParallel(model)
         return torch.compile(model) if self.args.compile else model
-
-    def share(self, rows: Tensor) -> Tensor:
-        """This process's rows of what was drawn for the whole batch: no draw depends on the number of processes."""
-        return rows[self.rank :: self.world]
 
     def total(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         """Sum (or another `op`) over the processes."""
@@ -164,19 +158,23 @@ class Phase:
         self.sums, self.began, self.waited, self.reported = {}, time.time(), 0.0, self.step
 
     def save(self) -> None:
-        """last.pt, all that `--resume` continues from."""
-        if self.run.rank == 0:
-            logged = self.log_file.stat().st_size if self.log_file.exists() else 0
-            write(self.run.folder / "last.pt",
-                  {"script": self.run.script, "phase": self.name, "step": self.step, "steps": self.steps,
-                   "best": self.best, "logged": logged, "meta": self.meta,
-                   "parts": {key: part.state_dict() for key, part in self.parts.items()}}, keep_previous=True)
+        """last.pt, all that `--resume` continues from. Ends the run if a signal or the clock asked for that."""
+        run, logged = self.run, self.log_file.stat().st_size if self.log_file.exists() else 0
+        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        state = {"script": run.script, "phase": self.name, "step": self.step, "steps": self.steps, "best": self.best,
+                 "logged": logged, "meta": self.meta, "parts": parts}
+        if run.rank == 0:
+            write(run.folder / "last.pt", state, keep_previous=True)
+        if run.stopping:
+            run.meet()  # torchrun ends the others soon after the first has left
+            name = signal.Signals(run.stopping).name
+            run.say(f"stopped by {name} after step {self.step}; continue with --resume {run.folder}")
+            raise SystemExit(EXIT_STATUS[run.stopping])
 
     def batches(self, dataset) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         """From this step on: images (B, M, 3, H, W) normalised and labels (B, H, W) int64, on the device, and names."""
         run, args, asked = self.run, self.run.args, time.time()
-        steps = range(self.step, self.steps)
-        keys = batch_keys(len(dataset), args.batch_size, args.seed, steps, run.rank, run.world)
+        keys = batch_keys(len(dataset), args.batch_size, args.seed, range(self.step, self.steps), run.share)
         for images, labels, names in loader(dataset, keys, args.workers, run.device):
             self.waited += time.time() - asked
             images = images.to(run.device, non_blocking=True)
@@ -211,9 +209,8 @@ class Phase:
         run, seconds, steps = self.run, time.time() - self.began, self.step - self.reported
         means = run.total(torch.stack(list(self.sums.values()))) / (steps * run.world)
         self.log(**dict(zip(self.sums, means.tolist(), strict=True)), lr=lr, data_wait=self.waited / seconds,
-                 images_per_second=steps * run.args.batch_size / seconds,
-                 minutes_left=(self.steps - self.step) * seconds / steps / 60,
-                 peak_memory_mb=peak_memory(run.device))  # fmt: skip
+                 images_per_second=steps * run.args.batch_size / seconds, peak_memory_mb=peak_memory(run.device),
+                 minutes_left=(self.steps - self.step) * seconds / steps / 60)
         self.sums, self.began, self.waited, self.reported = {}, time.time(), 0.0, self.step
 
     def log(self, **values: float) -> None:
@@ -226,32 +223,25 @@ class Phase:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.run.say(f"{self.name} step {self.step} of {self.steps}: {shown}")
 
-    def leave(self) -> None:
-        """Ends the run, whose state is saved, as a signal or the clock asked for."""
-        self.run.meet()  # torchrun ends the others soon after the first has left
-        self.run.say(f"stopped by {signal.Signals(self.run.stopping).name} after step {self.step}; "
-                     f"continue with --resume {self.run.folder}")
-        raise SystemExit(EXIT_STATUS[self.run.stopping])
-
 
 def guarded(main: Callable, *arguments) -> int:
     """Runs a script's main -> exit status; what the user can mend is told in one sentence, status 2."""
-    status = 0
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot print
     try:
         main(*arguments)
+        return 0
     except SystemExit as end:
-        status = end.code
+        return end.code
     except KeyboardInterrupt:
-        status = EXIT_STATUS[signal.SIGINT]
+        return EXIT_STATUS[signal.SIGINT]
     except Exception as error:
         mendable, text = isinstance(error, (ValueError, OSError)), str(error).strip()
         if text.startswith("Caught "):  # a loader worker sends a traceback, the sentence in its last line
             text = text.splitlines()[-1].partition(": ")[2]
         print(f"\nerror: {text}" if mendable else traceback.format_exc(), file=sys.stderr)
-        status = 2 if mendable else 1
         # The loader lives on in the frames of the error, its workers with it, and Python would wait for them for ever.
         traceback.clear_frames(error.__traceback__)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return status
+        return 2 if mendable else 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -83,7 +83,7 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         model.train()
         present = torch.ones(images.shape[:2], dtype=torch.bool)  # (B, M)
         if args.teacher_subsets:
-            some = run.share(draw_present(args.batch_size, modalities, generator))
+            some = draw_present(args.batch_size, modalities, generator)[run.share]
             present, labels = torch.cat((present, some)), labels.repeat(2, 1, 1)  # (2 B, M), (2 B, H, W)
 
         with loop.autocast(run.device, args.amp):

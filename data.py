@@ -9,8 +9,8 @@ Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 
 import argparse
 import math
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,14 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from datasets import synthetic
+from datasets.derived import frame_rng
 from datasets.export import export
-from datasets.files import IGNORED, checked, learn_ranges, read_images, read_label
-from datasets.layouts import DATASETS, LAYOUTS, Frame, find_frames, label_table, open_layout, spread
+from datasets.files import IGNORED, Frame, learn_ranges, nearest, read_frame
+from datasets.layouts import DATASETS, LAYOUTS, find_frames, label_table, open_layout, spread
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
 BLUR = ImageFilter.Kernel((3, 3), [math.exp(-(x**2 + y**2) / (2 * 0.8**2)) for y in (-1, 0, 1) for x in (-1, 0, 1)])
-ALL = sys.maxsize                       # of `skip_broken`: even if no frame is left
 CACHE_BYTES = 256 * 2**20               # a split of synthetic scenes that fits is kept in memory once painted
 
 
@@ -46,38 +46,22 @@ class FrameDataset(torch.utils.data.Dataset):
         self.normalisation = "all" if name == "synthetic" else "rgb"    # see `normalise`
         self.ranges: dict[str, list] = {}       # of each modality, see `learn_ranges`
         self.broken, self.cache = [], {}
-        self.class_pixels = np.zeros(256, np.int64)     # counted by `open_all`
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def read(self, index: int) -> tuple[list[np.ndarray], np.ndarray]:
         """The frame at its own size: an (H, W, 1 or 3) uint8 or float32 per modality, and the label (H, W) uint8."""
-        frame = self.frames[index]
-        if self.name == "synthetic":
-            if index in self.cache:
-                return self.cache[index]
-            scene = synthetic.paint(0, self.split, index, self.size or 64)
-            item = [scene[modality] for modality in self.modalities], scene["label"]
-            if len(self) * scene["label"].size * (3 * len(self.modalities) + 1) < CACHE_BYTES:
-                self.cache[index] = item
-            return item
-        images, label = self.read_files(frame)
-        files = zip(images, self.modalities, frame.images, strict=True)
-        return [checked(image, modality, path, self.ranges) for image, modality, path in files], label
-
-    def read_files(self, frame: Frame) -> tuple[list[np.ndarray], np.ndarray]:
-        """A frame as `read` has it, but from files, 16 bit as uint16, and of any kind and range."""
-        images = read_images(self.name, self.modalities, frame.images)
-        label = np.full(images[0].shape[:2], IGNORED, np.uint8)
-        label = read_label(self.name, frame.label, self.table, self.palette) if frame.label else label
-        for m, (modality, path) in enumerate(zip(self.modalities, frame.images, strict=True)):
-            (h, w), (H, W) = images[m].shape[:2], label.shape
-            if (h, w) != (H, W) and (self.name, modality) != ("deliver", "event"):
-                raise ValueError(f"{path} has {h} rows of {w} pixels, but {frame.label or frame.images[0]} has "
-                                 f"{H} of {W}; the files of a frame must be aligned")
-            images[m] = nearest(images[m], (H, W)) if (h, w) != (H, W) else images[m]   # eventlowres: 512 x 512
-        return images, label
+        if self.name != "synthetic":
+            frame = self.frames[index]
+            return read_frame(self.name, self.modalities, frame, self.table, self.palette, self.ranges)
+        if index in self.cache:
+            return self.cache[index]
+        scene = synthetic.paint(0, self.split, index, self.size or 64)
+        item = [scene[modality] for modality in self.modalities], scene["label"]
+        if len(self) * scene["label"].size * (3 * len(self.modalities) + 1) < CACHE_BYTES:
+            self.cache[index] = item
+        return item
 
     def describe(self) -> str:
         """One line: name, split, number of frames, each modality with the kind and range of its training values."""
@@ -85,8 +69,8 @@ class FrameDataset(torch.utils.data.Dataset):
         what = ", ".join(modality + kinds.get(modality, "") for modality in self.modalities)
         return f"{self.name} {self.split}, {len(self)} frames: {what}"
 
-    def open_all(self, allowed: int) -> None:
-        """Read every frame once and leave out at most `allowed` broken ones; `broken` holds a sentence for each."""
+    def open_all(self, allowed: int | None) -> None:
+        """Read every frame once and leave out the broken ones, at most `allowed`; `broken` has a sentence for each."""
         def look(index: int) -> tuple[np.ndarray | int, str | None]:
             try:
                 return np.bincount(self.read(index)[1].ravel(), minlength=256), None
@@ -95,10 +79,10 @@ class FrameDataset(torch.utils.data.Dataset):
 
         with ThreadPoolExecutor() as pool:
             pixels, errors = zip(*pool.map(look, range(len(self))), strict=True)
-        self.class_pixels += sum(pixels)
-        self.frames = [frame for frame, error in zip(self.frames, errors, strict=True) if not error]
+        self.class_pixels = sum(pixels, np.zeros(256, np.int64))
         self.broken = list(filter(None, errors))
-        if len(self.broken) > allowed or not self.frames and allowed != ALL:
+        self.frames = [frame for frame, error in zip(self.frames, errors, strict=True) if not error]
+        if allowed is not None and (len(self.broken) > allowed or not self.frames):
             raise ValueError(f"{len(self.broken)} of {len(errors)} {self.split} frames are broken, but --skip-broken "
                              f"is {allowed}; the last one: {self.broken[-1]}")
 
@@ -131,17 +115,8 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(planes, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) or (H, W, C) at size (h, w) by nearest neighbour: row i is the old row floor(i * H / h)."""
-    rows, columns = (np.arange(new) * old // new for old, new in zip(pixels.shape[:2], size, strict=True))
-    return pixels[rows][:, columns]
-
-
 def resized_to(shape: tuple[int, int], size: int | tuple[int, int] | None) -> list[tuple[int, int]]:
-    """The sizes that validation brings a frame (H, W) to, one after the other.
-
-    size: of the shorter side, before both sides go up to a multiple of 32; or exactly (h, w); None: as it is.
-    """
+    """The sizes that validation brings a frame (H, W) to, one after the other; `size` as in `open_dataset`."""
     if not isinstance(size, int):
         return [size] if size else []
     first = tuple(round(side * size / min(shape)) for side in shape)
@@ -153,15 +128,14 @@ def augmented(images: list[np.ndarray], label: np.ndarray, modalities: list[str]
     """What training sees of a frame: images (h, w, C) and label (h, w), with h and w at most `crop`.
 
     Colour jitter and blur of rgb, a flip, the shorter side scaled to `scales` times the crop, a random crop. Here the
-    crop comes before the scaling, so that only what it shows is resized; pixels move by less than one by that.
+    crop comes first, so that only what it shows is resized; pixels move by less than one by that.
     """
     scale, flip = rng.uniform(*scales) * crop / min(label.shape), rng.random() < 0.5
     size = [min(crop, round(side * scale)) for side in label.shape]
     seen = [min(side, round(crop / scale)) for side in label.shape]
     top, left = (int(rng.integers(side - part + 1)) for side, part in zip(label.shape, seen, strict=True))
     window = slice(top, top + seen[0]), slice(left, left + seen[1])
-    images = [jitter(image, rng) if modality == "rgb" else image
-              for image, modality in zip(images, modalities, strict=True)]
+    images = [jitter(images[m], rng) if modality == "rgb" else images[m] for m, modality in enumerate(modalities)]
     images, label = [resize(image[window], size) for image in images], label[window]
     if flip:
         images, label = [image[:, ::-1] for image in images], label[:, ::-1]
@@ -169,10 +143,7 @@ def augmented(images: list[np.ndarray], label: np.ndarray, modalities: list[str]
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """RGB with brightness, contrast and saturation times 0.5..1.5 each, and blurred; each of both in a fifth of cases.
-
-    8 bits come out of it: 16-bit colours lose no more than the jitter changes.
-    """
+    """RGB, in a fifth of cases with brightness, contrast and saturation times 0.5..1.5, in a fifth blurred; 8 bit."""
     colour, blur = rng.random(2) < 0.2
     if not colour and not blur:
         return image
@@ -186,8 +157,9 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def open_dataset(name: str, root: str | Path | None = None, split: str = "train", modalities: list[str] | None = None,
                  size: int | tuple[int, int] | None = None, augment: bool = False, seed: int = 0,
-                 limit: int | None = None, depth: str = "hha", label_map: str | None = None, skip_broken: int = 0,
-                 classes: int = 40, hold_out: int = 0, ranges: dict[str, list] | None = None) -> FrameDataset:
+                 limit: int | None = None, depth: str = "hha", classes: int = 40, hold_out: int = 0,
+                 label_map: str | None = None, skip_broken: int | None = 0,
+                 ranges: dict[str, list] | None = None) -> FrameDataset:
     """Open a split of a data set; what it yields is said at `FrameDataset`.
 
     modalities: which and in which order; None or empty: all, but of MUSES no radar, of nyuv2 no event and lidar, and
@@ -196,7 +168,7 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         (H, W). None leaves frames as they are. Synthetic scenes are painted at `size` (by default 64).
     limit: at most so many frames, spread evenly; for synthetic, the number of scenes. None or 0: all.
     depth: "hha" or "raw", of DELIVER and nyuv2. label_map: for the ids of a folder data set, see `label_table`.
-    skip_broken: if above 0, open every file now and leave out up to so many broken frames, told in `dataset.broken`.
+    skip_broken: if not 0, open every file now and leave out so many broken frames (None: any number), as in `broken`.
     classes, hold_out: of nyuv2, 40 or 13 classes, and how many frames of the train list to validate on, evenly spread
         and not trained on; with 0, validation is on the test list, as everyone reports it.
     ranges: of a checkpoint, what all values must keep to (see `learn_ranges`). None: learnt from the train split.
@@ -231,12 +203,12 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
     dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
     if not ranges:
         train = find_frames(name, layout, root, "train", modalities, hold_out) or frames
-        ranges = learn_ranges(dataset.read_files, spread(train, 16), modalities)
+        ranges = learn_ranges(name, modalities, spread(train, 16), table, palette)
     dataset.ranges = {modality: ranges[modality] for modality in modalities if modality in ranges}
-    if skip_broken:
+    if skip_broken != 0:
         dataset.open_all(skip_broken)
     labels = (dataset.read(i)[1] for i in range(len(dataset)))
-    if split == "train" and skip_broken != ALL and all((label == IGNORED).all() for label in labels):
+    if split == "train" and skip_broken is not None and all((label == IGNORED).all() for label in labels):
         raise ValueError(f"not one pixel of the {len(dataset)} frames of the train split of {root} has a class; look "
                          f"at the labels and --label-map")
     return dataset
@@ -261,16 +233,11 @@ def normalise(images: Tensor, modalities: list[str], how: str) -> Tensor:
 def draw_present(batch_size: int, modalities: int, generator: torch.Generator, complete: float = 0.0) -> Tensor:
     """Which modalities each sample keeps, (B, M) bool: a number uniform in 1..M, then a uniform subset of that size.
 
-    With probability `complete` all of them. `generator` is on the CPU and moves by the same amount in any case.
+    With probability `complete` all of them. `generator` is on the CPU.
     """
     number = torch.randint(1, modalities + 1, (batch_size, 1), generator=generator)
     rank = torch.rand(batch_size, modalities, generator=generator).argsort(1).argsort(1)    # (B, M) permutations
     return (rank < number) | (torch.rand(batch_size, 1, generator=generator) < complete)
-
-
-def frame_rng(seed: int, name: str, modality: int) -> np.random.Generator:
-    """Chance for a modality of a frame: the same in any batch, worker, subset of modalities and on any device."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode(errors="surrogateescape")), modality])
 
 
 def random_missing(images: Tensor, present: Tensor, r: float, names: list[str], seed: int = 0) -> Tensor:
@@ -305,19 +272,16 @@ def sensor_noise(images: Tensor, level: str, names: list[str], modalities: list[
 def check(args: argparse.Namespace) -> int:
     """Count the frames of each split, open every file once, print a sentence per broken frame; 1 when there is any."""
     options = {name: getattr(args, name) for name in ("modalities", "depth", "label_map", "classes")}
-    lines, broken, missing = [], [], None
+    lines, broken = [], []
     for split in synthetic.SPLITS:
-        try:
-            dataset = open_dataset(args.data, args.root, split, skip_broken=ALL, **options)
-        except FileNotFoundError as error:      # a split may be absent, but not all three
-            missing = error
-            continue
-        never = [name for c, name in enumerate(dataset.classes) if not dataset.class_pixels[c]]
-        what = f"; never in a label: {', '.join(never)}" if never else ""
-        lines.append(f"{dataset.describe()}; {len(dataset.broken)} broken{what}")
-        broken += dataset.broken
+        with suppress(FileNotFoundError):       # a split may be absent, but not all three
+            dataset = open_dataset(args.data, args.root, split, skip_broken=None, **options)
+            never = [name for c, name in enumerate(dataset.classes) if not dataset.class_pixels[c]]
+            what = f"; never in a label: {', '.join(never)}" if never else ""
+            lines.append(f"{dataset.describe()}; {len(dataset.broken)} broken{what}")
+            broken += dataset.broken
     if not lines:
-        raise missing
+        open_dataset(args.data, args.root, **options)       # says what is missing
     print("\n".join(lines + broken))
     return 1 if broken else 0
 

@@ -4,7 +4,7 @@
     lidar = derive_lidar(metres, "0001")            # both (H, W, 3) uint8
 
 Not in the paper. No sensor measured these images, so they are always called derived. They are computed while a frame
-loads, at less than the cost of decoding it. Chance comes from (seed, name) alone.
+loads, at less than the cost of decoding it. Chance comes from the frame's name alone.
 """
 import zlib
 
@@ -22,37 +22,40 @@ KEPT, FADE = 0.9, 20.0  # share of the points that return: KEPT * exp(-metres / 
 NOISE = 0.03            # of the range, in metres, at most
 
 
-def inside_border(grey: np.ndarray) -> tuple[slice, slice]:
-    """The rows and columns of an image (H, W) inside its border, such as the white one of NYU Depth v2.
+def inside_border(grey: np.ndarray, axis: int) -> slice:
+    """The lines of an image (H, W), rows or columns, inside its border, such as the white one of NYU Depth v2.
 
     The border: lines of one colour, up to a sixteenth of the image, and the next one, where JPEG mixes the two.
     """
-    slices = []
-    for axis in (1, 0):
-        plain = grey.max(axis) - grey.min(axis) < PLAIN         # (H,), then (W,)
-        first, last = (min(int(line.argmin()), plain.size // 16) for line in (plain, plain[::-1]))
-        slices.append(slice(first + (first > 0), plain.size - last - (last > 0)))
-    return slices[0], slices[1]
+    plain = np.ptp(grey, 1 - axis) < PLAIN          # (H,) for axis 0, (W,) for axis 1
+    first, last = (min(int(line.argmin()), plain.size // 16) for line in (plain, plain[::-1]))
+    return slice(first + (first > 0), plain.size - last - (last > 0))
 
 
-def derive_event(rgb: np.ndarray, metres: np.ndarray, name: str, seed: int = 0) -> np.ndarray:
+def frame_rng(seed: int, name: str, *more: int) -> np.random.Generator:
+    """Chance for a frame: the same in any batch, worker, subset of modalities and on any device."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode(errors="surrogateescape")), *more])
+
+
+def derive_event(rgb: np.ndarray, metres: np.ndarray, name: str) -> np.ndarray:
     """What an event camera sees when it moves a little; the frame's name decides how.
 
     The depth of a pixel tells where its point was before: near points have moved more. The pixel fires if log
     intensity differs by THRESHOLD between the two, to the nearest pixel. Occlusion is not modelled.
 
     rgb: (H, W, 3) uint8; metres: (H, W) float32, its depth. 0 = no measurement, taken as infinitely far, so that only
-        the turn moves it. ValueError if the two differ in size.
-    Returns (H, W, 3) uint8, 0 or 255, as in DELIVER: channel 0 is brighter than before, channel 1 darker, channel 2
-        empty. A border of one colour has no events.
+        the turn moves it. ValueError for another kind or two sizes.
+    Returns (H, W, 3) uint8, 0 or 255, as in DELIVER: brighter than before, darker, empty. A border of one colour has
+        no events.
     """
     H, W = metres.shape
-    if rgb.shape[:2] != (H, W):
-        raise ValueError(f"frame {name}: rgb is {rgb.shape[:2]}, depth {(H, W)}; deriving events needs equal sizes")
-    rng = np.random.default_rng([seed, zlib.crc32(f"event {name}".encode(errors="surrogateescape"))])
+    if rgb.shape != (H, W, 3) or rgb.dtype != np.uint8:
+        raise ValueError(f"frame {name}: rgb is {rgb.dtype} {rgb.shape}, depth {(H, W)}; events are derived from 8-bit "
+                         f"colours and depth of one size")
+    rng = frame_rng(0, f"event {name}")
     forward, sideways, turn = rng.uniform(*FORWARD), rng.uniform(-SIDEWAYS, SIDEWAYS), rng.uniform(-TURN, TURN)
     grey = rgb[..., 1].copy()                                   # green: most of what the eye calls brightness
-    rows, columns = inside_border(grey)
+    rows, columns = inside_border(grey, 0), inside_border(grey, 1)
     level, metres = LOG.take(grey[rows, columns]), metres[rows, columns]        # (h, w)
     h, w = level.shape
     near = (metres > 0) / metres.clip(0.01)                     # 1 / metres, or 0
@@ -68,16 +71,15 @@ def derive_event(rgb: np.ndarray, metres: np.ndarray, name: str, seed: int = 0) 
     return out
 
 
-def derive_lidar(metres: np.ndarray, name: str, seed: int = 0) -> np.ndarray:
+def derive_lidar(metres: np.ndarray, name: str) -> np.ndarray:
     """What a lidar sees: the depth along SCANS rows, with noise, and with fewer returns from far away.
 
     Takes the metres and the name of `derive_event`; no measurement, no return. Returns (H, W, 3) uint8, three equal
     channels, 0 = no return, else 255 - 80 ln(metres / 0.5): 255 up to 0.5 m, 200 at 1 m, 15 at 10 m, 1 from 12 m on.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(f"lidar {name}".encode(errors="surrogateescape"))])
     rows = ((np.arange(SCANS) + 0.5) * len(metres) / SCANS).astype(np.intp)
     scans = metres[rows]                                        # (SCANS, W)
-    chance, noise = rng.random((2, *scans.shape), np.float32)
+    chance, noise = frame_rng(0, f"lidar {name}").random((2, *scans.shape), np.float32)
     returned = (scans > 0) & (chance < KEPT * np.exp(scans / -FADE))
     code = 255 - 80 * np.log((scans + NOISE * (2 * noise - 1)).clip(0.01) / 0.5)
     out = np.zeros((*metres.shape, 3), np.uint8)

@@ -12,7 +12,7 @@ from PIL import Image
 from datasets import synthetic
 from datasets.layouts import CLASSES, read_classes
 
-# The names of synthetic.CLASSES, in that order, in other data sets. Parked and moving cars are the same outdoors.
+# The classes of classes/synthetic.txt, in that order, in other data sets. Parked and moving cars are the same outdoors.
 EXPORT_CLASSES = {
     "deliver": "Sky,Building,Vegetation,Road,RoadLine,SideWalk,Pole,TrafficSign,Static,Cars,Cars,Pedestrian",
     "muses": "sky,building,vegetation,road,road,sidewalk,pole,traffic sign,wall,car,car,person",
@@ -23,14 +23,14 @@ EXPORT_CLASSES = {
 MUSES_WEATHER = {"cloud": "snow/day", "fog": "fog/day", "night": "clear/night", "rain": "rain/day", "sun": "clear/day"}
 
 
-def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarray) -> dict[str, np.ndarray]:
+def scene_files(layout: str, split: str, index: int, scene: dict) -> dict[str, np.ndarray]:
     """A synthetic scene as the files of a data set, path -> uint8 or uint16 for PNG and JPEG, float32 for .npy.
 
     MUSES' radar is every fourth column of the lidar. MCubeS gets 192 empty columns on the left, and depth, events and
     lidar stand in for its AoLP, DoLP and near infrared.
     """
-    rgb, depth, event, lidar = (scene[modality] for modality in ("rgb", "depth", "event", "lidar"))
-    label, condition, case = ids[scene["label"]], scene["condition"], scene["case"]
+    rgb, depth, event, lidar, painted, condition, case = scene.values()
+    label = painted if layout == "folder" else class_ids(layout)[painted]
     if layout == "deliver":
         key = f"{condition}/{split}/MAP_1_point{index % 3 + 1}{'' if case == 'none' else '_' + case}/{index:06d}"
         event = event[::2, ::2] if case == "eventlowres" else event
@@ -42,10 +42,9 @@ def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarra
         key = f"{split}/{MUSES_WEATHER[condition]}/REC{index % 3:04d}_frame_{index:06d}"
         lidar = 15000 + 60 * lidar.astype(np.uint16)    # 0..255 as 0..102 metres
         radar = np.where(np.arange(lidar.shape[1])[:, None] % 4, 15000, lidar).astype(np.uint16)
-        files = {f"frame_camera/{key}_frame_camera.png": rgb, f"event_camera/{key}_event_camera.png": event,
-                 f"lidar/{key}_lidar.png": lidar, f"radar/{key}_radar.png": radar,
-                 f"gt_semantic/{key}_gt_labelTrainIds.png": label}
-        return files if split != "test" else dict(list(files.items())[:-1])
+        labels = {f"gt_semantic/{key}_gt_labelTrainIds.png": label} if split != "test" else {}
+        return {f"frame_camera/{key}_frame_camera.png": rgb, f"event_camera/{key}_event_camera.png": event,
+                f"lidar/{key}_lidar.png": lidar, f"radar/{key}_radar.png": radar, **labels}
     if layout == "mcubes":
         key, angle = f"scene{index % 3}_{split}_{index:06d}", depth[..., 0] * np.float32(np.pi / 255)
         files = {f"polL_color/{key}.png": rgb.astype(np.uint16) * 257, f"polL_aolp_sin/{key}.npy": np.sin(angle),
@@ -54,7 +53,7 @@ def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarra
         return {f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][:array.ndim])
                 for path, array in files.items()}
     if layout == "nyuv2":
-        key, thirteen = f"{split}{index:04d}", class_ids("nyuv2_13")[scene["label"]]
+        key, thirteen = f"{split}{index:04d}", class_ids("nyuv2_13")[painted]
         return {f"RGB/{key}.jpg": rgb, f"HHA/{key}.png": depth, f"Depth/{key}.png": depth[..., 0],
                 f"Label/{key}.png": label + 1, f"Label13/{key}.png": thirteen + 1}
     key = f"{split}/{condition}/{case}/{index:06d}"
@@ -63,7 +62,7 @@ def scene_files(layout: str, split: str, index: int, scene: dict, ids: np.ndarra
 
 
 def class_ids(layout: str) -> np.ndarray:
-    """For each of synthetic.CLASSES its number in a data set's list of classes."""
+    """For each class of the synthetic scenes its number in a data set's list of classes."""
     names, _ = read_classes(CLASSES / f"{layout}.txt")
     return np.array([names.index(name) for name in EXPORT_CLASSES[layout].split(",")], np.uint8)
 
@@ -77,13 +76,12 @@ def export(out: Path, layout: str, count: int, size: int, seed: int) -> None:
         raise ValueError(f"--count {count} leaves a split empty; use 4 or more")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; choose a new folder")
-    ids = class_ids(layout) if layout != "folder" else np.arange(len(synthetic.CLASSES), dtype=np.uint8)
     lists = dict.fromkeys(synthetic.SPLITS, "")
     for split, number in (("train", count - count // 4 * 2), ("val", count // 4), ("test", count // 4)):
         for i in range(number):
             condition, case = synthetic.CONDITIONS[i % 5], ("none", *synthetic.CASES)[i % 6]
             shape = (size, size * 16 // 9 if layout == "muses" else size)
-            files = scene_files(layout, split, i, synthetic.paint(seed, split, i, shape, condition, case), ids)
+            files = scene_files(layout, split, i, synthetic.paint(seed, split, i, shape, condition, case))
             lists["test" if (layout, split) == ("nyuv2", "val") else split] += Path(next(iter(files))).stem + "\n"
             for path, array in files.items():
                 write_file(out / path, array)
@@ -91,7 +89,7 @@ def export(out: Path, layout: str, count: int, size: int, seed: int) -> None:
         if text and layout in ("mcubes", "nyuv2"):
             write_file(out / ("multimodal_dataset/list_folder" if layout == "mcubes" else "") / f"{split}.txt", text)
     if layout == "folder":
-        write_file(out / "classes.txt", "".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in synthetic.CLASSES))
+        write_file(out / "classes.txt", (CLASSES / "synthetic.txt").read_text(encoding="utf-8"))
 
 
 def write_file(path: Path, content: np.ndarray | str) -> None:

@@ -4,10 +4,11 @@ And the kind and range of each modality: learnt from training frames, kept in ch
 read. Not in the paper. A missing, damaged or odd file is a FileNotFoundError or ValueError of one sentence.
 """
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from statistics import mode
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,7 +22,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
 KINDS = {"uint8": "8 bit", "uint16": "16 bit", "float32": "float"}
 
 
-# ---- modalities -----------------------------------------------------------------------------------------------------
+class Frame(NamedTuple):
+    """One moment: its files in the order of the chosen modalities; `label` is None where none is published."""
+    name: str
+    condition: str      # the weather, or "none"
+    case: str           # DELIVER's sensor failure, MUSES' day or night, or "none"
+    images: tuple[Path, ...] = ()
+    label: Path | None = None
+
+
+# ---- single files ---------------------------------------------------------------------------------------------------
 def read_file(path: Path, ids: bool = False) -> np.ndarray:
     """The values of a file as stored, (H, W) or (H, W, C); a JPEG turned upright as its EXIF says.
 
@@ -94,10 +104,7 @@ def read_muses_range(path: Path) -> np.ndarray:
 
 
 def read_mcubes(path: Path) -> np.ndarray:
-    """A MCubeS modality in floats without its left 192 columns, as is usual; AoLP as sin, cos, sin.
-
-    The published code reads the mask of NIR and does not apply it (DELIVER, semseg/datasets/mcubes.py); nor is it here.
-    """
+    """A MCubeS modality in floats without its left 192 columns, as is usual; AoLP as sin, cos, sin; NIR unmasked."""
     image = scaled(read_image(path))
     if path.parent.name == "polL_aolp_sin":
         image = np.dstack([image, scaled(read_image(path.parents[1] / "polL_aolp_cos" / path.name)), image])
@@ -113,44 +120,29 @@ def read_nyuv2(path: Path) -> np.ndarray:
 
 
 def derive(modality: str, depth: Path, read: Callable[[Path], np.ndarray]) -> np.ndarray:
-    """The event or lidar image derived from the files Depth/ID.* and RGB/ID.* of a real frame."""
-    metres = read(depth)[..., 0]
-    metres = metres * np.float32(10) if metres.dtype != np.uint8 else metres / np.float32(25.5)
+    """The event or lidar image derived from the files Depth/ID.* and RGB/ID.* of a real frame, decoded by `read`."""
+    stored = read(depth)[..., 0]
+    metres = stored / np.float32(25.5) if stored.dtype == np.uint8 else stored * np.float32(10)
     if modality == "lidar":
         return derive_lidar(metres, depth.stem)
     files = [depth.parents[1] / "RGB" / (depth.stem + suffix) for suffix in SUFFIXES]
-    rgb = read(next(filter(Path.is_file, files), files[1]))
-    if rgb.dtype != np.uint8 or rgb.shape[2] != 3:
-        raise ValueError(f"{depth.parents[1] / 'RGB' / depth.stem} has no 8-bit colours; events are derived from such")
-    return derive_event(rgb, metres, depth.stem)
-
-
-def read_images(name: str, modalities: list[str], paths: Sequence[Path]) -> list[np.ndarray]:
-    """The modalities of a frame of a data set, from their files."""
-    if name == "nyuv2":
-        read = functools.cache(read_nyuv2)      # derived modalities share files
-        return [derive(modality, path, read) if modality in ("event", "lidar") and path.parent.name == "Depth"
-                else read(path) for modality, path in zip(modalities, paths, strict=True)]
-    read = read_mcubes if name == "mcubes" else read_image
-    return [read_muses_range(path) if name == "muses" and modality in ("lidar", "radar") else read(path)
-            for modality, path in zip(modalities, paths, strict=True)]
+    return derive_event(read(next(filter(Path.is_file, files), files[1])), metres, depth.stem)
 
 
 # ---- kinds and ranges -----------------------------------------------------------------------------------------------
-def learn_ranges(read: Callable, frames: Sequence, modalities: list[str]) -> dict[str, list]:
-    """modality -> [kind, minimum, maximum] as stored in these frames; read(frame) -> (images as stored, label).
+def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: np.ndarray) -> dict[str, list]:
+    """modality -> [kind, minimum, maximum] in these frames of a data set; codes: the table and palette of its labels.
 
     Broken frames are left out, since whoever reads them will be told. Without a sound one there are no ranges.
     """
-    found, ranges = {}, {}
+    seen, ranges = [], {}       # seen: (kind, minimum, maximum) of each modality, by frame
     for frame in frames:
         with suppress(ValueError, OSError):
-            for modality, image in zip(modalities, read(frame)[0], strict=True):
-                values = KINDS[image.dtype.name], float(image.min()), float(image.max())
-                found.setdefault(modality, []).append(values)
-    for modality, seen in found.items():
-        kind = mode(kind for kind, _, _ in seen)        # the most frequent: then it is the odd file that is refused
-        _, lows, highs = zip(*(values for values in seen if values[0] == kind), strict=True)
+            images, _ = read_frame(name, modalities, frame, *codes)
+            seen.append([(KINDS[image.dtype.name], float(image.min()), float(image.max())) for image in images])
+    for modality, values in zip(modalities, zip(*seen, strict=True), strict=False):
+        kind = mode(kind for kind, _, _ in values)      # the most frequent: then it is the odd file that is refused
+        _, lows, highs = zip(*(value for value in values if value[0] == kind), strict=True)
         ranges[modality] = [kind, min(lows), max(highs)]
     return ranges
 
@@ -173,7 +165,7 @@ def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list
     return scaled(image) if kind == "16 bit" else image
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
+# ---- labels and frames ----------------------------------------------------------------------------------------------
 def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """A label file of a data set as (H, W) uint8 classes by `layouts.label_table`; DELIVER's ids are in red.
 
@@ -199,3 +191,34 @@ def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) ->
         raise ValueError(f"{path} holds the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2:][0]} and "
                          f"{known[-1]}; correct the file, classes.txt or --label-map")
     return label[:, 192 if name == "mcubes" else 0:].astype(np.uint8)
+
+
+def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) or (H, W, C) at size (h, w) by nearest neighbour: row i is the old row floor(i * H / h)."""
+    rows, columns = (np.arange(new) * old // new for old, new in zip(pixels.shape[:2], size, strict=True))
+    return pixels[rows][:, columns]
+
+
+def read_frame(name: str, modalities: list[str], frame: Frame, table: np.ndarray, palette: np.ndarray,
+               ranges: dict[str, list] | None = None) -> tuple[list[np.ndarray], np.ndarray]:
+    """A frame of a data set: an image (H, W, 1 or 3) per modality, and its label (H, W) uint8 as of `read_label`.
+
+    The images are uint8, uint16 or float32, as stored; with `ranges`, all are checked, and 16 bit are float32 in 0..1.
+    """
+    read = functools.cache({"mcubes": read_mcubes, "nyuv2": read_nyuv2}.get(name, read_image))
+    images, label = [], read_label(name, frame.label, table, palette) if frame.label else None
+    for modality, path in zip(modalities, frame.images, strict=True):
+        if name == "muses" and modality in ("lidar", "radar"):
+            image = read_muses_range(path)
+        elif name == "nyuv2" and modality in ("event", "lidar") and path.parent.name == "Depth":
+            image = derive(modality, path, read)
+        else:
+            image = read(path)
+        label = np.full(image.shape[:2], IGNORED, np.uint8) if label is None else label
+        if image.shape[:2] != label.shape:
+            if (name, modality) != ("deliver", "event"):    # whose eventlowres is of 512 x 512
+                raise ValueError("{} has {} rows of {} pixels, but {} has {} of {}; files of a frame must be aligned"
+                                 .format(path, *image.shape[:2], frame.label or frame.images[0], *label.shape))
+            image = nearest(image, label.shape)
+        images.append(image if ranges is None else checked(image, modality, path, ranges))
+    return images, label

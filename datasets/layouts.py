@@ -1,6 +1,6 @@
 """Where DELIVER, MUSES, MCubeS, NYU Depth v2 and a folder of your own keep their files; their classes are in classes/.
 
-Facts from the data sets' own pages and tools. `datasets/files.py` decodes the files, `data.py` makes batches of them.
+Facts from the data sets' own pages and tools. `datasets/files.py` decodes the files.
 """
 import colorsys
 import os
@@ -10,49 +10,54 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets import synthetic
-from datasets.files import IGNORED, SUFFIXES
+from datasets.files import IGNORED, SUFFIXES, Frame
+from datasets.synthetic import CASES, SPLITS
 
 
 # ---- classes and layouts --------------------------------------------------------------------------------------------
 class Layout(NamedTuple):
-    """Where a data set keeps its files: FOLDER/KEY + ending. The KEY names the frame, and may have folders in it."""
-    modalities: dict[str, tuple[str, str]]  # -> (folder, ending of the file names)
-    label: tuple[str, str]
-    split_level: int                        # how many folders of KEY lie above train, val, test; -1: there are lists
-    inner: str = ""                         # the folder that all this lies in, where the root is its parent
-    raw_depth: tuple[str, str] | None = None    # what depth is read from instead of HHA
-    label_map: str = "shift:0"              # see `label_table`
-    unasked: tuple[str, ...] = ()           # modalities that are used only where they are named
+    """Where a data set keeps its files: FOLDER/**/*ENDING. What ** and * stand for is the KEY, the name of a frame."""
+    modalities: dict[str, str]
+    label: str
+    split_level: int                # how many folders of KEY lie above train, val, test; -1: there are lists
+    inner: str = ""                 # the folder that all this lies in, where the root is its parent
+    raw_depth: str = ""             # what depth is read from instead of HHA
+    label_map: str = "shift:0"      # see `label_table`
+    unasked: tuple[str, ...] = ()   # modalities that are used only where they are named
 
     def expected(self) -> str:
         """For people: the files that are looked for, and where to read more."""
-        lists = "train.txt, test.txt, " if self.split_level < 0 else ""
-        files = [f"{folder}/**/*{ending}" for folder, ending in (*self.modalities.values(), self.label)]
-        return f"expected {lists}{', '.join(dict.fromkeys(files))}; docs/data.md has all folders, and where to get them"
+        lists = ["train.txt", "test.txt"] if self.split_level < 0 else []
+        files = dict.fromkeys([*lists, *self.modalities.values(), self.label])
+        return f"expected {', '.join(files)}; docs/data.md has all folders, and where to get them"
 
 
 LAYOUTS = {
     "deliver": Layout(
-        {"rgb": ("img", "_rgb_front.png"), "depth": ("hha", "_depth_front.png"),
-         "event": ("event", "_event_front.png"), "lidar": ("lidar", "_lidar_front.png")},
-        ("semantic", "_semantic_front.png"), 1, raw_depth=("depth", "_depth_front.png"), label_map="shift:-1"),
+        {"rgb": "img/**/*_rgb_front.png", "depth": "hha/**/*_depth_front.png",
+         "event": "event/**/*_event_front.png", "lidar": "lidar/**/*_lidar_front.png"},
+        "semantic/**/*_semantic_front.png", 1, raw_depth="depth/**/*_depth_front.png", label_map="shift:-1"),
     "muses": Layout(
-        {"rgb": ("frame_camera", "_frame_camera.png"), "event": ("event_camera", "_event_camera.png"),
-         "lidar": ("lidar", "_lidar.png"), "radar": ("radar", "_radar.png")},
-        ("gt_semantic", "_gt_labelTrainIds.png"), 0, unasked=("radar",)),       # as in the papers' tables
+        {"rgb": "frame_camera/**/*_frame_camera.png", "event": "event_camera/**/*_event_camera.png",
+         "lidar": "lidar/**/*_lidar.png", "radar": "radar/**/*_radar.png"},
+        "gt_semantic/**/*_gt_labelTrainIds.png", 0, unasked=("radar",)),        # as in the papers' tables
     "mcubes": Layout(
-        {"rgb": ("polL_color", ".png"), "aolp": ("polL_aolp_sin", ".npy"), "dolp": ("polL_dolp", ".npy"),
-         "nir": ("NIR_warped", ".png")}, ("GT", ".png"), -1, inner="multimodal_dataset"),
-    "nyuv2": Layout(
-        {"rgb": ("RGB", ".jpg"), "depth": ("HHA", ".png"), "event": ("Depth", ".png"), "lidar": ("Depth", ".png")},
-        ("Label", ".png"), -1, inner="NYUDepthv2", raw_depth=("Depth", ".png"), label_map="shift:-1",
-        unasked=("event", "lidar")),        # those two are derived from rgb and raw depth
-    "folder": Layout({"<modality>": ("<modality>", ".png")}, ("labels", ".png"), 0),    # its own are found on disk
+        {"rgb": "polL_color/**/*.png", "aolp": "polL_aolp_sin/**/*.npy", "dolp": "polL_dolp/**/*.npy",
+         "nir": "NIR_warped/**/*.png"}, "GT/**/*.png", -1, inner="multimodal_dataset"),
+    "nyuv2": Layout(                        # event and lidar are derived from rgb and raw depth
+        {"rgb": "RGB/**/*.jpg", "depth": "HHA/**/*.png", "event": "Depth/**/*.png", "lidar": "Depth/**/*.png"},
+        "Label/**/*.png", -1, "NYUDepthv2", "Depth/**/*.png", "shift:-1", unasked=("event", "lidar")),
+    "folder": Layout({"<modality>": "<modality>/**/*.png"}, "labels/**/*.png", 0),      # its own are found on disk
 }
 DATASETS = ("synthetic", *LAYOUTS)
 LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment", re.IGNORECASE)   # names of folders
 CLASSES = Path(__file__).parent / "classes"     # NAME.txt for each data set, in the format of a folder's classes.txt
+
+
+def spread(frames: list, count: int | None) -> list:
+    """At most `count` of the frames, evenly spread; None: all."""
+    count = min(count or len(frames), len(frames))
+    return [frames[i * len(frames) // count] for i in range(count)]
 
 
 def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
@@ -65,20 +70,18 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
         raise ValueError(f"{path} is no UTF-8 text; save it as such") from None
     if not 0 < len(lines) < 256:
         raise ValueError(f"{path} has {len(lines)} classes; expected 1 to 255, one a line")
-    names, palette = [], []
+    classes = {}
     for number, words in enumerate(lines):
-        name, hue, brightness = " ".join(words), 0.618 * number % 1, 0.95 - 0.12 * (number % 5)     # golden ratio
+        hue, brightness = 0.618 * number % 1, 0.95 - 0.12 * (number % 5)        # golden ratio
         colour = [int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.7, brightness)]
         if len(words) > 3 and all(map(str.isdecimal, words[-3:])):
-            name, colour = " ".join(words[:-3]), [int(word) for word in words[-3:]]
-        if name.startswith("#") or max(colour) > 255:
-            raise ValueError(f"{path} has the class {name!r} of colour {colour}; expected lines 'name' or "
-                             f"'name r g b' with r, g, b in 0..255")
-        if name in names:
-            raise ValueError(f"{path} has the class {name!r} twice; give every class a name of its own")
-        names.append(name)
-        palette.append(colour)
-    return names, np.array(palette, np.uint8)
+            words, colour = words[:-3], [int(word) for word in words[-3:]]
+        name = " ".join(words)
+        if name.startswith("#") or max(colour) > 255 or name in classes:
+            raise ValueError(f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line, "
+                             f"no name twice, and r, g, b in 0..255")
+        classes[name] = colour
+    return list(classes), np.array(list(classes.values()), np.uint8)
 
 
 def label_table(label_map: str, num_classes: int) -> np.ndarray:
@@ -109,49 +112,44 @@ def label_table(label_map: str, num_classes: int) -> np.ndarray:
 
 
 # ---- frames ---------------------------------------------------------------------------------------------------------
-class Frame(NamedTuple):
-    """One moment: its files in the order of the chosen modalities; `label` is None where none is published."""
-    name: str
-    condition: str      # the weather, or "none"
-    case: str           # DELIVER's sensor failure, MUSES' day or night, or "none"
-    images: tuple[Path, ...] = ()
-    label: Path | None = None
-
-
 def open_layout(name: str, root: str | Path | None, depth: str, classes: int
                 ) -> tuple[Layout, Path | None, list[str], np.ndarray]:
     """The layout as the options have it, the folder its paths begin at, the class names and the palette (K, 3)."""
     if name == "synthetic":
-        names, palette = zip(*synthetic.CLASSES, strict=True)
-        layout = Layout(dict.fromkeys(("rgb", "depth", "event", "lidar")), ("", ""), -1)
-        return layout, None, list(names), np.array(palette, np.uint8)
+        layout = Layout(dict.fromkeys(("rgb", "depth", "event", "lidar"), ""), "", -1)
+        return layout, None, *read_classes(CLASSES / "synthetic.txt")
     layout = LAYOUTS[name]
+    known, label, unasked = dict(layout.modalities), layout.label, layout.unasked
     if root is None or not Path(root).is_dir():
         raise FileNotFoundError(f"{root or f'--data {name} without --root'}: no such folder; {layout.expected()}")
     root = Path(root) / layout.inner if (Path(root) / layout.inner).is_dir() else Path(root)
     if name == "folder":
-        folders = sorted(path.name for path in root.iterdir() if path.name != "labels"
-                         and any((path / split).is_dir() for split in synthetic.SPLITS))
-        layout = layout._replace(modalities={m: (m, ".png") for m in sorted(folders, key=lambda m: m != "rgb")},
-                                 unasked=tuple(m for m in folders if LIKE_LABELS.search(m) or holds_labels(root / m)))
+        folders = {path.name for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)}
+        known = {m: f"{m}/**/*.png" for m in sorted(folders - {"labels"}, key=lambda m: (m != "rgb", m))}
+        unasked = tuple(m for m in known if LIKE_LABELS.search(m) or holds_labels(root, known[m]))
+    if name == "muses":
+        near = {m: f"projected_to_rgb/{files}" for m, files in known.items()}
+        known = {m: near[m] if (root / near[m]).parents[1].is_dir() else known[m] for m in known}
     if depth == "raw" and layout.raw_depth:
-        layout = layout._replace(modalities={**layout.modalities, "depth": layout.raw_depth})
+        known["depth"] = layout.raw_depth
     if name == "nyuv2" and classes == 13:
-        layout, name = layout._replace(label=("Label13", ".png")), "nyuv2_13"
+        name, label = "nyuv2_13", "Label13/**/*.png"
+    layout = layout._replace(modalities=known, unasked=unasked, label=label)
     return layout, root, *read_classes(root / "classes.txt" if name == "folder" else CLASSES / f"{name}.txt")
 
 
-def find_files(base: Path, ending: str, split_level: int, split: str) -> dict[str, Path]:
-    """Frame key -> file, for all files below base whose names end so, with any extension that can be read.
+def find_files(root: Path, pattern: str, split_level: int, split: str) -> dict[str, Path]:
+    """Frame key -> file, for all files of a pattern of `Layout`, with any extension that can be read.
 
-    At `split_level` (see `Layout`) only the folder named `split` is entered; what is hidden is left out. Links are
-    followed, but refused if they lead to the same folder twice: a loop, or val -> train. ValueError for those and for
-    a folder that cannot be listed.
+    At `split_level` only the folder named `split` is entered; what is hidden is left out. Links are followed, but
+    refused if they lead to the same folder twice: a loop, or val -> train. A folder that cannot be listed is refused.
     """
     def unreadable(error: OSError) -> None:
         raise ValueError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or remove it")
 
-    stem, home, found, seen = ending.rpartition(".")[0], os.path.realpath(base), {}, set()
+    folder, ending = pattern.split("/**/*")
+    base, stem, found, seen = root / folder, ending.rpartition(".")[0], {}, set()
+    home = os.path.realpath(base)
     for folder, inner, files in os.walk(base, onerror=unreadable, followlinks=True) if base.is_dir() else ():
         parts, real = Path(folder).relative_to(base).parts, os.path.realpath(folder)
         related = os.path.commonpath([home, real]) in (home, real)      # one of the two lies in the other
@@ -160,24 +158,17 @@ def find_files(base: Path, ending: str, split_level: int, split: str) -> dict[st
         seen.add(real)
         inner[:] = sorted(name for name in inner if name[0] != "." and (len(parts) != split_level or name == split))
         for path in (Path(folder, name) for name in files if len(parts) > split_level):
-            if path.name[0] == "." or path.suffix.lower() not in SUFFIXES or not path.stem.endswith(stem):
-                continue
-            key = "/".join((*parts, path.stem[:len(path.stem) - len(stem)]))
-            if found.setdefault(key, path) != path:
-                raise ValueError(f"{path} and {found[key]} are of the same frame; remove one of them")
+            if path.name[0] != "." and path.suffix.lower() in SUFFIXES and path.stem.endswith(stem):
+                key = "/".join((*parts, path.stem.removesuffix(stem)))
+                if found.setdefault(key, path) != path:
+                    raise ValueError(f"{path} and {found[key]} are of the same frame; remove one of them")
     return found
 
 
-def spread(frames: list, count: int | None) -> list:
-    """At most `count` of the frames, evenly spread; None: all."""
-    count = min(count or len(frames), len(frames))
-    return [frames[i * len(frames) // count] for i in range(count)]
-
-
-def holds_labels(folder: Path) -> bool:
+def holds_labels(root: Path, pattern: str) -> bool:
     """Whether all files of a folder data set's modality equal the label files beside it, as far as both exist."""
-    for split in synthetic.SPLITS:
-        images, labels = (find_files(base, ".png", 0, split) for base in (folder, folder.parent / "labels"))
+    for split in SPLITS:
+        images, labels = (find_files(root, files, 0, split) for files in (pattern, LAYOUTS["folder"].label))
         if both := images.keys() & labels.keys():
             return all(images[key].read_bytes() == labels[key].read_bytes() for key in both)
     return False
@@ -204,24 +195,21 @@ def listed(name: str, root: Path, split: str, hold_out: int) -> list[str]:
 
 def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: list[str], hold_out: int) -> list[Frame]:
     """The sorted frames of a split: every key for which a chosen modality or the label has a file."""
-    indexed = []
-    for folder, ending in [*(layout.modalities[modality] for modality in modalities), layout.label]:
-        base = root / "projected_to_rgb" / folder
-        base = base if name == "muses" and base.is_dir() else root / folder
-        indexed.append((base, ending, find_files(base, ending, layout.split_level, split)))
-    keys = sorted({key for *_, found in indexed for key in found})
+    patterns = [*(layout.modalities[modality] for modality in modalities), layout.label]
+    indexed = {pattern: find_files(root, pattern, layout.split_level, split) for pattern in patterns}
+    keys = sorted({key for found in indexed.values() for key in found})
     keys = listed(name, root, split, hold_out) if name in ("mcubes", "nyuv2") else keys
-    unlabelled = split == "test" and not indexed[-1][2]     # MUSES keeps its test labels to itself
-    if keys and any(base == root / "HHA" and not found for base, _, found in indexed):
+    if keys and indexed.get(LAYOUTS["nyuv2"].modalities["depth"]) == {}:
         raise FileNotFoundError(f"{root / 'HHA'} has no files; --depth raw reads {root / 'Depth'} instead")
     frames = []
     for key in keys:
         # A file that is not there keeps the path where it should be, so that reading the frame names it.
-        *images, label = (found.get(key, base / (key + ending)) for base, ending, found in indexed)
+        *images, label = (indexed[pattern].get(key, root / pattern.replace("**/*", key)) for pattern in patterns)
         folders = key.split("/")[:-1]
         if name == "deliver":   # condition/split/sequence; a failure is part of the sequence's name
-            condition, case = folders[0], next((c for c in synthetic.CASES if c in key.lower()), "none")
+            condition, case = folders[0], next((c for c in CASES if c in key.lower()), "none")
         else:                   # split/condition/case, as far as there are such folders
             condition, case = (*folders[1:3], "none", "none")[:2]
+        unlabelled = split == "test" and not indexed[patterns[-1]]      # MUSES keeps its test labels to itself
         frames.append(Frame(key, condition, case, tuple(images), None if unlabelled else label))
     return frames

@@ -19,12 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-CLASSES: list[tuple[str, tuple[int, int, int]]] = [
-    ("Sky", (70, 130, 180)), ("Building", (70, 70, 70)), ("Vegetation", (107, 142, 35)), ("Road", (128, 64, 128)),
-    ("LaneMark", (157, 234, 50)), ("Sidewalk", (244, 35, 232)), ("Pole", (153, 153, 153)), ("Sign", (220, 220, 0)),
-    ("Billboard", (250, 170, 30)), ("ParkedCar", (0, 0, 142)), ("MovingCar", (0, 200, 230)),
-    ("Pedestrian", (220, 20, 60)),
-]
+# The order of classes/synthetic.txt.
 SKY, BUILDING, VEGETATION, ROAD, LANE, SIDEWALK, POLE, SIGN, BILLBOARD, PARKED, MOVING, PEDESTRIAN = range(12)
 SPLITS = ("train", "val", "test")
 CONDITIONS = ("cloud", "fog", "night", "rain", "sun")
@@ -41,7 +36,7 @@ FRONT = DASHED + 1 + BLOCKS
 
 # What stands on the street is made of parts, painted in order: shape; left, right, bottom, top as shares of the
 # thing's box; surface angle as in HHA, upright to facing up; tint: a colour, or a factor on the thing's own colour.
-BOX, OVAL, LEAVES = range(3)
+BOX, OVAL, LEAVES = None, 0.0, 0.3      # a rectangle, an ellipse, an ellipse whose edge is so ragged
 UPRIGHT, SLOPE, FLAT = 128, 190, 255
 TYRE, GLASS, LAMP, SKIN, STEEL = (0.08, 0.08, 0.08), (0.2, 0.24, 0.28), (0.9, 0.3, 0.2), (0.75, 0.55, 0.45), (0.5,) * 3
 SIGNS = ((0.8, 0.12, 0.12), (0.12, 0.25, 0.75), (0.85, 0.7, 0.1))
@@ -98,7 +93,7 @@ def layout(seed: int, split: str, index: int) -> SimpleNamespace:
     for park in parks + [False] * 2 * HOUSES:
         label, colour = (VEGETATION, green) if park else (BUILDING, pick_colour(PLASTER, between(0.3, 0.7)))
         surfaces.append((label, colour, UPRIGHT))
-    tall = [one_of(curb, between(4, 16), between(4, 16)) for _ in range(2 * HOUSES)]
+    tall = np.array([one_of(curb, between(4, 16), between(4, 16)) for _ in range(2 * HOUSES)], np.float32)
     things = []
 
     def place(kind, label, x, z, width, height, colour, speed=0.0, lift=0.0):
@@ -132,8 +127,7 @@ def layout(seed: int, split: str, index: int) -> SimpleNamespace:
 
     return SimpleNamespace(
         key=key, section=section, surfaces=surfaces,
-        curb=curb,                                              # height of sidewalk and grass over the road
-        tall=np.array(tall, np.float32),                        # (2 * HOUSES,) of the houses; the curb's in a gap
+        curb=curb, tall=tall,                                   # heights: sidewalk and grass; houses, a gap the curb's
         things=sorted(things, key=lambda thing: -thing.z),      # far to near
         centre=(between(0.36, 0.64), between(0.36, 0.48)),      # (u, v) of the vanishing point
         eye=between(1.5, 2),                                    # height of the camera
@@ -201,15 +195,12 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
         for shape, left, right, bottom, top, angle, tint in PARTS[thing.kind]:
             rows = _pixels(foot - top * height, foot - bottom * height, H)
             columns = _pixels(start + left * width, start + right * width, W)
-            if shape == BOX:
-                surface[rows, columns] = len(surfaces)
-            else:
+            inside = True
+            if shape is not BOX:
                 across = (u[columns] - (start + (left + right) / 2 * width)) * (2 / (width * (right - left)))
                 upward = (v[rows] - (foot - (bottom + top) / 2 * height)) * (2 / (height * (top - bottom)))
-                radius = across * across + upward * upward
-                if shape == LEAVES:
-                    radius += 0.3 * texture[rows, columns]
-                np.copyto(surface[rows, columns], len(surfaces), where=radius < 1)
+                inside = across ** 2 + upward ** 2 + shape * texture[rows, columns] < 1
+            np.copyto(surface[rows, columns], len(surfaces), where=inside)
             angle = UPRIGHT if thing.label == BILLBOARD else angle
             colour = tint if type(tint) is tuple else [tint * c for c in thing.colour]
             behind = 0.8 * (angle > UPRIGHT)                    # panes, roof and bonnet lie behind the bumper
@@ -225,16 +216,6 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
         angle=np.array(angles, np.uint8).take(surface),         # (H, W)
         motion=motion,                                          # (H, W) sideways between two frames, in image widths
         colour=np.array(colours, np.float32).T.take(surface, axis=1) * light)       # (3, H, W): faster than (H, W, 3)
-
-
-def render(scene: SimpleNamespace, size: tuple[int, int], condition: str, case: str) -> dict[str, np.ndarray]:
-    """A scene at `size` (H, W) in every modality; keys, ranges, `condition` and `case` as in `paint`."""
-    view = project(scene, *size)
-    # Each modality draws its noise in every condition, so that a condition changes its own modalities and nothing else.
-    rng = np.random.default_rng([*scene.key, 1])
-    painters = {"rgb": _rgb, "depth": _depth, "event": _event, "lidar": _lidar}
-    images = {name: painter(scene, view, condition, case, rng) for name, painter in painters.items()}
-    return {**images, "label": view.label}
 
 
 def _pixels(start: float, end: float, count: int) -> slice:
@@ -332,6 +313,9 @@ def _lidar(scene, view, condition: str, case: str, rng: np.random.Generator) -> 
     return out
 
 
+PAINTERS = {"rgb": _rgb, "depth": _depth, "event": _event, "lidar": _lidar}
+
+
 def weather(index: int) -> tuple[str, str]:
     """The condition of scene `index`, each in every fifth, and its case, which one scene of six has."""
     return CONDITIONS[index % 5], CASES[index // 30 % 5] if index // 5 % 6 == 5 else "none"
@@ -349,10 +333,13 @@ def paint(seed: int, split: str, index: int, size: int | tuple[int, int] = 64, c
     """
     H, W = (size, size) if isinstance(size, int) else size
     condition, case = condition or weather(index)[0], case or weather(index)[1]
-    for name, value, known in (("split", split, SPLITS), ("condition", condition, CONDITIONS),
-                               ("case", case, ("none", *CASES))):
+    for value, known in ((split, SPLITS), (condition, CONDITIONS), (case, ("none", *CASES))):
         if value not in known:
-            raise ValueError(f"{name} '{value}' is unknown; choose one of {', '.join(known)}.")
+            raise ValueError(f"{value!r} is unknown; choose one of {', '.join(known)}")
     if min(seed, index) < 0 or min(H, W) < 8:
-        raise ValueError(f"scene (seed {seed}, index {index}) of {H} x {W} pixels: use at least 0, 0 and 8 x 8.")
-    return {**render(layout(seed, split, index), (H, W), condition, case), "condition": condition, "case": case}
+        raise ValueError(f"scene (seed {seed}, index {index}) of {H} x {W} pixels: use at least 0, 0 and 8 x 8")
+    scene = layout(seed, split, index)
+    view, rng = project(scene, H, W), np.random.default_rng([*scene.key, 1])
+    # Each modality draws its noise in every condition, so that a condition changes its own modalities and nothing else.
+    images = {name: painter(scene, view, condition, case, rng) for name, painter in PAINTERS.items()}
+    return {**images, "label": view.label, "condition": condition, "case": case}

@@ -32,12 +32,12 @@ def test_both_have_the_size_of_the_frame_and_three_channels_of_bytes(H, W):
         assert image.shape == (H, W, 3) and image.dtype == np.uint8
 
 
-def test_the_name_and_the_seed_decide_and_nothing_else_does():
-    for derive in (lambda *key: derive_event(BLOCKS, SLOPE, *key), lambda *key: derive_lidar(SLOPE, *key)):
+def test_the_name_decides_and_nothing_else_does():
+    for derive in (lambda name: derive_event(BLOCKS, SLOPE, name), lambda name: derive_lidar(SLOPE, name)):
         first = derive("0001")
         np.random.default_rng(1).random(5)
-        assert np.array_equal(first, derive("0001", 0))
-        assert not np.array_equal(first, derive("0002")) and not np.array_equal(first, derive("0001", 1))
+        assert np.array_equal(first, derive("0001"))
+        assert not np.array_equal(first, derive("0002"))
 
 
 def test_events_of_a_wall_are_the_frame_against_itself_shifted_sideways(monkeypatch):
@@ -98,9 +98,12 @@ def test_a_plain_frame_fires_nothing_and_a_lamp_in_the_dark_is_no_border():
     assert any(derive_event(dark, near, str(i)).any() for i in range(5))
 
 
-def test_colour_and_depth_of_two_sizes_are_refused_by_the_name_of_the_frame():
-    with pytest.raises(ValueError, match=r"frame 0007.*\(240, 320\).*\(240, 300\)"):
+def test_colour_and_depth_of_two_sizes_or_of_16_bits_are_refused_by_the_name_of_the_frame():
+    with pytest.raises(ValueError, match=r"frame 0007.*uint8 \(240, 320, 3\).*\(240, 300\)"):
         derive_event(BLOCKS, SLOPE[:, :300], "0007")
+    for rgb in (BLOCKS.astype(np.uint16), BLOCKS[..., :1]):
+        with pytest.raises(ValueError, match="frame 0007: rgb is uint.*8-bit colours"):
+            derive_event(rgb, SLOPE, "0007")
 
 
 def test_the_lidar_lies_on_the_depth_along_a_fifth_of_the_rows():

@@ -15,14 +15,15 @@ from PIL import Image
 import predict
 from datasets import synthetic
 from datasets.export import write_file
+from datasets.layouts import open_layout
 from engine import files, pictures
 from engine.checkpoint import load_model, save_model
 from engine.export import Logits
 from model import build_model, condition_on_modalities
 
 SENSORS = ["rgb", "depth", "event", "lidar"]
-CLASSES = [name for name, _ in synthetic.CLASSES]
-PALETTE = [list(colour) for _, colour in synthetic.CLASSES]
+_, _, CLASSES, PALETTE = open_layout("synthetic", None, "hha", 40)
+PALETTE = PALETTE.tolist()
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 

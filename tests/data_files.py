@@ -1,0 +1,67 @@
+"""What the tests of data sets share: small data sets to write, scenes to compare with, errors to expect."""
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import synthetic
+
+SIZE = 64       # of the scenes of the fixture `exported`
+
+
+def painted(split, index, size=SIZE):
+    condition, case = synthetic.CONDITIONS[index % 5], ("none", *synthetic.CASES)[index % 6]
+    return synthetic.paint(3, split, index, size, condition, case)
+
+
+def chw(image, scale=1):
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))) * scale
+
+
+def png(path, array, filters=None):
+    """A PNG writer of the test's own; `filters` chooses None (0), Sub (1) or Up (2) for each row."""
+    height, width, channels = array.shape
+    rows = array.astype(">u2" if array.dtype == np.uint16 else "u1").reshape(height, -1).view(np.uint8).astype(int)
+    pixel, lines = array.dtype.itemsize * channels, b""
+    for y in range(height):
+        kind = filters[y] if filters is not None else 0
+        before = {0: 0, 1: np.concatenate([np.zeros(pixel, int), rows[y, :-pixel]]), 2: rows[y - 1] if y else 0}[kind]
+        lines += bytes([kind]) + ((rows[y] - before) % 256).astype(np.uint8).tobytes()
+    colour = {1: 0, 3: 2, 4: 6}[channels]
+    head = struct.pack(">IIBBBBB", width, height, 8 * array.dtype.itemsize, colour, 0, 0, 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for chunk in (b"IHDR" + head, b"IDAT" + zlib.compress(lines), b"IEND"):
+            file.write(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)))
+
+
+def folder_dataset(root, count=4, height=40, width=60, classes=5, seed=0):
+    """A folder data set of noise whose event image repeats the label, so that both must move together."""
+    rng = np.random.default_rng(seed)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("".join(f"class {k}\n" for k in range(classes)))
+    for split in synthetic.SPLITS:
+        for i in range(count):
+            label = rng.integers(0, classes, (height, width, 1), np.uint8)
+            png(root / f"rgb/{split}/{i}.png", rng.integers(0, 256, (height, width, 3), np.uint8))
+            png(root / f"event/{split}/{i}.png", np.repeat(label + 1, 3, axis=2))
+            png(root / f"labels/{split}/{i}.png", label)
+    return root
+
+
+def fails(kind, *parts):
+    """Expect an error of one line that has all these parts."""
+    class Check:
+        def __enter__(self):
+            self.raises = pytest.raises(kind)
+            self.error = self.raises.__enter__()
+
+        def __exit__(self, *args):
+            caught = self.raises.__exit__(*args)
+            text = str(self.error.value)
+            assert "\n" not in text and all(str(part) in text for part in parts), text
+            return caught
+    return Check()

@@ -180,17 +180,14 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
             raise ValueError(f"{what} {value!r} is unknown; choose one of {', '.join(map(str, known))}")
     if name == "synthetic" and root is not None:
         raise ValueError(f"--root {root} means nothing to synthetic scenes: add --data folder, or the data set's name")
-    if label_map is not None and name != "folder":
-        raise ValueError(f"a label map is for folder data sets only; the ids of {name} are fixed")
-    if name != "nyuv2" and (classes, hold_out) != (40, 0):
-        raise ValueError(f"--classes and --hold-out are for nyuv2 only; {name} has its own classes and val split")
+    if label_map is not None and name != "folder" or (classes, hold_out) != (40, 0) and name != "nyuv2":
+        raise ValueError(f"a label map is for folder data sets, --classes and --hold-out for nyuv2; {name} has its own")
     layout, root, names, palette = open_layout(name, root, depth, classes)
-    known = list(layout.modalities)
-    modalities = modalities or [modality for modality in known if modality not in layout.unasked]
+    modalities = modalities or [modality for modality in layout.modalities if modality not in layout.unasked]
     for modality in modalities:
-        if modality not in known or modalities.count(modality) > 1:
+        if modality not in layout.modalities or modalities.count(modality) > 1:
             raise ValueError(f"modality {modality!r} is unknown or given twice; {name if root is None else root} has "
-                             f"{', '.join(known) or 'none'}")
+                             f"{', '.join(layout.modalities) or 'none'}")
     if name == "synthetic":
         count = limit or (2000 if split == "train" else 200)
         frames = [Frame(f"{split}/{i:06d}", *synthetic.weather(i)) for i in range(count)]
@@ -312,8 +309,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    print(f"{args.count} scenes are in {args.export}; look at them with "
-          f"python data.py --data {args.layout} --root {args.export} --check")
+    print(f"{args.count} scenes written; next: python data.py --data {args.layout} --root {args.export} --check")
     return 0
 
 

@@ -23,11 +23,11 @@ NOISE = 0.03            # of the range, in metres, at most
 
 
 def inside_border(grey: np.ndarray, axis: int) -> slice:
-    """The lines of an image (H, W), rows or columns, inside its border, such as the white one of NYU Depth v2.
+    """The rows (axis 0) or columns (1) of an image (H, W) inside its border, such as the white one of NYU Depth v2.
 
     The border: lines of one colour, up to a sixteenth of the image, and the next one, where JPEG mixes the two.
     """
-    plain = np.ptp(grey, 1 - axis) < PLAIN          # (H,) for axis 0, (W,) for axis 1
+    plain = np.ptp(grey, 1 - axis) < PLAIN          # (H,) or (W,)
     first, last = (min(int(line.argmin()), plain.size // 16) for line in (plain, plain[::-1]))
     return slice(first + (first > 0), plain.size - last - (last > 0))
 

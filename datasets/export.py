@@ -106,7 +106,6 @@ def write_file(path: Path, content: np.ndarray | str) -> None:
         rows = content.astype(">u2").reshape(height, -1).view(np.uint8)     # (H, 2 W C)
         rows = np.pad(rows, ((0, 0), (1, 0)))                               # a row begins with its filter: none
         header = struct.pack(">IIBBBBB", width, height, 16, 2 if content.ndim == 3 else 0, 0, 0, 0)
-        chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-            for kind, data in chunks))
+        chunks = b"IHDR" + header, b"IDAT" + zlib.compress(rows.tobytes()), b"IEND"
+        chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))

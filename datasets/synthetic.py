@@ -195,12 +195,13 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
         for shape, left, right, bottom, top, angle, tint in PARTS[thing.kind]:
             rows = _pixels(foot - top * height, foot - bottom * height, H)
             columns = _pixels(start + left * width, start + right * width, W)
-            inside = True
-            if shape is not BOX:
+            if shape is BOX:
+                surface[rows, columns] = len(surfaces)
+            else:
                 across = (u[columns] - (start + (left + right) / 2 * width)) * (2 / (width * (right - left)))
                 upward = (v[rows] - (foot - (bottom + top) / 2 * height)) * (2 / (height * (top - bottom)))
                 inside = across ** 2 + upward ** 2 + shape * texture[rows, columns] < 1
-            np.copyto(surface[rows, columns], len(surfaces), where=inside)
+                np.copyto(surface[rows, columns], len(surfaces), where=inside)
             angle = UPRIGHT if thing.label == BILLBOARD else angle
             colour = tint if type(tint) is tuple else [tint * c for c in thing.colour]
             behind = 0.8 * (angle > UPRIGHT)                    # panes, roof and bonnet lie behind the bumper

@@ -36,7 +36,7 @@ FRONT = DASHED + 1 + BLOCKS
 
 # What stands on the street is made of parts, painted in order: shape; left, right, bottom, top as shares of the
 # thing's box; surface angle as in HHA, upright to facing up; tint: a colour, or a factor on the thing's own colour.
-BOX, OVAL, LEAVES = None, 0.0, 0.3      # a rectangle, an ellipse, an ellipse whose edge is so ragged
+BOX, OVAL, LEAVES = range(3)
 UPRIGHT, SLOPE, FLAT = 128, 190, 255
 TYRE, GLASS, LAMP, SKIN, STEEL = (0.08, 0.08, 0.08), (0.2, 0.24, 0.28), (0.9, 0.3, 0.2), (0.75, 0.55, 0.45), (0.5,) * 3
 SIGNS = ((0.8, 0.12, 0.12), (0.12, 0.25, 0.75), (0.85, 0.7, 0.1))
@@ -195,13 +195,15 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
         for shape, left, right, bottom, top, angle, tint in PARTS[thing.kind]:
             rows = _pixels(foot - top * height, foot - bottom * height, H)
             columns = _pixels(start + left * width, start + right * width, W)
-            if shape is BOX:
+            if shape == BOX:
                 surface[rows, columns] = len(surfaces)
             else:
                 across = (u[columns] - (start + (left + right) / 2 * width)) * (2 / (width * (right - left)))
                 upward = (v[rows] - (foot - (bottom + top) / 2 * height)) * (2 / (height * (top - bottom)))
-                inside = across ** 2 + upward ** 2 + shape * texture[rows, columns] < 1
-                np.copyto(surface[rows, columns], len(surfaces), where=inside)
+                radius = across * across + upward * upward
+                if shape == LEAVES:
+                    radius += 0.3 * texture[rows, columns]
+                np.copyto(surface[rows, columns], len(surfaces), where=radius < 1)
             angle = UPRIGHT if thing.label == BILLBOARD else angle
             colour = tint if type(tint) is tuple else [tint * c for c in thing.colour]
             behind = 0.8 * (angle > UPRIGHT)                    # panes, roof and bonnet lie behind the bumper

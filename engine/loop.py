@@ -94,22 +94,33 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 @torch.inference_mode()
-def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> list[dict]:
-    """metrics.scores of each subset of modalities. predict(images, subsets) yields logits per subset (`predictor`)."""
-    size = 1 if dataset.name == "folder" else run.args.batch_size  # your own frames may differ in size
+def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> list[dict]:
+    """metrics.scores of each column of a table, over all frames of a data set and all processes.
+
+    answers(images (B, M, 3, H, W) normalised, labels (B, H, W), B names) yields for each column the logits
+    (B, K, H, W) and the labels that they are compared with.
+    """
+    k, size = len(dataset.classes), batch_size
     shard = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)][run.rank :: run.world]
-    k = len(dataset.classes)
-    matrices = torch.zeros(len(subsets), k, k, dtype=torch.int64, device=run.device)
+    matrices = torch.zeros(columns, k, k, dtype=torch.int64, device=run.device)
     for images, labels, names in loader(dataset, shard, run.args.workers, run.device):
         images = normalise(images.to(run.device, non_blocking=True), dataset.modalities, dataset.normalisation)
         labels = labels.to(run.device, non_blocking=True).long()
         with autocast(run.device, run.args.amp):
-            for matrix, logits in zip(matrices, predict(images, subsets), strict=True):
-                matrix += metrics.confusion(metrics.class_ids(logits, names), labels, k)
+            for matrix, (logits, wanted) in zip(matrices, answers(images, labels, names), strict=True):
+                matrix += metrics.confusion(metrics.class_ids(logits, names), wanted, k)
     matrices = run.total(matrices)
     if not matrices.any():
-        raise ValueError(f"not one pixel of the {len(dataset)} validation frames has a label: python data.py --check")
+        raise ValueError(f"not one pixel of the {len(dataset)} {dataset.split} frames has a label: choose another "
+                         "--split or --root, or look with python data.py --check.")  # fmt: skip
     return [metrics.scores(matrix) for matrix in matrices]
+
+
+def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> list[dict]:
+    """metrics.scores of each subset of modalities. predict(images, subsets) yields logits per subset (`predictor`)."""
+    size = 1 if dataset.name == "folder" else run.args.batch_size  # your own frames may differ in size
+    return score(lambda images, labels, _: ((logits, labels) for logits in predict(images, subsets)), len(subsets),
+                 dataset, size, run)
 
 
 def summarise(results: list[dict]) -> dict[str, float]:

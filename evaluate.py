@@ -15,6 +15,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -22,13 +23,13 @@ import torch
 from torch import Tensor
 
 import kernels
-import metrics
-from data import FrameDataset, normalise, random_missing, sensor_noise
+from data import IGNORED, FrameDataset, random_missing, sensor_noise
 from engine import loop, runs
+from engine.checkpoint import require
 from engine.files import MARK, check_output, write_output
 from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, Parser, names
-from engine.subsets import all_subsets, ensemble_predictor, predictor, switch_predictor
-from engine.trained import caption, load_models, open_data
+from engine.subsets import all_subsets, predictor, selected_logits, switch_logits
+from engine.trained import load_models, open_data, titles
 
 PROTOCOLS = {  # section 5
     "any": "any-modality: every subset, the other modalities left out",
@@ -75,23 +76,24 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_rows(
-    paths: list[str], device: torch.device, same: list[str], level: str = "both", rule: str | None = None
-) -> tuple[dict[str, Callable], dict]:
+def load_rows(paths: list[str], device: torch.device, same: list[str], level: str = "both",
+              rule: str | None = None) -> tuple[dict[str, Callable], dict]:
     """Row name -> predict(images, subsets, degraded), and the first model's meta.
 
-    A folder gives a row per model, the switch and the ensemble. same: what all models must have been trained with,
+    A folder gives a row per model, the switch and the ensemble. same: the entries of meta in which all must agree,
     since all are evaluated on the same images.
     """
-    rows, first = {}, None
+    rows, first = {}, {}
     for path in map(pathlib.Path, paths):
-        models, selection, first = load_models(path, device, same, first)
+        models, selection, meta = load_models(path, device)
+        first = first or meta
+        require(path, meta, {name: first.get(name) for name in same})
         found = {name: predictor(model) for name, model in models.items()}
         if {"teacher", "robust"} <= set(models):
             sources = models["teacher"], models["robust"]
-            found["switch"] = switch_predictor(*sources)
+            found["switch"] = partial(switch_logits, *sources)
             if selection:
-                found["FSM ensemble"] = ensemble_predictor(selection, *sources, level, rule)
+                found["FSM ensemble"] = partial(selected_logits, selection, *sources, level=level, rule=rule)
         elif selection:
             print(f"{path}: no row for the FSM ensemble, its teacher.pt and robust.pt lie elsewhere", file=sys.stderr)
         for name, predict in found.items():
@@ -108,63 +110,41 @@ def subset_name(subset: tuple[int, ...], modalities: list[str]) -> str:
     return "".join(initials[m] for m in subset)
 
 
-def columns(protocol: str, dataset: FrameDataset) -> list[str]:
-    """The names of a protocol's results on this data set."""
-    if protocol in GROUPED:
-        return sorted({getattr(frame, protocol) for frame in dataset.frames})
-    subsets = [subset_name(subset, dataset.modalities) for subset in all_subsets(len(dataset.modalities))]
-    rates = [f"{name} {r}" for r in RMM_RATES for name in subsets]
-    return {"rmm": rates, "nm": list(NM_LEVELS)}.get(protocol, subsets)
-
-
-def answers(
-    protocol: str, predict: Callable, images: Tensor, frames: list[str], modalities: list[str], seed: int
-) -> Iterator[Tensor]:
-    """Logits (B, K, H, W) of normalised images (B, M, 3, H, W) for each of `columns`; frames: their B names."""
-    subsets, damaged = all_subsets(len(modalities)), torch.zeros(images.shape[:2], dtype=torch.bool)
-    if protocol == "any":
-        yield from predict(images, subsets)
-    if protocol == "emm":
-        yield from predict(images, subsets, torch.zeros_like(images[:1]))
-    for r in RMM_RATES if protocol == "rmm" else ():
-        # a modality's damage does not depend on which others are missing, so all subsets share it
-        yield from predict(images, subsets, random_missing(images, damaged, r, frames, seed))
-    for level in NM_LEVELS if protocol == "nm" else ():
-        yield from predict(sensor_noise(images, level, frames, modalities, seed), subsets[-1:])
-
-
-@torch.inference_mode()
-def evaluate(predict: Callable, dataset: FrameDataset, args: argparse.Namespace, run: runs.Run) -> dict[str, dict]:
+def evaluate(predict: Callable, dataset: FrameDataset, run: runs.Run) -> dict[str, dict]:
     """protocol -> column -> metrics.scores, over this data set."""
-    k, full = len(dataset.classes), all_subsets(len(dataset.modalities))[-1:]
-    counts = {protocol: {column: torch.zeros(k, k, dtype=torch.int64, device=run.device)
-                         for column in columns(protocol, dataset)} for protocol in args.protocol}  # fmt: skip
-    grouped = [protocol for protocol in args.protocol if protocol in GROUPED]
-    batches = [part.tolist() for part in torch.arange(len(dataset)).split(args.batch_size)][run.rank :: run.world]
-    source = loop.loader(dataset, batches, args.workers, run.device)
-    for indices, (images, labels, frames) in zip(batches, source, strict=True):
-        images = normalise(images.to(run.device, non_blocking=True), dataset.modalities, dataset.normalisation)
-        labels = labels.to(run.device, non_blocking=True).long()  # (B, H, W)
-        with loop.autocast(run.device, args.amp):
-            for protocol in [protocol for protocol in args.protocol if protocol not in GROUPED]:
-                found = answers(protocol, predict, images, frames, dataset.modalities, args.seed)
-                for matrix, logits in zip(counts[protocol].values(), found, strict=True):
-                    matrix += metrics.confusion(metrics.class_ids(logits, frames), labels, k)
-            ids = metrics.class_ids(next(iter(predict(images, full))), frames) if grouped else None
-        for protocol in grouped:
-            for b, index in enumerate(indices):
-                counts[protocol][getattr(dataset.frames[index], protocol)] += metrics.confusion(ids[b], labels[b], k)
-    totals = [run.total(torch.stack(list(matrices.values()))) for matrices in counts.values()]
-    if not any(matrices.any() for matrices in totals):
-        raise ValueError(f"not one pixel of the {len(dataset)} frames has a label; choose another --split or --root.")
-    return {protocol: dict(zip(counts[protocol], map(metrics.scores, matrices), strict=True))
-            for protocol, matrices in zip(counts, totals, strict=True)}  # fmt: skip
+    args, modalities, subsets = run.args, dataset.modalities, all_subsets(len(dataset.modalities))
+    frames, named = {frame.name: frame for frame in dataset.frames}, [subset_name(s, modalities) for s in subsets]
+    columns = {"any": named, "emm": named, "rmm": [f"{name} {r}" for r in RMM_RATES for name in named], "nm": NM_LEVELS}
+    columns |= {group: sorted({getattr(frame, group) for frame in dataset.frames}) for group in GROUPED}
+
+    def answers(images: Tensor, labels: Tensor, names: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each column: logits (B, K, H, W) for these B frames, and the labels that they are compared with."""
+        # a modality's damage does not depend on which others are missing, so all subsets share it
+        damaged, zeros = torch.zeros(images.shape[:2], dtype=torch.bool), torch.zeros_like(images[:1])
+        calls = {
+            "any": [(images, subsets)],
+            "emm": [(images, subsets, zeros)],
+            "rmm": ((images, subsets, random_missing(images, damaged, r, names, args.seed)) for r in RMM_RATES),
+            "nm": ((sensor_noise(images, level, names, modalities, args.seed), subsets[-1:]) for level in NM_LEVELS),
+        }
+        for protocol in args.protocol:
+            wanted = [labels]
+            if protocol in GROUPED:
+                of = np.array([getattr(frames[name], protocol) for name in names])[:, None, None]  # (B, 1, 1)
+                others = [torch.tensor(of != group, device=labels.device) for group in columns[protocol]]
+                wanted = [labels.masked_fill(other, IGNORED) for other in others]
+            for call in calls.get(protocol, [(images, subsets[-1:])]):
+                for logits in predict(*call):
+                    yield from ((logits, part) for part in wanted)
+
+    found = iter(loop.score(answers, sum(len(columns[p]) for p in args.protocol), dataset, args.batch_size, run))
+    return {protocol: {column: next(found) for column in columns[protocol]} for protocol in args.protocol}
 
 
-def summary(protocol: str, scores: dict[str, dict], modalities: list[str], rule: str = "miou_published") -> dict:
-    """The summary columns of a protocol's table -> value in per cent. Apart from its data columns: those are named by
-    the data set, and a weather may be called "mean"."""
-    values, table = [s[rule] for s in scores.values()], {}
+def summary(protocol: str, values: list[float], modalities: list[str]) -> dict[str, float]:
+    """The summary columns of a protocol's table, of the mIoU in its other columns. Apart from those, whose names are
+    the data's: a weather may be called "mean"."""
+    table = {}
     if protocol == "any":
         *missing, table["full"] = values
         table |= {"missing": fmean(missing)} if missing else {}
@@ -184,12 +164,12 @@ def tables(results: dict, modalities: list[str], protocols: list[str]) -> str:
     for protocol in protocols:
         first, cells = {}, []
         for name, scores in results.items():
-            shown = {} if protocol == "rmm" else scores[protocol]
-            means = summary(protocol, scores[protocol], modalities)
-            texts = [f"{s['miou_published']:.2f}" for s in shown.values()]
-            texts += [f"{v:.2f}" + (f" ({v - first[c]:+.2f})" if first else "") for c, v in means.items()]
-            occurring = summary(protocol, scores[protocol], modalities, "miou_occurring")["mean"]
-            cells.append([name, *texts, f"{occurring:.2f}"])  # last: the other rule for absent classes
+            published = {column: score["miou_published"] for column, score in scores[protocol].items()}
+            occurring = fmean(score["miou_occurring"] for score in scores[protocol].values())
+            means = summary(protocol, list(published.values()), modalities)
+            shown = {} if protocol == "rmm" else published
+            texts = [f"{v:.2f}" + (f" ({v - first[c]:+.2f})" if first else "") for c, v in means.items()]
+            cells.append([name, *(f"{v:.2f}" for v in shown.values()), *texts, f"{occurring:.2f}"])
             first = first or means
         cells.insert(0, ["", *shown, *means, "mean, occurring"])
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -216,21 +196,22 @@ def main(args: argparse.Namespace) -> None:
                         skip_broken=args.skip_broken)  # fmt: skip
     for problem in dataset.broken:
         run.say(f"left out: {problem}")
-    results = {name: evaluate(rows[name], dataset, args, run) for name in rows if name in (args.only or rows)}
+    results = {name: evaluate(rows[name], dataset, run) for name in rows if name in (args.only or rows)}
     if run.rank:
         return
-    about = (f"{caption(dataset, args.split, meta)}, size {size}; mIoU in per cent, absent classes count as 0 "
-             "(published rule); last column: mean over the classes that occur")
+    split, shown = args.split, ", ".join(titles(dataset.name, dataset.modalities))
+    if dataset.name == "nyuv2" and split == "val" and meta["hold_out"]:
+        split = "val (held out of the train list)"
+    about = (f"{dataset.name} {split}, {len(dataset)} frames, {shown}, size {size}; mIoU in per cent, absent classes "
+             "count as 0 (published rule); last column: mean over the classes that occur")
     text = f"{about}\n\n{tables(results, dataset.modalities, args.protocol)}\n"
+    run.say(text)  # before it is saved, for the disk may be full
     report = {"file": MARK, "about": about, "options": vars(args), "versions": loop.versions(),
-              "classes": meta["classes"], "results": results}  # fmt: skip
-    try:  # save first, for printing may fail on a closed terminal; print in any case, for the disk may be full
-        if args.markdown:
-            write_output(args.markdown, f"<!-- {MARK} -->\n{text}")
-        if args.json:
-            write_output(args.json, json.dumps(report, indent=1) + "\n")
-    finally:
-        run.say(text)
+              "classes": meta["classes"], "results": results}
+    if args.markdown:
+        write_output(args.markdown, f"<!-- {MARK} -->\n{text}")
+    if args.json:
+        write_output(args.json, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The paper stops at the selection; how it and the student are trained is this pro
 """
 
 import copy
+import functools
 import pathlib
 import sys
 
@@ -22,7 +23,7 @@ from engine import loop
 from engine.checkpoint import SAME, describe, load_last, load_model
 from engine.options import stage2_options
 from engine.runs import Phase, Run, guarded
-from engine.subsets import all_subsets, ensemble_predictor, load_fsm, predictor
+from engine.subsets import all_subsets, load_fsm, predictor, selected_logits
 from fsm import FSM, decode, ensemble_logits, feature_distance
 from model import condition_on_modalities
 
@@ -96,7 +97,7 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            predict = ensemble_predictor(fsm, teacher, robust)
+            predict = functools.partial(selected_logits, fsm, teacher, robust)
             scores = loop.summarise(loop.validate(predict, val, subsets, run))
             phase.log(**scores)
             if scores["miou"] > phase.best:

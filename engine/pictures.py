@@ -32,12 +32,6 @@ def label_map(ids: np.ndarray, palette: list) -> Image.Image:
     return Image.fromarray(table[ids])
 
 
-def legend(maps: list[np.ndarray], classes: list[str], palette: list) -> list[tuple[str, tuple[int, int, int]]]:
-    """Names and colours of the classes that occur in any of the maps of ids."""
-    occurring = sorted(set().union(*(np.unique(ids).tolist() for ids in maps)))
-    return [(classes[i], tuple(palette[i])) if i < len(classes) else ("ignored", (0, 0, 0)) for i in occurring]
-
-
 def fit(cell: Cell, width: int) -> Image.Image:
     """Enlarged by a whole factor, so that every pixel is a square of the same size; else shrunk to `width`."""
     w, h = cell.image.size
@@ -49,7 +43,7 @@ def fit(cell: Cell, width: int) -> Image.Image:
 def draw(grid: list[list[Cell]], titles: list[str], sides=(), key=(), note: str = "") -> Image.Image:
     """The panel as an RGB image. grid: rows of cells, one per title; the rows may differ in size.
 
-    sides: a name for every row, above it; key: what `legend` gives; note: a last line of text.
+    sides: a name for every row, above it; key: names and colours, shown below; note: a last line of text.
     """
     width = min(max(WIDTH // len(titles) - GAP, NARROWEST), WIDEST)
     rows = [[fit(cell, width) for cell in row] for row in grid]

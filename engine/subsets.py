@@ -1,16 +1,17 @@
 """Many subsets of the modalities answered at once: one model, the feature selection, the switch.
 
-    for logits in subset_logits(model.eval(), images, all_subsets(4)):    # 15 x (B, K, H, W)
+    for logits in subset_logits(model, images, all_subsets(4)):    # 15 x (B, K, H, W)
 
 With mean fusion each modality goes through the encoder once: all subsets are means of the same features. The decoder is
 linear up to its ReLU (BatchNorm too, in eval mode), so that part, too, is computed once for each modality: 15 subsets
-cost little more than one. A CMNeXt runs once for each subset. Nothing here gives gradients.
+cost little more than one. A CMNeXt runs once for each subset. Puts the models into eval mode; nothing gives gradients.
 
 A subset is a tuple of positions in `model.modalities`. degraded (B or 1, M, 3, H, W) is what the modalities outside it
 deliver instead, without the models being told; None leaves them out.
 Axes: B samples, M modalities, V maps to take means of (M, or 2 M with `degraded`), S subsets, E the decoder's width.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -37,18 +38,16 @@ def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     return present
 
 
-def subset_outputs(
-    model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None, with_fused: bool = True
-) -> Iterator[Output]:
-    """Each subset's output; with mean fusion per_modality is (). ValueError for an MSegFormer in training mode."""
+def subset_outputs(model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None,
+                   with_fused: bool = True) -> Iterator[Output]:
+    """Each subset's output, of MSegFormer without `per_modality`, and without `fused` if it is not asked for."""
+    model.eval()
     if not isinstance(model, MSegFormer):
         for subset in subsets:
             present = present_of(subset, images.shape[:2])
             there = present[:, :, None, None, None].to(images.device)
             yield model(images, present) if degraded is None else model(torch.where(there, images, degraded))
         return
-    if model.training:
-        raise ValueError("many subsets from one pass need BatchNorm's running statistics: call model.eval() first.")
     present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
     declared = present if degraded is None else torch.ones_like(present)  # what the model is told
     share = model.fusion_weights(declared).detach().cpu()  # before the encoder is queued: nothing waits for it
@@ -96,35 +95,30 @@ def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, p
 
 def predictor(model: nn.Module) -> Callable:
     """predict(images, subsets, degraded=None) -> iterator of logits, as evaluation calls it."""
-    return lambda images, subsets, degraded=None: subset_logits(model.eval(), images, subsets, degraded)
+    return functools.partial(subset_logits, model)
 
 
-def switch_predictor(teacher: nn.Module, robust: nn.Module) -> Callable:
+def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list,
+                  degraded: Tensor | None = None) -> Iterator[Tensor]:
     """The honest baseline: the teacher when all modalities are there, else the robust model."""
-
-    def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
-        answers = subset_logits(robust.eval(), images, [s for s in subsets if len(s) < images.shape[1]], degraded)
-        for subset in subsets:
-            complete = len(subset) == images.shape[1]
-            yield next(subset_logits(teacher.eval(), images, [subset]) if complete else answers)
-
-    return predict
+    incomplete = subset_logits(robust, images, [s for s in subsets if len(s) < images.shape[1]], degraded)
+    for subset in subsets:
+        complete = len(subset) == images.shape[1]
+        yield next(subset_logits(teacher, images, [subset]) if complete else incomplete)
 
 
-def ensemble_predictor(
-    fsm: FSM, teacher: nn.Module, robust: nn.Module, level: str = "both", rule: str | None = None
-) -> Callable:
-    """Teacher, robust model and the selection between them; with `degraded` the selection alone knows what works."""
+def selected_logits(fsm: FSM, teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list,
+                    degraded: Tensor | None = None, level: str = "both", rule: str | None = None) -> Iterator[Tensor]:
+    """Teacher, robust model and the selection between them; with `degraded` the selection alone knows what works.
 
-    def predict(images: Tensor, subsets: list[tuple[int, ...]], degraded: Tensor | None = None) -> Iterator[Tensor]:
-        outputs = (subset_outputs(model.eval(), images, subsets, degraded) for model in (teacher, robust))
-        for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
-            present = present_of(subset, images.shape[:2])
-            selected = fsm(list(sources), present.to(images.device), rule)
-            declared = present if degraded is None else torch.ones_like(present)
-            yield ensemble_logits(selected, teacher, robust, present, level, declared)
-
-    return predict
+    level: see `fsm.ensemble_logits`; rule: another than in training.
+    """
+    outputs = (subset_outputs(model, images, subsets, degraded) for model in (teacher, robust))
+    for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
+        present = present_of(subset, images.shape[:2])
+        selected = fsm(list(sources), present.to(images.device), rule)
+        declared = present if degraded is None else torch.ones_like(present)
+        yield ensemble_logits(selected, teacher, robust, present, level, declared)
 
 
 def load_fsm(path: pathlib.Path | str, device: torch.device, expect: dict | None = None) -> FSM:

@@ -1,38 +1,45 @@
-"""Trained models as evaluate.py and predict.py take them: what a path holds, and the frames it was trained on."""
+"""Trained models as evaluate.py and predict.py take them: what a path holds, the frames that they are shown, and
+programs for machines without this project (predict.py --export)."""
 
-from collections.abc import Sequence
+import copy
+import functools
+import io
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from data import FrameDataset, open_dataset
+from data import Frame, FrameDataset, normalise, open_dataset
+from datasets.files import SUFFIXES, read_image
+from engine import pictures
 from engine.checkpoint import SAME, load_model, read, require
+from engine.files import write_output
 from engine.loop import PHASES
 from engine.options import ROOTS
-from engine.subsets import load_fsm
+from engine.subsets import load_fsm, present_of
 from fsm import FSM
+from model import CMNeXt
 
 
-def load_models(
-    path: Path, device: torch.device, same: Sequence[str] = SAME, first: dict | None = None
-) -> tuple[dict[str, nn.Module], FSM | None, dict | None]:
+def load_models(path: Path, device: torch.device) -> tuple[dict[str, nn.Module], FSM | None, dict]:
     """A model file, or all of a run folder in the order of training -> ({stem: model}, feature selection, first meta).
 
-    same: entries of meta in which all models must agree with each other, and with `first` if it is given.
-    Raises FileNotFoundError or ValueError with one sentence.
+    Raises FileNotFoundError or ValueError with one sentence, also if the models do not agree in SAME.
     """
     files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
     if not files:
         raise FileNotFoundError(f"{path} holds no teacher.pt, robust.pt, fsm.pt or student.pt.")
-    models, selection, sources = {}, None, {}
+    models, selection, first, expect = {}, None, None, {}
     for file in files:
         if "rule" in read(file)["meta"]:
-            selection = load_fsm(file, device, sources)
+            selection = load_fsm(file, device, expect)
         else:
-            model, meta = load_model(file, device, first and {name: first.get(name) for name in same})
+            model, meta = load_model(file, device, {name: expect[name] for name in SAME if expect})
             models[file.stem], first = model, first or meta
-            sources = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}
+            expect = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}
     if not models:
         raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")
     return models, selection, first
@@ -63,7 +70,104 @@ def titles(data: str, modalities: list[str]) -> list[str]:
     return [f"{name} (derived)" if data == "nyuv2" and name in ("event", "lidar") else name for name in modalities]
 
 
-def caption(dataset: FrameDataset, split: str, meta: dict) -> str:
-    """What a table shows: data set, split, frames and modalities."""
-    held = " (held out of the train list)" if dataset.name == "nyuv2" and split == "val" and meta["hold_out"] else ""
-    return f"{dataset.name} {split}{held}, {len(dataset)} frames, {', '.join(titles(dataset.name, dataset.modalities))}"
+def samples(datasets: Iterable[FrameDataset], meta: dict, depth_unit: float) -> Iterator[tuple]:
+    """Each frame as a model with this meta sees it, resized as in validation, and as it is for the eye.
+
+    -> (the Frame, images (M, 3, h, w) normalised with zeros where absent, {modality: picture at the frame's own size},
+    label (H, W) uint8 at the same size, 255 where there is none). depth_unit: see `given_depth`.
+    """
+    known = meta["modalities"]
+    for dataset in datasets:
+        dataset.read = functools.lru_cache(1)(dataset.read)  # for the eye and for the model: decoded once
+        for index, frame in enumerate(dataset.frames):
+            (decoded, label), names = dataset.read(index), dataset.modalities
+            if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in names:
+                m = names.index("depth")  # changed in the list that is kept, so for both
+                decoded[m] = given_depth(frame.images[m], decoded[m], meta["depth"], depth_unit)
+            found = normalise(dataset[index][0], names, meta["normalisation"])  # (G, 3, h, w)
+            images = found.new_zeros(len(known), *found.shape[1:])
+            images[[known.index(name) for name in names]] = found
+            yield frame, images, dict(zip(names, map(pictures.photograph, decoded), strict=True)), label
+
+
+def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]) -> Iterator[FrameDataset]:
+    """The frames of --input, each in a data set of its own, so that it is decoded as in training. In folders, files of
+    one stem are a frame, which may lack some modalities."""
+    frames: dict[str, dict[str, Path]] = {}
+    first = next(iter(given.values())).stem
+    for modality, path in given.items():
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            name = file.stem if path.is_dir() else first
+            if file.suffix.lower() in SUFFIXES and frames.setdefault(name, {}).setdefault(modality, file) != file:
+                raise ValueError(f"{file} and {frames[name][modality]} are of the same frame; remove one of them.")
+    if max(map(len, frames.values()), default=0) < min(len(given), 2):
+        raise ValueError(f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a "
+                         "stem in common; name a frame's files alike, and give files or folders for all modalities.")
+    decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # exported scenes are a plain folder
+    for name, files in sorted(frames.items()):
+        frame, classes = Frame(name, "none", "none", tuple(files.values())), (meta["classes"], meta["palette"])
+        dataset = FrameDataset(decoding, [frame], *classes, list(files), size, False, 0, None, "input")
+        if (decoding, meta["depth"]) != ("nyuv2", "raw"):  # of which `given_depth` takes any kind
+            dataset.ranges = meta.get("ranges", {})
+        yield dataset
+
+
+def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.ndarray:
+    """Depth of --input for a model of nyuv2: HHA (H, W, 3) as read, or raw depth (H, W, 1) as metres / 10 in 0..1.
+
+    kind: "hha" or "raw", what the model was trained on; unit: metres of a step of 16 bit. Says in which it is read.
+    """
+    found, expected = image.shape[2], {"hha": 3, "raw": 1}[kind]
+    if found != expected:
+        raise ValueError(f"{file} has {found} channel(s), but the model was trained on {kind} depth, of {expected}.")
+    if kind == "hha":
+        return image
+    stored = read_image(file)
+    unit = {"uint8": 10 / 255, "uint16": unit}.get(stored.dtype.name, 1.0)  # floats are metres
+    metres = stored * np.float32(unit)
+    middle = float(np.median(metres[metres > 0])) if (metres > 0).any() else 0.0
+    if middle > 10:
+        raise ValueError(f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model knows up "
+                         "to 10 m; of 16 bit, give the file's own --depth-unit, e.g. 0.0001.")
+    print(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
+    return np.minimum(metres / 10, 1)
+
+
+class Program(nn.Module):
+    """What is exported: images (B, modalities, 3, H, W) as data.normalise gives them -> logits (B, K, H, W). Its
+    modalities are fixed: a robust model can be written for the modalities that a machine has."""
+
+    def __init__(self, model: nn.Module, modalities: list[str]):
+        super().__init__()
+        if isinstance(model, CMNeXt) and modalities != model.modalities:
+            raise ValueError(f"a CMNeXt is exported with all of its modalities: {', '.join(model.modalities)}.")
+        self.columns = [model.modalities.index(modality) for modality in modalities]
+        self.register_buffer("present", present_of(self.columns, (1, len(model.modalities))))  # what it is told
+        self.model = copy.deepcopy(model)
+        self.model.modalities = modalities  # what it encodes
+
+    def forward(self, images: Tensor) -> Tensor:
+        if isinstance(self.model, CMNeXt):
+            return self.model(images).logits
+        share = self.model.fusion_weights(self.present)[:, self.columns, None, None, None]
+        fused = [(share * f).sum(1) for f in self.model.encode(images)]  # 4 x (B, C_i, h_i, w_i)
+        return self.model.decoder(fused, images.shape[-2:], self.present)
+
+
+@torch.no_grad()
+def export(model: nn.Module, meta: dict, modalities: list[str], size: int | tuple[int, int], file: str) -> None:
+    """Writes a torch.export program for any number of images of this size; `about.json` in it says what it takes. It is
+    read back first, and compared with the model and its mask."""
+    height, width = (size, size) if isinstance(size, int) else size
+    about = {"modalities": modalities, "size": [height, width], "normalisation": meta["normalisation"],
+             "classes": meta["classes"], "palette": meta["palette"]}
+    program, buffer = Program(model, modalities).eval(), io.BytesIO()
+    images = torch.randn(3, len(model.modalities), 3, height, width)
+    given = images[:, program.columns]
+    made = torch.export.export(program, (given[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(made, buffer, extra_files={"about.json": json.dumps(about)})
+    buffer.seek(0)
+    found, expected = torch.export.load(buffer).module()(given), model(images, program.present.expand(3, -1)).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1, expected.abs().max().item()))
+    write_output(file, buffer.getvalue())
+    print(f"{file}: images (B, {', '.join(map(str, given.shape[1:]))}) of {', '.join(modalities)}")

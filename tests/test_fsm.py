@@ -10,7 +10,7 @@ import torch
 from test_model import GOLDEN, SENSORS, golden_images, golden_weights
 
 from engine import checkpoint
-from engine.subsets import ensemble_predictor, load_fsm, switch_predictor
+from engine.subsets import load_fsm, selected_logits, switch_logits
 from fsm import FSM, feature_distance
 from model import Output, build_model, condition_on_modalities
 
@@ -229,7 +229,7 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
     teacher, robust, fsm = models
     images, degraded = inputs()
     degraded = degraded if filled else None
-    answers = list(ensemble_predictor(fsm, teacher, robust, level)(images, SUBSETS, degraded))
+    answers = list(selected_logits(fsm, teacher, robust, images, SUBSETS, degraded, level))
     assert len(answers) == len(SUBSETS)
     for subset, answer in zip(SUBSETS, answers, strict=True):
         given, present = seen(images, degraded, subset)
@@ -250,7 +250,7 @@ def test_the_switch_is_the_teacher_on_complete_inputs_and_else_the_robust_model(
     teacher, robust, _ = models
     images, degraded = inputs()
     degraded = degraded if filled else None
-    answers = list(switch_predictor(teacher, robust)(images, SUBSETS, degraded))
+    answers = list(switch_logits(teacher, robust, images, SUBSETS, degraded))
     for subset, answer in zip(SUBSETS, answers, strict=True):
         given, _ = seen(images, degraded, subset)
         chosen, other = (teacher, robust) if len(subset) == 4 else (robust, teacher)

@@ -15,10 +15,10 @@ from PIL import Image
 import predict
 from datasets import synthetic
 from datasets.export import write_file
-from datasets.layouts import open_layout
+from datasets.layouts import Frame, open_layout
 from engine import files, pictures
 from engine.checkpoint import load_model, save_model
-from engine.export import Logits
+from engine.trained import Program
 from model import build_model, condition_on_modalities
 
 SENSORS = ["rgb", "depth", "event", "lidar"]
@@ -138,9 +138,9 @@ def test_folders_are_matched_by_stem_and_a_frame_may_lack_a_sensor(run, tmp_path
     (["thermal={}/a.png"], "has no modality thermal; it has rgb, depth, event, lidar"),
     (["rgb={}/a.png", "depth={}/c.png"], "c.png has 40 rows of 50 pixels, but .*a.png has 64 of 96"),
     (["rgb={}/a.png", "depth={}/other"], "give files or folders for all"),
-    (["rgb={}", "depth={}/other"], "have no file stem in common"),
+    (["rgb={}", "depth={}/other"], "have no .png.* file with a stem in common"),
     (["rgb={}/text.png"], "text.png cannot be read"),
-    (["rgb={}/empty"], "empty holds no file that ends in .png"),
+    (["rgb={}/empty"], "empty have no .png"),
 ])  # fmt: skip
 def test_bad_input_is_told_in_a_sentence_that_names_it(run, frame, inputs, sentence):
     folder, _, _ = frame
@@ -288,9 +288,12 @@ def test_a_drawn_panel_keeps_every_cell_whole_and_every_colour_exact():
         assert any((columns[y : y + len(block)] == block).all() for y in range(len(columns) - len(block) + 1))
 
 
-def test_the_key_names_only_classes_that_occur():
-    maps = [np.array([[3, 3]], np.uint8), np.array([[1, 255]], np.uint8)]
-    key = pictures.legend(maps, CLASSES, PALETTE)
+def test_the_key_names_only_classes_that_occur(monkeypatch):
+    label = np.array([[1, 255]], np.uint8)
+    monkeypatch.setattr(predict, "segment", lambda *_: np.array([[3, 3]], np.uint8))
+    monkeypatch.setattr(pictures, "draw", lambda grid, titles, sides, key, note: key)
+    frame, meta = Frame("a", "fog", "none"), {"modalities": SENSORS, "classes": CLASSES, "palette": PALETTE}
+    key = predict.comparison({"student": None}, [(frame, None, {}, label)], [SENSORS], meta, "synthetic")
     assert key == [(CLASSES[1], tuple(PALETTE[1])), (CLASSES[3], tuple(PALETTE[3])), ("ignored", (0, 0, 0))]
 
 
@@ -321,9 +324,9 @@ def test_a_program_of_a_conditioned_model_knows_which_modalities_it_has(backbone
     for chosen in ([0, 1, 2, 3], [0, 2]):
         if backbone == "cmnext_tiny" and len(chosen) < 4:
             with pytest.raises(ValueError, match="a CMNeXt is exported with all of its modalities"):
-                Logits(model, [SENSORS[m] for m in chosen])
+                Program(model, [SENSORS[m] for m in chosen])
             continue
         with torch.inference_mode():
             expected = model(images, torch.tensor([m in chosen for m in range(4)]).expand(2, 4)).logits
-            program = Logits(model, [SENSORS[m] for m in chosen]).eval()
+            program = Program(model, [SENSORS[m] for m in chosen]).eval()
             assert torch.allclose(program(images[:, chosen]), expected, atol=1e-4 * expected.abs().max())

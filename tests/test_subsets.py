@@ -56,7 +56,10 @@ def test_the_shared_pass_in_bfloat16_is_as_close_to_float32_as_the_masked_one():
     assert 0 < errors[0] <= 2 * errors[1], errors
 
 
-def test_a_model_in_training_mode_is_refused():
+@torch.no_grad()
+def test_a_model_in_training_mode_answers_as_in_eval_mode_and_keeps_its_running_statistics():
     model, images = model_and_images("segformer_tiny", False, (64, 64))
-    with pytest.raises(ValueError, match="model.eval"):
-        next(subset_logits(model.train(), images, [(0,)]))
+    expected, before = model(images).logits, model.decoder.bn.running_mean.clone()
+    found = next(subset_logits(model.train(), images, [(0, 1, 2, 3)]))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(before, model.decoder.bn.running_mean) and not model.training

@@ -130,8 +130,8 @@ def evaluate(predict: Callable, dataset: FrameDataset, run: runs.Run) -> dict[st
         for protocol in args.protocol:
             wanted = [labels]
             if protocol in GROUPED:
-                of = np.array([getattr(frames[name], protocol) for name in names])[:, None, None]  # (B, 1, 1)
-                others = [torch.tensor(of != group, device=labels.device) for group in columns[protocol]]
+                groups = np.array([getattr(frames[name], protocol) for name in names])[:, None, None]  # (B, 1, 1)
+                others = [torch.tensor(groups != group, device=labels.device) for group in columns[protocol]]
                 wanted = [labels.masked_fill(other, IGNORED) for other in others]
             for call in calls.get(protocol, [(images, subsets[-1:])]):
                 for logits in predict(*call):
@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--only {unknown[0]}: {args.checkpoint[0]} gives no such row, but {', '.join(rows)}.")
     size = args.size or meta["val_size"]
     dataset = open_data(meta, args.data, args.root, args.split, size, limit=args.limit, label_map=args.label_map,
-                        skip_broken=args.skip_broken)  # fmt: skip
+                        skip_broken=args.skip_broken)
     for problem in dataset.broken:
         run.say(f"left out: {problem}")
     results = {name: evaluate(rows[name], dataset, run) for name in rows if name in (args.only or rows)}

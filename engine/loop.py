@@ -100,8 +100,8 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
     answers(images (B, M, 3, H, W) normalised, labels (B, H, W), B names) yields for each column the logits
     (B, K, H, W) and the labels that they are compared with.
     """
-    k, size = len(dataset.classes), batch_size
-    shard = [list(range(i, min(i + size, len(dataset)))) for i in range(0, len(dataset), size)][run.rank :: run.world]
+    k, starts = len(dataset.classes), range(0, len(dataset), batch_size)[run.rank :: run.world]
+    shard = [list(range(i, min(i + batch_size, len(dataset)))) for i in starts]
     matrices = torch.zeros(columns, k, k, dtype=torch.int64, device=run.device)
     for images, labels, names in loader(dataset, shard, run.args.workers, run.device):
         images = normalise(images.to(run.device, non_blocking=True), dataset.modalities, dataset.normalisation)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 import metrics
 from data import IGNORED
 from engine import pictures, runs
+from engine.export import export
 from engine.files import check_output, write_picture
 from engine.options import COUNT, RATE, RECIPES, Parser, names
-from engine.trained import export, input_frames, load_models, open_data, samples, titles
+from engine.trained import input_frames, load_models, open_data, samples, titles
 from segformer import upsample
 
 
@@ -56,7 +57,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", metavar="DIR", help="pictures of each frame. None: predictions, if no other is asked")
     add("--panel", metavar="FILE.png", help="frames by row; modalities, ground truth, and what each model says from "
         "all modalities and from --modalities (None: without the first, and the first two)")
-    add("--export", metavar="FILE.pt2", help="torch.export program of the model for --modalities (engine/trained.py)")
+    add("--export", metavar="FILE.pt2", help="torch.export program of the model for --modalities (engine/export.py)")
     args = parser.parse_args(argv)
     if args.input and (args.data or args.root or args.modalities or args.panel):
         parser.error("--input has its own frames and modalities: leave out --data, --root, --modalities and --panel.")

@@ -1,27 +1,21 @@
-"""Trained models as evaluate.py and predict.py take them: what a path holds, the frames that they are shown, and
-programs for machines without this project (predict.py --export)."""
+"""Trained models as evaluate.py and predict.py take them: what a path holds, and the frames that they are shown."""
 
-import copy
 import functools
-import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data import Frame, FrameDataset, normalise, open_dataset
 from datasets.files import SUFFIXES, read_image
 from engine import pictures
 from engine.checkpoint import SAME, load_model, read, require
-from engine.files import write_output
 from engine.loop import PHASES
 from engine.options import ROOTS
-from engine.subsets import load_fsm, present_of
+from engine.subsets import load_fsm
 from fsm import FSM
-from model import CMNeXt
 
 
 def load_models(path: Path, device: torch.device) -> tuple[dict[str, nn.Module], FSM | None, dict]:
@@ -131,43 +125,3 @@ def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.nda
                          "to 10 m; of 16 bit, give the file's own --depth-unit, e.g. 0.0001.")
     print(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
     return np.minimum(metres / 10, 1)
-
-
-class Program(nn.Module):
-    """What is exported: images (B, modalities, 3, H, W) as data.normalise gives them -> logits (B, K, H, W). Its
-    modalities are fixed: a robust model can be written for the modalities that a machine has."""
-
-    def __init__(self, model: nn.Module, modalities: list[str]):
-        super().__init__()
-        if isinstance(model, CMNeXt) and modalities != model.modalities:
-            raise ValueError(f"a CMNeXt is exported with all of its modalities: {', '.join(model.modalities)}.")
-        self.columns = [model.modalities.index(modality) for modality in modalities]
-        self.register_buffer("present", present_of(self.columns, (1, len(model.modalities))))  # what it is told
-        self.model = copy.deepcopy(model)
-        self.model.modalities = modalities  # what it encodes
-
-    def forward(self, images: Tensor) -> Tensor:
-        if isinstance(self.model, CMNeXt):
-            return self.model(images).logits
-        share = self.model.fusion_weights(self.present)[:, self.columns, None, None, None]
-        fused = [(share * f).sum(1) for f in self.model.encode(images)]  # 4 x (B, C_i, h_i, w_i)
-        return self.model.decoder(fused, images.shape[-2:], self.present)
-
-
-@torch.no_grad()
-def export(model: nn.Module, meta: dict, modalities: list[str], size: int | tuple[int, int], file: str) -> None:
-    """Writes a torch.export program for any number of images of this size; `about.json` in it says what it takes. It is
-    read back first, and compared with the model and its mask."""
-    height, width = (size, size) if isinstance(size, int) else size
-    about = {"modalities": modalities, "size": [height, width], "normalisation": meta["normalisation"],
-             "classes": meta["classes"], "palette": meta["palette"]}
-    program, buffer = Program(model, modalities).eval(), io.BytesIO()
-    images = torch.randn(3, len(model.modalities), 3, height, width)
-    given = images[:, program.columns]
-    made = torch.export.export(program, (given[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(made, buffer, extra_files={"about.json": json.dumps(about)})
-    buffer.seek(0)
-    found, expected = torch.export.load(buffer).module()(given), model(images, program.present.expand(3, -1)).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1, expected.abs().max().item()))
-    write_output(file, buffer.getvalue())
-    print(f"{file}: images (B, {', '.join(map(str, given.shape[1:]))}) of {', '.join(modalities)}")

@@ -13,7 +13,6 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import anyseg
 import hpdm
@@ -121,8 +120,6 @@ def train_robust(
     model, subsets = run.parallel(robust), all_subsets(modalities)
     optimizer, scaler = loop.adamw(robust, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
     parts = {"model": robust, "optimizer": optimizer, "scaler": scaler}
-    if args.average:
-        parts["average"] = average = AveragedModel(robust, use_buffers=True)
     if args.feedback:
         if not isinstance(teacher, MSegFormer) or modalities == 1:
             raise ValueError("--feedback needs several modalities and one encoder for all of them, a segformer_*; "
@@ -179,18 +176,15 @@ def train_robust(
         scaler.update()
         optimizer.zero_grad()
         phase.step += 1
-        if args.average and phase.step > phase.steps - args.average * phase.per_epoch:
-            average.update_parameters(robust)
 
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            best = average.module if args.average and average.n_averaged else robust
-            scores = loop.summarise(loop.validate(predictor(best), val, subsets, run))
+            scores = loop.summarise(loop.validate(predictor(robust), val, subsets, run))
             phase.log(**scores)
             if scores["miou"] > phase.best:
                 phase.best = scores["miou"]
-                run.save_model("robust", best, meta)
+                run.save_model("robust", robust, meta)
                 if args.feedback:
                     run.save_model("teacher", teacher, meta)
         if phase.due(args.save_every) or run.stopping:

@@ -70,8 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.rows = [row for row in ROWS if {"all", row.name, *row.groups.split()} & set(args.rows.split(","))]
     present = (args.modalities.count(",") + 2) / 2  # modalities, on average
     long, short, fsm = args.epochs
-    every = long + 2 * short
-    args.values = dict(long=long, short=short, both=2 * short, all=every, eighth=every / 8, fsm=fsm,
+    args.values = dict(long=long, short=short, both=2 * short, all=long + 2 * short, fsm=fsm,
                        alpha=100 / args.classes * present)  # fmt: skip
     args.values["lambda"] = 50 / args.classes
     args.root, args.limit = (["--root", args.root] * bool(args.root), ["--limit", args.limit] * bool(args.limit))

@@ -19,13 +19,13 @@ RECIPES = {
 
 # train: the flags of the row's run, or the name of another row's run; take: the row's name in evaluate.py's table.
 # {x} is the folder of run x of the same seed; {long}, {short}, {both} (robust model and student together), {all} (the
-# teacher, too), {eighth} (of that) and {fsm} are epochs; {lambda} and {alpha} the published weights as
+# teacher, too) and {fsm} are epochs; {lambda} and {alpha} the published weights as
 # train_stage1.py counts them.
 Row = namedtuple("Row", "name groups what train take evaluation", defaults=("robust", ""))
 GROUPS = ("main", "levers", "sweep", "cvpr", "ablation", "stage2")
 ROBUST, LONGER = (f"--teacher {{teacher}}/teacher.pt --distill-epochs {{{epochs}}}" for epochs in ("short", "both"))
 CE = " --lambda-kl 0 --alpha 0"
-HALF, TOLD, MEAN = " --complete 0.5", " --conditioned", " --average {eighth}"
+HALF, TOLD = " --complete 0.5", " --conditioned"
 SIMPLE = LONGER + CE + HALF
 KL = ROBUST + " --lambda-kl {lambda}"
 HPDM = KL + " --alpha {alpha}"
@@ -46,7 +46,6 @@ ROWS = [
         "--teacher {teacher}/teacher.pt --robust-from start --distill-epochs {all}" + CE + HALF + TOLD),
     Row("both_ways", "levers", "one model, each step complete and with random subsets, conditioned, as long",
         "--epochs {all} --distill-epochs 0 --teacher-subsets" + TOLD, "teacher"),
-    Row("dropped_mean", "levers", "dropped_longer, mean weights", LONGER + CE + MEAN),
     Row("conditioned_kl", "levers", "conditioned + KL, lambda 1, to the teacher on the same subset",
         LONGER + " --lambda-kl 1 --alpha 0 --kl-teacher subset" + HALF + TOLD),
     Row("fused", "levers", "CE + KL + HPDM on the fused features' prototypes", HPDM + " --fused-prototypes"),

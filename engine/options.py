@@ -192,7 +192,6 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--conditioned", action="store_true", help="a robust model that knows which modalities are present (model.py)")
     add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
     add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")
-    add("--average", type=WEIGHT, default=0.0, metavar="N", help="keep the mean of the weights over the last N epochs")
     args = parse(parser, argv)
     args.out = args.out or f"runs/{args.data}"
     if args.teacher and args.pretrained and args.robust_from == "teacher":

@@ -132,19 +132,30 @@ def test_a_run_stops_by_the_clock_and_goes_on(whole, tmp_path):
 
 
 def test_all_that_the_options_of_stage_one_train_comes_back(whole, tmp_path, monkeypatch):
-    """The teacher that learns by feedback, the average of the weights, conditioning: interrupted while averaging."""
-    more = "--feedback 12 --beta 12 --average 1 --conditioned --complete 0.5 --save-every 100".split()
+    """The teacher that learns by feedback, and conditioning, interrupted and continued."""
+    more = "--feedback 12 --beta 12 --conditioned --complete 0.5 --save-every 100".split()
     more += ["--teacher", str(whole / "1/teacher.pt")]
     assert train(1, start(1, whole, tmp_path / "a", *more)) == 0
     with monkeypatch.context() as patch:
         during(patch, "robust", 2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert train(1, start(1, whole, tmp_path / "b", *more)) == 143
-    assert torch.load(tmp_path / "b/last.pt", weights_only=True)["parts"]["average"]["n_averaged"] == 1
     assert train(1, ["--resume", str(tmp_path / "b")]) == 0
     assert differences(tmp_path / "a", tmp_path / "b") == []
     teachers = [torch.load(f / "teacher.pt", weights_only=True)["model"] for f in (whole / "1", tmp_path / "a")]
     assert any(not torch.equal(teachers[0][k], v) for k, v in teachers[1].items() if k.startswith("stages"))
     assert all(torch.equal(teachers[0][k], v) for k, v in teachers[1].items() if k.startswith("decoder"))
+
+
+def test_a_teacher_that_answers_subsets_is_conditioned_and_comes_back(whole, tmp_path, monkeypatch):
+    more = ["--teacher-subsets", "--conditioned", "--distill-epochs", "0"]
+    assert train(1, start(1, whole, tmp_path / "a", *more)) == 0
+    with monkeypatch.context() as patch:
+        during(patch, "teacher", 2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(1, start(1, whole, tmp_path / "b", *more)) == 143
+    assert train(1, ["--resume", str(tmp_path / "b")]) == 0
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert torch.load(tmp_path / "a/teacher.pt", weights_only=True)["model"]["decoder.film"].any()
+    assert "miou_missing" in (tmp_path / "a/log.jsonl").read_text()
 
 
 def test_a_second_interrupt_stops_at_once():

@@ -85,7 +85,7 @@ def load_rows(paths: list[str], device: torch.device, same: list[str], level: st
     """
     rows, first = {}, {}
     for path in map(pathlib.Path, paths):
-        models, selection, meta = load_models(path, device)
+        models, selection, meta = load_models(path, device, same)
         first = first or meta
         require(path, meta, {name: first.get(name) for name in same})
         found = {name: predictor(model) for name, model in models.items()}

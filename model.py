@@ -49,7 +49,8 @@ def check_input(images: Tensor, present: Tensor | None, modalities: list[str]) -
     if min(images.shape[-2:]) < MIN_SIDE:
         raise ValueError(f"images are {tuple(images.shape[-2:])} pixels, both sides must be at least {MIN_SIDE}.")
     if present is not None:
-        if present.shape != images.shape[:2] or present.dtype != torch.bool:
+        views, rest = divmod(len(present), len(images))  # V B rows: V answers to each image
+        if views < 1 or rest or present.shape[1:] != images.shape[1:2] or present.dtype != torch.bool:
             raise ValueError(f"present is {present.dtype} {tuple(present.shape)}, it must be bool (B, M).")
         if not present.is_cuda and not bool(present.any(1).all()):
             raise ValueError("present has a row without any modality; each sample needs at least one.")
@@ -81,6 +82,7 @@ class MSegFormer(nn.Module):
 
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
         """present (V B, M) gives V answers to each image, all from one pass of the encoder; V is 1 as a rule."""
+        check_input(images, present, self.modalities)
         present = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
         views = len(present) // len(images)
         per_modality = self.encode(images, present if views == 1 else None)
@@ -241,8 +243,9 @@ class CMNeXt(nn.Module):
 
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
         """present may be (V B, M), as for an MSegFormer; but the modalities mix in the encoder, which runs V times."""
-        images = images if present is None else images.repeat(len(present) // len(images), 1, 1, 1, 1)
         check_input(images, present, self.modalities)
+        if present is not None and len(present) > len(images):
+            images = images.repeat(len(present) // len(images), 1, 1, 1, 1)
         b, m = images.shape[:2]
         parts = (None, None) if present is None else (present[:, 0], present[:, 1:])
         rgb_rows, aux_rows = (present_rows(part, images.device) for part in parts)

@@ -80,10 +80,10 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
         generator = loop.seed_step(args.seed, "teacher", phase.step, run.rank)
         model.train()
-        present = torch.ones(images.shape[:2], dtype=torch.bool)  # (B, M)
+        present = None
         if args.teacher_subsets:
-            some = draw_present(args.batch_size, modalities, generator)[run.share]
-            present, labels = torch.cat((present, some)), labels.repeat(2, 1, 1)  # (2 B, M), (2 B, H, W)
+            some = draw_present(args.batch_size, modalities, generator)[run.share]  # (B, M)
+            present, labels = torch.cat((torch.ones_like(some), some)), labels.repeat(2, 1, 1)  # (2 B, M), (2 B, H, W)
 
         with loop.autocast(run.device, args.amp):
             logits = model(images, present).logits

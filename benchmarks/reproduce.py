@@ -104,7 +104,7 @@ def training(args: argparse.Namespace, run: str, backbone: str, base: pathlib.Pa
     if args.pretrained and ("start" in flags or not {"--teacher", "--stage1", "--pretrained"} & set(flags)):
         flags += ["--pretrained", args.pretrained.format(backbone.split("_")[-1])]
     flags += [*args.flags, "--seed", str(seed)]
-    if done.exists() and done.read_text() != shlex.join(flags):
+    if done.exists() and sorted(shlex.split(done.read_text())) != sorted(flags):
         sys.exit(f"{out} was trained with other options: {done.read_text()}\nGive --tag, or remove its seed's folder.")
     script = "train_stage2.py" if "{hpdm}" in TRAIN[run] else "train_stage1.py"
     way = "--resume" if (out / "config.json").exists() else "--out"

@@ -20,8 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="the folder of a run that has finished both stages")
     parser.add_argument("out", type=Path, help="the folder to write into")
     args = parser.parse_args(argv)
-    for name in ("teacher.pt", "student.pt"):
-        state = read(args.run / name)
+    states = {name: read(args.run / name) for name in ("teacher.pt", "student.pt")}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, state in states.items():
         halves = {key: x.half() if x.is_floating_point() else x for key, x in state["model"].items()}
         write(args.out / name, {**state, "model": halves})
 

@@ -7,6 +7,7 @@ import json
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint import fitting
 from engine.files import write_output
 from engine.subsets import present_of
 from model import CMNeXt
@@ -47,6 +48,7 @@ def export(model: nn.Module, meta: dict, modalities: list[str], size: int | tupl
     torch.export.save(made, buffer, extra_files={"about.json": json.dumps(about)})
     buffer.seek(0)
     found, expected = torch.export.load(buffer).module()(given), model(images, program.present.expand(3, -1)).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1, expected.abs().max().item()))
+    with fitting(f"{file} is not written, the program differs from the model"):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1, expected.abs().max().item()))
     write_output(file, buffer.getvalue())
     print(f"{file}: images (B, {', '.join(map(str, given.shape[1:]))}) of {', '.join(modalities)}")

@@ -112,7 +112,7 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
     matrices = run.total(matrices)
     if not matrices.any():
         raise ValueError(f"not one pixel of the {len(dataset)} {dataset.split} frames has a label: choose another "
-                         "--split or --root, or look with python data.py --check.")  # fmt: skip
+                         "split or --root, or look with python data.py --check.")  # fmt: skip
     return [metrics.scores(matrix) for matrix in matrices]
 
 

@@ -149,6 +149,7 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         saved = {name: stage1[name] for name in INHERITED if name in stage1}
     if args.resume or args.config:
         file, own = saved_options(parser, args.resume or args.config, parser.prog)
+        own = {name: value for name, value in own.items() if name in args or value}  # options that are gone, and off
         saved |= own
     before = [argument(name, value) for name, value in saved.items() if value is not None and value is not False]
     args = parser.parse_args([*before, *plain])  # on one command line, what was saved is checked as if given now
@@ -188,12 +189,14 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--feedback", type=WEIGHT, default=0.0, help="weight of variation in a teacher that learns too; 0: it does not")
     add = parser.add_argument_group("stage 1, not in the paper").add_argument
     add("--complete", type=SHARE, default=0.0, help="share of the robust model's inputs that are complete in any case")
-    add("--teacher-subsets", action="store_true", help="the teacher also learns from random subsets, in each step")
-    add("--conditioned", action="store_true", help="a robust model that knows which modalities are present (model.py)")
+    add("--teacher-subsets", action="store_true", help="the teacher learns each batch complete and with random subsets")
+    add("--conditioned", action="store_true", help="a robust model, or teacher of subsets, that knows what is present")
     add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
     add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")
     args = parse(parser, argv)
     args.out = args.out or f"runs/{args.data}"
+    if args.teacher and args.teacher_subsets:
+        parser.error("--teacher and --teacher-subsets contradict each other: this teacher is trained already.")
     if args.teacher and args.pretrained and args.robust_from == "teacher":
         parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
     return args

@@ -1,7 +1,7 @@
 """Trained models as evaluate.py and predict.py take them: what a path holds, and the frames that they are shown."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,11 @@ from engine.subsets import load_fsm
 from fsm import FSM
 
 
-def load_models(path: Path, device: torch.device) -> tuple[dict[str, nn.Module], FSM | None, dict]:
+def load_models(path: Path, device: torch.device, same: Sequence[str] = SAME
+                ) -> tuple[dict[str, nn.Module], FSM | None, dict]:
     """A model file, or all of a run folder in the order of training -> ({stem: model}, feature selection, first meta).
 
-    Raises FileNotFoundError or ValueError with one sentence, also if the models do not agree in SAME.
+    Raises FileNotFoundError or ValueError with one sentence, also if the models differ in an entry `same` of meta.
     """
     files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
     if not files:
@@ -31,7 +32,7 @@ def load_models(path: Path, device: torch.device) -> tuple[dict[str, nn.Module],
         if "rule" in read(file)["meta"]:
             selection = load_fsm(file, device, expect)
         else:
-            model, meta = load_model(file, device, {name: expect[name] for name in SAME if expect})
+            model, meta = load_model(file, device, {name: first[name] for name in same} if first else {})
             models[file.stem], first = model, first or meta
             expect = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}
     if not models:
@@ -94,6 +95,8 @@ def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]
             name = file.stem if path.is_dir() else first
             if file.suffix.lower() in SUFFIXES and frames.setdefault(name, {}).setdefault(modality, file) != file:
                 raise ValueError(f"{file} and {frames[name][modality]} are of the same frame; remove one of them.")
+        if not any(modality in files for files in frames.values()):
+            raise ValueError(f"--input {modality}={path} holds no file that ends in {', '.join(SUFFIXES)}.")
     if max(map(len, frames.values()), default=0) < min(len(given), 2):
         raise ValueError(f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a "
                          "stem in common; name a frame's files alike, and give files or folders for all modalities.")
@@ -101,8 +104,8 @@ def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]
     for name, files in sorted(frames.items()):
         frame, classes = Frame(name, "none", "none", tuple(files.values())), (meta["classes"], meta["palette"])
         dataset = FrameDataset(decoding, [frame], *classes, list(files), size, False, 0, None, "input")
-        if (decoding, meta["depth"]) != ("nyuv2", "raw"):  # of which `given_depth` takes any kind
-            dataset.ranges = meta.get("ranges", {})
+        any_kind = ["depth"] if (decoding, meta["depth"]) == ("nyuv2", "raw") else []  # see `given_depth`
+        dataset.ranges = {m: kept for m, kept in meta.get("ranges", {}).items() if m not in any_kind}
         yield dataset
 
 

@@ -343,6 +343,11 @@ def test_models_that_were_trained_on_other_images_are_not_compared(run_folder, t
     assert len(evaluate.load_rows(paths, CPU, SAME)[0]) == 2
     with pytest.raises(ValueError, match="other.pt was trained with val_size 64, but here it is 32"):
         evaluate.load_rows(paths, CPU, [*SAME, "val_size"])
+    (tmp_path / "run").mkdir()
+    checkpoint.save_model(tmp_path / "run/teacher.pt", random_model("segformer_tiny"), state["meta"])
+    (tmp_path / "other.pt").rename(tmp_path / "run/student.pt")
+    with pytest.raises(ValueError, match="student.pt was trained with val_size 64, but here it is 32"):
+        evaluate.load_rows([str(tmp_path / "run")], CPU, [*SAME, "val_size"])
 
 
 @pytest.mark.parametrize("flag, name, sentence", [

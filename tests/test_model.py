@@ -518,3 +518,14 @@ def test_several_answers_to_an_image_are_those_of_several_calls(backbone):
         torch.testing.assert_close(found, model(images, present[v]).logits)
     for stage, fused in enumerate(both.fused):
         torch.testing.assert_close(fused[3:], model(images, present[1]).fused[stage])
+
+
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+@pytest.mark.parametrize("present, sentence", [
+    (torch.ones(3, 2) > 0, "must be bool"), (torch.ones(4, 1) > 0, "must be bool"), (torch.ones(4, 2), "must be bool"),
+    (torch.zeros(4, 2) > 0, "without any modality"),
+])  # fmt: skip
+def test_what_is_present_must_be_told_for_whole_batches(backbone, present, sentence):
+    model = build_model(backbone, 5, ["rgb", "depth"])
+    with pytest.raises(ValueError, match=sentence):
+        model(torch.zeros(2, 2, 3, 32, 32), present)

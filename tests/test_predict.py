@@ -140,7 +140,7 @@ def test_folders_are_matched_by_stem_and_a_frame_may_lack_a_sensor(run, tmp_path
     (["rgb={}/a.png", "depth={}/other"], "give files or folders for all"),
     (["rgb={}", "depth={}/other"], "have no .png.* file with a stem in common"),
     (["rgb={}/text.png"], "text.png cannot be read"),
-    (["rgb={}/empty"], "empty have no .png"),
+    (["rgb={}/empty"], "empty holds no file that ends in .png"),
 ])  # fmt: skip
 def test_bad_input_is_told_in_a_sentence_that_names_it(run, frame, inputs, sentence):
     folder, _, _ = frame

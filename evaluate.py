@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import kernels
+import metrics
 from data import IGNORED, FrameDataset, random_missing, sensor_noise
 from engine import loop, runs
 from engine.checkpoint import require
@@ -118,7 +119,7 @@ def evaluate(predict: Callable, dataset: FrameDataset, run: runs.Run) -> dict[st
     columns |= {group: sorted({getattr(frame, group) for frame in dataset.frames}) for group in GROUPED}
 
     def answers(images: Tensor, labels: Tensor, names: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each column: logits (B, K, H, W) for these B frames, and the labels that they are compared with."""
+        """For each column: classes (B, H, W) of these B frames, and the labels that they are compared with."""
         # a modality's damage does not depend on which others are missing, so all subsets share it
         damaged, zeros = torch.zeros(images.shape[:2], dtype=torch.bool), torch.zeros_like(images[:1])
         calls = {
@@ -135,7 +136,8 @@ def evaluate(predict: Callable, dataset: FrameDataset, run: runs.Run) -> dict[st
                 wanted = [labels.masked_fill(other, IGNORED) for other in others]
             for call in calls.get(protocol, [(images, subsets[-1:])]):
                 for logits in predict(*call):
-                    yield from ((logits, part) for part in wanted)
+                    ids = metrics.class_ids(logits, names)
+                    yield from ((ids, part) for part in wanted)
 
     found = iter(loop.score(answers, sum(len(columns[p]) for p in args.protocol), dataset, args.batch_size, run))
     return {protocol: {column: next(found) for column in columns[protocol]} for protocol in args.protocol}

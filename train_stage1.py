@@ -99,7 +99,7 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            scores = loop.summarise(loop.validate(predictor(teacher), val, subsets, run))
+            scores = loop.validate(predictor(teacher), val, subsets, run)
             phase.log(**scores)
             if scores["miou"] > phase.best:
                 phase.best = scores["miou"]
@@ -180,7 +180,7 @@ def train_robust(
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            scores = loop.summarise(loop.validate(predictor(robust), val, subsets, run))
+            scores = loop.validate(predictor(robust), val, subsets, run)
             phase.log(**scores)
             if scores["miou"] > phase.best:
                 phase.best = scores["miou"]

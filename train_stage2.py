@@ -98,7 +98,7 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
             phase.report(lr)
         if phase.due(phase.eval_steps):
             predict = functools.partial(selected_logits, fsm, teacher, robust)
-            scores = loop.summarise(loop.validate(predict, val, subsets, run))
+            scores = loop.validate(predict, val, subsets, run)
             phase.log(**scores)
             if scores["miou"] > phase.best:
                 phase.best = scores["miou"]
@@ -152,7 +152,7 @@ def train_student(
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            scores = loop.summarise(loop.validate(predictor(student), val, subsets, run))
+            scores = loop.validate(predictor(student), val, subsets, run)
             phase.log(**scores)
             if scores["miou"] > phase.best:
                 phase.best = scores["miou"]

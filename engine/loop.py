@@ -97,8 +97,8 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> list[dict]:
     """metrics.scores of each column of a table, over all frames of a data set and all processes.
 
-    answers(images (B, M, 3, H, W) normalised, labels (B, H, W), B names) yields for each column the logits
-    (B, K, H, W) and the labels that they are compared with.
+    answers(images (B, M, 3, H, W) normalised, labels (B, H, W), B names) yields for each column the classes that a
+    model sees (`metrics.class_ids`) and the labels that they are compared with, both (B, H, W).
     """
     k, starts = len(dataset.classes), range(0, len(dataset), batch_size)[run.rank :: run.world]
     shard = [list(range(i, min(i + batch_size, len(dataset)))) for i in starts]
@@ -107,8 +107,8 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
         images = normalise(images.to(run.device, non_blocking=True), dataset.modalities, dataset.normalisation)
         labels = labels.to(run.device, non_blocking=True).long()
         with autocast(run.device, run.args.amp):
-            for matrix, (logits, wanted) in zip(matrices, answers(images, labels, names), strict=True):
-                matrix += metrics.confusion(metrics.class_ids(logits, names), wanted, k)
+            for matrix, (ids, wanted) in zip(matrices, answers(images, labels, names), strict=True):
+                matrix += metrics.confusion(ids, wanted, k)
     matrices = run.total(matrices)
     if not matrices.any():
         raise ValueError(f"not one pixel of the {len(dataset)} {dataset.split} frames has a label: choose another "
@@ -116,11 +116,14 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
     return [metrics.scores(matrix) for matrix in matrices]
 
 
-def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> list[dict]:
-    """metrics.scores of each subset of modalities. predict(images, subsets) yields logits per subset (`predictor`)."""
+def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> dict[str, float]:
+    """`summarise` of the scores of each subset. predict(images, subsets) yields logits per subset (`predictor`)."""
+
+    def answers(images: Tensor, labels: Tensor, names: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((metrics.class_ids(logits, names), labels) for logits in predict(images, subsets))
+
     size = 1 if dataset.name == "folder" else run.args.batch_size  # your own frames may differ in size
-    return score(lambda images, labels, _: ((logits, labels) for logits in predict(images, subsets)), len(subsets),
-                 dataset, size, run)
+    return summarise(score(answers, len(subsets), dataset, size, run))
 
 
 def summarise(results: list[dict]) -> dict[str, float]:

@@ -97,7 +97,7 @@ def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]
                 raise ValueError(f"{file} and {frames[name][modality]} are of the same frame; remove one of them.")
         if not any(modality in files for files in frames.values()):
             raise ValueError(f"--input {modality}={path} holds no file that ends in {', '.join(SUFFIXES)}.")
-    if max(map(len, frames.values()), default=0) < min(len(given), 2):
+    if len(given) > 1 and max(map(len, frames.values())) == 1:
         raise ValueError(f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a "
                          "stem in common; name a frame's files alike, and give files or folders for all modalities.")
     decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # exported scenes are a plain folder

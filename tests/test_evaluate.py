@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_model import SENSORS, golden_weights
+from models import MODALITIES, golden_weights
 
 import evaluate
 import metrics
@@ -26,7 +26,7 @@ K = 12  # as many as the scenes have
 
 
 def random_model(backbone, modalities=4, conditioned=False):
-    model = build_model(backbone, K, SENSORS[:modalities])
+    model = build_model(backbone, K, MODALITIES[:modalities])
     if conditioned:
         condition_on_modalities(model)
     shapes = {name: list(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
@@ -59,7 +59,7 @@ def test_all_subsets_are_there_once_and_the_complete_one_is_last():
     assert {frozenset(s) for s in SUBSETS} == {
         frozenset(s) for n in (1, 2, 3, 4) for s in itertools.combinations(range(4), n)
     }
-    names = [evaluate.subset_name(s, SENSORS) for s in SUBSETS]
+    names = [evaluate.subset_name(s, MODALITIES) for s in SUBSETS]
     assert names[0] == "R" and names[-1] == "RDEL" and "EL" in names and len(set(names)) == 15
     assert evaluate.subset_name((0, 2), ["rgb", "depth", "radar"]) == "rgb+radar"
 
@@ -100,7 +100,7 @@ def a_run(batch_size, workers=0, protocol=evaluate.PROTOCOLS):
 
 def scenes(modalities, frames):
     """Validation scenes of every weather, some with a failing sensor."""
-    dataset = open_dataset("synthetic", split="val", modalities=SENSORS[:modalities], size=32, limit=30)
+    dataset = open_dataset("synthetic", split="val", modalities=MODALITIES[:modalities], size=32, limit=30)
     dataset.frames = dataset.frames[30 - frames :]
     return dataset
 
@@ -133,21 +133,21 @@ def test_every_protocol_equals_its_definition_frame_by_frame():
     matrices = {}
     for index, frame in enumerate(dataset.frames):
         images, label, name = dataset[index]
-        images = normalise(images[None], SENSORS, dataset.normalisation)
+        images = normalise(images[None], MODALITIES, dataset.normalisation)
 
         def count(protocol, column, given, present=None, label=label):
             matrix = metrics.confusion(model(given.double(), present).logits.argmax(1), label[None], K)
             matrices[protocol, column] = matrices.get((protocol, column), 0) + matrix
 
         for subset in ((0,), (1, 3)):
-            column = evaluate.subset_name(subset, SENSORS)
+            column = evaluate.subset_name(subset, MODALITIES)
             present = torch.tensor([[m in subset for m in range(4)]])
             count("any", column, images, present)
             count("emm", column, images * present[:, :, None, None, None])
             for r in (0.25, 0.5, 0.75):
                 count("rmm", f"{column} {r}", random_missing(images, present, r, [name], seed=3))
         for level in ("low", "mid", "high"):
-            count("nm", level, sensor_noise(images, level, [name], SENSORS, seed=3))
+            count("nm", level, sensor_noise(images, level, [name], MODALITIES, seed=3))
         count("condition", frame.condition, images)
         count("case", frame.case, images)
     assert {column for protocol, column in matrices if protocol == "case"} == {"motionblur", "none"}
@@ -170,7 +170,7 @@ def test_a_damaged_sensor_loses_the_share_of_values_that_the_protocol_says():
 def random_results(seed, protocols=evaluate.PROTOCOLS):
     """Invented scores with the columns that `evaluate` gives."""
     g = torch.Generator().manual_seed(seed)
-    names = [evaluate.subset_name(s, SENSORS) for s in SUBSETS]
+    names = [evaluate.subset_name(s, MODALITIES) for s in SUBSETS]
     columns = {"any": names, "emm": names, "rmm": [f"{n} {r}" for r in evaluate.RMM_RATES for n in names],
                "nm": ["low", "mid", "high"], "condition": ["fog", "sun"], "case": ["lidarjitter", "none"]}  # fmt: skip
     return {p: {c: {rule: 100 * float(torch.rand((), generator=g)) for rule in ("miou_published", "miou_occurring")}
@@ -185,9 +185,9 @@ def test_the_expectation_is_over_sensors_that_fail_on_their_own(p):
         for works in itertools.product((True, False), repeat=4):
             if any(works):
                 chance = math.prod(1 - p if w else p for w in works)
-                name = "".join(sensor[0].upper() for sensor, w in zip(SENSORS, works, strict=True) if w)
+                name = "".join(sensor[0].upper() for sensor, w in zip(MODALITIES, works, strict=True) if w)
                 expectation += chance * scores[f"{name} {rate}".strip()]["miou_published"]
-        table = evaluate.summary(protocol, [s["miou_published"] for s in scores.values()], SENSORS)
+        table = evaluate.summary(protocol, [s["miou_published"] for s in scores.values()], MODALITIES)
         column = f"r={rate} E({p})" if rate else f"E({p})"
         assert table[column] == pytest.approx(expectation / (1 - p**4))  # given that at least one works
         assert table["mean"] == pytest.approx(sum(s["miou_published"] for s in scores.values()) / len(scores))
@@ -196,7 +196,7 @@ def test_the_expectation_is_over_sensors_that_fail_on_their_own(p):
 def test_the_summaries_average_what_their_names_say():
     results = random_results(2)
     value = {p: {c: s["miou_published"] for c, s in scores.items()} for p, scores in results.items()}
-    table = {p: evaluate.summary(p, list(values.values()), SENSORS) for p, values in value.items()}
+    table = {p: evaluate.summary(p, list(values.values()), MODALITIES) for p, values in value.items()}
     missing = [v for c, v in value["any"].items() if c != "RDEL"]
     assert set(table["any"]) == {"full", "missing", "mean"} and table["any"]["full"] == value["any"]["RDEL"]
     assert len(missing) == 14
@@ -219,12 +219,12 @@ def cells_of(text):
 def test_tables_hold_every_number_and_the_differences_to_the_first_row():
     results = {"teacher": random_results(3), "student": random_results(4)}
     for protocol, title in evaluate.PROTOCOLS.items():
-        found, (head, *rows) = cells_of(evaluate.tables(results, SENSORS, [protocol]))
+        found, (head, *rows) = cells_of(evaluate.tables(results, MODALITIES, [protocol]))
         assert title in found
         columns = [] if protocol == "rmm" else list(results["teacher"][protocol])
         published, others = ({name: [score[rule] for score in scores[protocol].values()] for name, scores in
                               results.items()} for rule in ("miou_published", "miou_occurring"))
-        means = {name: evaluate.summary(protocol, published[name], SENSORS) for name in results}
+        means = {name: evaluate.summary(protocol, published[name], MODALITIES) for name in results}
         assert head == ["", *columns, *means["teacher"], "mean, occurring"]
         for name, row in zip(results, rows, strict=True):
             assert row[0] == name and float(row[-1]) == pytest.approx(sum(others[name]) / len(others[name]), abs=0.006)
@@ -240,7 +240,7 @@ def test_tables_hold_every_number_and_the_differences_to_the_first_row():
 
 def test_a_weather_called_mean_and_a_modality_called_full_keep_their_columns():
     weather = {"condition": {c: {"miou_published": v, "miou_occurring": v} for c, v in (("fog", 10.0), ("mean", 40.0))}}
-    _, (head, row) = cells_of(evaluate.tables({"a": weather}, SENSORS, ["condition"]))
+    _, (head, row) = cells_of(evaluate.tables({"a": weather}, MODALITIES, ["condition"]))
     assert head == ["", "fog", "mean", "mean", "mean, occurring"] and row[1:] == ["10.00", "40.00", "25.00", "25.00"]
     modalities = ["full", "far"]
     names = [evaluate.subset_name(s, modalities) for s in all_subsets(2)]
@@ -257,7 +257,7 @@ def test_a_weather_called_mean_and_a_modality_called_full_keep_their_columns():
 def run_folder(tmp_path):
     """A run folder with all four files."""
     dataset = open_dataset("synthetic", split="val", size=32, limit=1)
-    meta = {"backbone": "segformer_tiny", "modalities": SENSORS, "classes": list(dataset.classes), "palette": [],
+    meta = {"backbone": "segformer_tiny", "modalities": MODALITIES, "classes": list(dataset.classes), "palette": [],
             "size": 32, "val_size": 32, "data": "synthetic", "root": None, "depth": "hha", "label_map": None,
             "normalisation": "all", "hold_out": 0, "drop_path": 0.1, "dropout": 0.1}  # fmt: skip
     folder = tmp_path / "demo"
@@ -406,7 +406,7 @@ def test_an_answer_that_is_not_finite_stops_evaluation_and_validation_with_the_f
 
 def test_frames_without_a_label_give_no_scores():
     class Unlabelled:
-        name, split, modalities, classes, frames, normalisation = "none", "val", SENSORS, list("abcde"), [], "all"
+        name, split, modalities, classes, frames, normalisation = "none", "val", MODALITIES, list("abcde"), [], "all"
 
         def __len__(self):
             return 2

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from test_model import GOLDEN, SENSORS, golden_images, golden_weights
+from models import GOLDEN, MODALITIES, golden_images, golden_weights
 
 from engine import checkpoint
 from engine.subsets import load_fsm, selected_logits, switch_logits
@@ -195,7 +195,7 @@ def test_feature_distance_is_the_mean_squared_difference_in_units_of_the_channel
 @pytest.fixture(scope="module")
 def models():
     """Teacher and robust model that disagree, and an FSM that fits them."""
-    teacher, robust = (build_model("segformer_tiny", K, SENSORS) for _ in range(2))
+    teacher, robust = (build_model("segformer_tiny", K, MODALITIES) for _ in range(2))
     condition_on_modalities(robust)
     teacher, robust = with_random_weights(teacher), with_random_weights(robust)
     for p in robust.parameters():
@@ -262,8 +262,8 @@ def test_the_switch_is_the_teacher_on_complete_inputs_and_else_the_robust_model(
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_a_selection_comes_back_from_its_file_as_it_was(tmp_path: pathlib.Path, conditioned):
     fsm, outputs = random_fsm("candidate", conditioned, temperature=0.4), random_outputs(10)
-    meta = {"widths": list(WIDTHS), "classes": [str(c) for c in range(K)], "modalities": SENSORS, "rule": "candidate",
-            "temperature": 0.4, "conditioned": conditioned}  # fmt: skip
+    meta = {"widths": list(WIDTHS), "classes": [str(c) for c in range(K)], "modalities": MODALITIES,
+            "rule": "candidate", "temperature": 0.4, "conditioned": conditioned}  # fmt: skip
     checkpoint.save_model(tmp_path / "fsm.pt", fsm, meta)
     loaded = load_fsm(tmp_path / "fsm.pt", torch.device("cpu"))
     assert loaded.modality_bias.requires_grad == conditioned and not loaded.training

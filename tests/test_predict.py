@@ -21,7 +21,7 @@ from engine.checkpoint import load_model, save_model
 from engine.export import Program
 from model import build_model, condition_on_modalities
 
-SENSORS = ["rgb", "depth", "event", "lidar"]
+MODALITIES = ["rgb", "depth", "event", "lidar"]
 _, _, CLASSES, PALETTE = open_layout("synthetic", None, "hha", 40)
 PALETTE = PALETTE.tolist()
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -42,10 +42,10 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     for seed, name in enumerate(("teacher", "student")):
         torch.manual_seed(seed)
-        model = spread_logits(build_model("segformer_tiny", len(CLASSES), SENSORS, 0.0, 0.0))
-        meta = {"backbone": "segformer_tiny", "modalities": SENSORS, "classes": CLASSES, "palette": PALETTE, "size": 64,
-                "val_size": 64, "data": "synthetic", "root": None, "depth": "hha", "label_map": None, "hold_out": 0,
-                "normalisation": "all", "drop_path": 0.0, "dropout": 0.0}  # fmt: skip
+        model = spread_logits(build_model("segformer_tiny", len(CLASSES), MODALITIES, 0.0, 0.0))
+        meta = {"backbone": "segformer_tiny", "modalities": MODALITIES, "classes": CLASSES, "palette": PALETTE,
+                "size": 64, "val_size": 64, "data": "synthetic", "root": None, "depth": "hha", "label_map": None,
+                "hold_out": 0, "normalisation": "all", "drop_path": 0.0, "dropout": 0.0}  # fmt: skip
         save_model(folder / f"{name}.pt", model, meta)
     return folder
 
@@ -68,7 +68,7 @@ def call(*arguments):
 def answer_of_submodel(checkpoint, images):
     """Class ids by a model that was built for these sensors alone: images (M, H, W, 3) in 0..1."""
     state = torch.load(checkpoint, weights_only=True)["model"]
-    model = build_model("segformer_tiny", len(CLASSES), SENSORS[: len(images)], 0.0, 0.0).eval()
+    model = build_model("segformer_tiny", len(CLASSES), MODALITIES[: len(images)], 0.0, 0.0).eval()
     model.load_state_dict(state)
     x = torch.from_numpy(((np.stack(images) - MEAN) / STD).transpose(0, 3, 1, 2)).float()
     with torch.inference_mode():
@@ -264,13 +264,13 @@ def test_the_panel_of_a_run_shows_scenes_by_row_and_both_models(run, tmp_path, m
     grid, titles, sides, key, _ = drawn["args"]
     views = ["all modalities", "rgb missing", "rgb and depth missing"]
     says = [f"{name}: {view}" for name in ("teacher", "student") for view in views]
-    assert titles == [*SENSORS, "ground truth", *says] and len(titles) == len(grid[0])
+    assert titles == [*MODALITIES, "ground truth", *says] and len(titles) == len(grid[0])
     assert sides == ["val/000000, cloud", "val/000001, fog", "val/000002, night"]
     scene = synthetic.paint(0, "val", 2, 64)
     assert (np.asarray(grid[2][4].image) == np.array(PALETTE, np.uint8)[scene["label"]]).all()
     shown = {tuple(colour) for row in grid for cell in row[4:] for _, colour in cell.image.getcolors(256)}
     assert {colour for _, colour in key} == shown and len(shown) <= len(CLASSES)
-    ids = answer_of_submodel(run / "teacher.pt", [scene[modality] / 255 for modality in SENSORS])
+    ids = answer_of_submodel(run / "teacher.pt", [scene[modality] / 255 for modality in MODALITIES])
     assert grid[2][5].caption == f"{100 * (ids == scene['label']).mean():.0f} %"
 
 
@@ -292,8 +292,8 @@ def test_the_key_names_only_classes_that_occur(monkeypatch):
     label = np.array([[1, 255]], np.uint8)
     monkeypatch.setattr(predict, "segment", lambda *_: np.array([[3, 3]], np.uint8))
     monkeypatch.setattr(pictures, "draw", lambda grid, titles, sides, key, note: key)
-    frame, meta = Frame("a", "fog", "none"), {"modalities": SENSORS, "classes": CLASSES, "palette": PALETTE}
-    key = predict.comparison({"student": None}, [(frame, None, {}, label)], [SENSORS], meta, "synthetic")
+    frame, meta = Frame("a", "fog", "none"), {"modalities": MODALITIES, "classes": CLASSES, "palette": PALETTE}
+    key = predict.comparison({"student": None}, [(frame, None, {}, label)], [MODALITIES], meta, "synthetic")
     assert key == [(CLASSES[1], tuple(PALETTE[1])), (CLASSES[3], tuple(PALETTE[3])), ("ignored", (0, 0, 0))]
 
 
@@ -314,7 +314,7 @@ def test_the_exported_program_takes_any_batch_and_agrees_with_the_mask(run, tmp_
 @pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
 def test_a_program_of_a_conditioned_model_knows_which_modalities_it_has(backbone):
     torch.manual_seed(4)
-    model = build_model(backbone, 5, SENSORS, 0.0, 0.0)
+    model = build_model(backbone, 5, MODALITIES, 0.0, 0.0)
     condition_on_modalities(model)
     for learned in (model.decoder.film, getattr(model, "fusion_logits", None)):
         if learned is not None:
@@ -324,9 +324,9 @@ def test_a_program_of_a_conditioned_model_knows_which_modalities_it_has(backbone
     for chosen in ([0, 1, 2, 3], [0, 2]):
         if backbone == "cmnext_tiny" and len(chosen) < 4:
             with pytest.raises(ValueError, match="a CMNeXt is exported with all of its modalities"):
-                Program(model, [SENSORS[m] for m in chosen])
+                Program(model, [MODALITIES[m] for m in chosen])
             continue
         with torch.inference_mode():
             expected = model(images, torch.tensor([m in chosen for m in range(4)]).expand(2, 4)).logits
-            program = Program(model, [SENSORS[m] for m in chosen]).eval()
+            program = Program(model, [MODALITIES[m] for m in chosen]).eval()
             assert torch.allclose(program(images[:, chosen]), expected, atol=1e-4 * expected.abs().max())

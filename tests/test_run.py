@@ -131,29 +131,28 @@ def test_a_run_stops_by_the_clock_and_goes_on(whole, tmp_path):
     assert differences(whole / "1", tmp_path) == []
 
 
+def interrupted_as_whole(monkeypatch, whole: pathlib.Path, folder: pathlib.Path, phase: str, *more: str) -> None:
+    """Runs stage 1 with these options into folder / "a", and into "b" with a stop at step 2 of the phase: equal."""
+    assert train(1, start(1, whole, folder / "a", *more)) == 0
+    with monkeypatch.context() as patch:
+        during(patch, phase, 2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(1, start(1, whole, folder / "b", *more)) == 143
+    assert train(1, ["--resume", str(folder / "b")]) == 0
+    assert differences(folder / "a", folder / "b") == []
+
+
 def test_all_that_the_options_of_stage_one_train_comes_back(whole, tmp_path, monkeypatch):
     """The teacher that learns by feedback, and conditioning, interrupted and continued."""
     more = "--feedback 12 --beta 12 --conditioned --complete 0.5 --save-every 100".split()
-    more += ["--teacher", str(whole / "1/teacher.pt")]
-    assert train(1, start(1, whole, tmp_path / "a", *more)) == 0
-    with monkeypatch.context() as patch:
-        during(patch, "robust", 2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(1, start(1, whole, tmp_path / "b", *more)) == 143
-    assert train(1, ["--resume", str(tmp_path / "b")]) == 0
-    assert differences(tmp_path / "a", tmp_path / "b") == []
+    interrupted_as_whole(monkeypatch, whole, tmp_path, "robust", *more, "--teacher", str(whole / "1/teacher.pt"))
     teachers = [torch.load(f / "teacher.pt", weights_only=True)["model"] for f in (whole / "1", tmp_path / "a")]
     assert any(not torch.equal(teachers[0][k], v) for k, v in teachers[1].items() if k.startswith("stages"))
     assert all(torch.equal(teachers[0][k], v) for k, v in teachers[1].items() if k.startswith("decoder"))
 
 
 def test_a_teacher_that_answers_subsets_is_conditioned_and_comes_back(whole, tmp_path, monkeypatch):
-    more = ["--teacher-subsets", "--conditioned", "--distill-epochs", "0"]
-    assert train(1, start(1, whole, tmp_path / "a", *more)) == 0
-    with monkeypatch.context() as patch:
-        during(patch, "teacher", 2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(1, start(1, whole, tmp_path / "b", *more)) == 143
-    assert train(1, ["--resume", str(tmp_path / "b")]) == 0
-    assert differences(tmp_path / "a", tmp_path / "b") == []
+    interrupted_as_whole(monkeypatch, whole, tmp_path, "teacher", "--teacher-subsets", "--conditioned",
+                         "--distill-epochs", "0")  # fmt: skip
     assert torch.load(tmp_path / "a/teacher.pt", weights_only=True)["model"]["decoder.film"].any()
     assert "miou_missing" in (tmp_path / "a/log.jsonl").read_text()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_model import SENSORS, randomised
+from models import MODALITIES, randomised
 
 from engine.subsets import all_subsets, present_of, subset_logits, subset_outputs
 from model import build_model, condition_on_modalities
@@ -10,7 +10,7 @@ from model import build_model, condition_on_modalities
 
 def model_and_images(backbone, conditioned, sides):
     torch.manual_seed(0)
-    model = build_model(backbone, 7, SENSORS)
+    model = build_model(backbone, 7, MODALITIES)
     if conditioned:
         condition_on_modalities(model)
     return randomised(model), torch.randn(2, 4, 3, *sides).double()

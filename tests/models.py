@@ -1,0 +1,74 @@
+"""What several test files make models of: the golden arrays of the authors' implementation (weights follow from the
+parameter names, inputs from a seed), and models with nothing left at its start value."""
+
+import json
+import pathlib
+import zlib
+
+import numpy as np
+import torch
+
+from engine.pretrained import load_pretrained
+from model import build_model
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+MODALITIES = ["rgb", "depth", "event", "lidar"]
+
+
+def golden_weights(keys: np.ndarray) -> dict[str, torch.Tensor]:
+    """The weights that follow from the published names and shapes."""
+    state = {}
+    for name, shape in json.loads(bytes(keys)).items():
+        r = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        if name.endswith("num_batches_tracked"):
+            value = torch.zeros(shape, dtype=torch.int64)
+        elif name.endswith("running_var"):
+            value = 0.8 + 0.2 * r.abs()
+        elif name.endswith("running_mean"):
+            value = 0.1 * r
+        elif r.ndim == 1 and name.endswith("weight"):
+            value = 1 + 0.1 * r
+        elif r.ndim <= 1:
+            value = 0.1 * r
+        else:
+            value = r / r[0].numel() ** 0.5
+        state[name] = value
+    return state
+
+
+def golden_images(generator: torch.Generator) -> torch.Tensor:
+    return torch.stack([torch.randn(2, 3, 64, 96, generator=generator) for _ in range(4)], 1)  # (B, M, 3, H, W)
+
+
+def published(tmp_path, file: str, backbone: str):
+    golden = np.load(GOLDEN / file)
+    torch.save(golden_weights(golden["keys"]), tmp_path / "published.pth")
+    model = build_model(backbone, 25, MODALITIES).eval()
+    report = load_pretrained(model, str(tmp_path / "published.pth"))
+    return golden, model, report
+
+
+def agree(ours: torch.Tensor, golden: np.ndarray, atol: float = 1e-4) -> None:
+    assert ours.shape == golden.shape
+    torch.testing.assert_close(ours, torch.from_numpy(golden), rtol=0, atol=atol)
+
+
+def random_present(b: int, m: int, seed: int) -> torch.Tensor:
+    present = torch.rand(b, m, generator=torch.Generator().manual_seed(seed)) < 0.5
+    present[torch.arange(b), torch.randint(0, m, (b,))] = True
+    return present
+
+
+def poisoned(images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Absent slices hold NaN: whoever reads one shows."""
+    return images.masked_fill(~present[:, :, None, None, None], torch.nan)
+
+
+def randomised(model):
+    """Running statistics, biases and layer scales away from their trivial start values."""
+    g = torch.Generator().manual_seed(3)
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() if isinstance(value, torch.Tensor) else False:
+            noise = torch.randn(value.shape, generator=g)
+            value.add_(0.1 * noise.abs() if name.endswith("running_var") else 0.05 * noise)
+    return model.eval().double()  # so that what is equal on paper is equal here to many digits

@@ -69,8 +69,6 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
     """All modalities, cross entropy only (paper, section 4.1). --teacher-subsets, not in the paper: each batch is also
     answered from random subsets of its modalities, from the same features where the modalities are encoded apart."""
     args, modalities = run.args, len(train.modalities)
-    if args.teacher_subsets and args.conditioned:
-        condition_on_modalities(teacher)
     model = run.parallel(teacher)
     optimizer, scaler = loop.adamw(teacher, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
     phase = Phase(run, "teacher", args.epochs, meta, state, model=teacher, optimizer=optimizer, scaler=scaler)
@@ -82,14 +80,16 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         model.train()
         present = None
         if args.teacher_subsets:
-            some = draw_present(args.batch_size, modalities, generator)[run.share]  # (B, M)
-            present, labels = torch.cat((torch.ones_like(some), some)), labels.repeat(2, 1, 1)  # (2 B, M), (2 B, H, W)
+            subset = draw_present(args.batch_size, modalities, generator)[run.share]  # (B, M)
+            present = torch.cat((torch.ones_like(subset), subset))  # (2 B, M)
 
         with loop.autocast(run.device, args.amp):
-            logits = model(images, present).logits
-        losses = {"ce": hpdm.ohem_cross_entropy(logits, labels)}
+            complete, *incomplete = model(images, present).logits.split(len(images))
+        losses = {"ce": hpdm.ohem_cross_entropy(complete, labels)}
+        if args.teacher_subsets:  # hard pixels of its own: the incomplete half has more, and would crowd out the other
+            losses["ce_subsets"] = args.teacher_subsets * hpdm.ohem_cross_entropy(*incomplete, labels)
 
-        scaler.scale(losses["ce"]).backward()
+        scaler.scale(sum(losses.values())).backward()
         phase.check(losses, names, teacher)
         scaler.step(optimizer)
         scaler.update()

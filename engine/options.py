@@ -189,14 +189,12 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--feedback", type=WEIGHT, default=0.0, help="weight of variation in a teacher that learns too; 0: it does not")
     add = parser.add_argument_group("stage 1, not in the paper").add_argument
     add("--complete", type=SHARE, default=0.0, help="share of the robust model's inputs that are complete in any case")
-    add("--teacher-subsets", action="store_true", help="the teacher learns each batch complete and with random subsets")
-    add("--conditioned", action="store_true", help="a robust model, or teacher of subsets, that knows what is present")
+    add("--teacher-subsets", type=WEIGHT, default=0.0, help="weight of CE on subsets of each batch's modalities")
+    add("--conditioned", action="store_true", help="a robust model that knows which modalities are present")
     add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
     add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")
     args = parse(parser, argv)
     args.out = args.out or f"runs/{args.data}"
-    if args.teacher and args.teacher_subsets:
-        parser.error("--teacher and --teacher-subsets contradict each other: this teacher is trained already.")
     if args.teacher and args.pretrained and args.robust_from == "teacher":
         parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
     return args

@@ -66,28 +66,29 @@ def start_model(run: Run, meta: dict) -> nn.Module:
 
 
 def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
-    """All modalities, cross entropy only (paper, section 4.1). --teacher-subsets, not in the paper: each batch is also
-    answered from random subsets of its modalities, from the same features where the modalities are encoded apart."""
+    """All modalities, cross entropy only (paper, section 4.1: --teacher-subsets 0). By default, and not in the paper,
+    each batch is also answered from random subsets, from the same features where the modalities are encoded apart."""
     args, modalities = run.args, len(train.modalities)
+    weight = args.teacher_subsets if modalities > 1 else 0.0
     model = run.parallel(teacher)
     optimizer, scaler = loop.adamw(teacher, args.lr, args.weight_decay), loop.grad_scaler(run.device, args.amp)
     phase = Phase(run, "teacher", args.epochs, meta, state, model=teacher, optimizer=optimizer, scaler=scaler)
-    subsets = all_subsets(modalities) if args.teacher_subsets else [tuple(range(modalities))]
+    subsets = all_subsets(modalities) if weight else [tuple(range(modalities))]
 
     for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
         lr = loop.set_learning_rate(optimizer, phase.step, phase.steps, phase.warmup, args.lr)
         generator = loop.seed_step(args.seed, "teacher", phase.step, run.rank)
         model.train()
         present = None
-        if args.teacher_subsets:
+        if weight:
             subset = draw_present(args.batch_size, modalities, generator)[run.share]  # (B, M)
             present = torch.cat((torch.ones_like(subset), subset))  # (2 B, M)
 
         with loop.autocast(run.device, args.amp):
             complete, *incomplete = model(images, present).logits.split(len(images))
         losses = {"ce": hpdm.ohem_cross_entropy(complete, labels)}
-        if args.teacher_subsets:  # hard pixels of its own: the incomplete half has more, and would crowd out the other
-            losses["ce_subsets"] = args.teacher_subsets * hpdm.ohem_cross_entropy(*incomplete, labels)
+        if weight:  # hard pixels of its own: the incomplete half has more, and would crowd out the other
+            losses["ce_subsets"] = weight * hpdm.ohem_cross_entropy(*incomplete, labels)
 
         scaler.scale(sum(losses.values())).backward()
         phase.check(losses, names, teacher)

@@ -25,6 +25,7 @@ Row = namedtuple("Row", "name groups what train take evaluation", defaults=("rob
 GROUPS = ("main", "levers", "sweep", "cvpr", "ablation", "stage2")
 ROBUST, LONGER = (f"--teacher {{teacher}}/teacher.pt --distill-epochs {{{epochs}}}" for epochs in ("short", "both"))
 CE = " --lambda-kl 0 --alpha 0"
+TEACHER = " --distill-epochs 0 --teacher-subsets 0"
 HALF, TOLD = " --complete 0.5", " --conditioned"
 SIMPLE = LONGER + CE + HALF
 KL = ROBUST + " --lambda-kl {lambda}"
@@ -33,19 +34,19 @@ VARIATION = " --beta 12 --variation all"
 SELECT, STUDENT = (f"--stage1 {{hpdm}} --fsm-epochs {{fsm}} --student-epochs {epochs}" for epochs in ("0", "{short}"))
 PLAIN, UNTOLD = " --gamma-logits 0 --gamma-features 0", " --unconditioned-student"
 ROWS = [
-    Row("teacher", "main", "teacher", "--epochs {long} --distill-epochs 0", "teacher"),
+    Row("teacher", "main", "teacher", "--epochs {long}" + TEACHER, "teacher"),
     Row("longer", "main", "teacher, trained on as long as robust model + student",
-        "--pretrained {teacher}/teacher.pt --epochs {both} --distill-epochs 0", "teacher"),
+        "--pretrained {teacher}/teacher.pt --epochs {both}" + TEACHER, "teacher"),
     Row("dropped", "main", "modalities dropped, CE only", ROBUST + CE),
     Row("dropped_longer", "main", "modalities dropped, CE only, as long as robust + student", LONGER + CE),
     Row("simple", "main", "simple baseline: the same, half of the inputs complete", SIMPLE),
     Row("conditioned", "main", "simple baseline, conditioned on its modalities", SIMPLE + TOLD),
     Row("once", "levers", "teacher, as long as teacher + robust model + student at once",
-        "--epochs {all} --distill-epochs 0", "teacher"),
+        "--epochs {all}" + TEACHER, "teacher"),
     Row("alone", "levers", "one model, dropped from its first step on, half complete, conditioned, as long",
         "--teacher {teacher}/teacher.pt --robust-from start --distill-epochs {all}" + CE + HALF + TOLD),
     Row("both_ways", "main", "one model, each batch complete and with random subsets, as long as all three",
-        "--epochs {all} --distill-epochs 0 --teacher-subsets 0.67", "teacher"),
+        "--epochs {all} --distill-epochs 0 --teacher-subsets 0.4", "teacher"),
     Row("conditioned_kl", "levers", "conditioned + KL, lambda 1, to the teacher on the same subset",
         LONGER + " --lambda-kl 1 --alpha 0 --kl-teacher subset" + HALF + TOLD),
     Row("fused", "levers", "CE + KL + HPDM on the fused features' prototypes", HPDM + " --fused-prototypes"),

@@ -160,6 +160,9 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     if args.resume:
         if args.config or (args.out and pathlib.Path(args.out) != file.parent):
             parser.error(f"--resume {args.resume} has its own folder and options: give neither --out nor --config.")
+        if new := sorted(vars(args).keys() - own.keys() - FREE):
+            parser.error(f"{file} is of a version without {argument(new[0], True)}: continue with that one, or "
+                         f"begin anew with --config {file} --out DIR.")
         args.out = str(file.parent)
         for name in sorted(own.keys() - FREE):
             if getattr(args, name) != own[name]:
@@ -189,7 +192,7 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--feedback", type=WEIGHT, default=0.0, help="weight of variation in a teacher that learns too; 0: it does not")
     add = parser.add_argument_group("stage 1, not in the paper").add_argument
     add("--complete", type=SHARE, default=0.0, help="share of the robust model's inputs that are complete in any case")
-    add("--teacher-subsets", type=WEIGHT, default=0.0, help="weight of CE on subsets of each batch's modalities")
+    add("--teacher-subsets", type=WEIGHT, default=0.4, help="weight of CE on random subsets of each batch; paper: 0")
     add("--conditioned", action="store_true", help="a robust model that knows which modalities are present")
     add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
     add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")

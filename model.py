@@ -81,7 +81,7 @@ class MSegFormer(nn.Module):
         return tuple(features)
 
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
-        """present (V B, M) gives V answers to each image, all from one pass of the encoder; V is 1 as a rule."""
+        """present (V B, M) gives V answers to each image, all from one pass of the encoder."""
         check_input(images, present, self.modalities)
         present = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
         views = len(present) // len(images)

@@ -8,7 +8,7 @@
 
 Writes for every frame, at its own size: NAME_label.png (class ids, 8 bit), NAME_colour.png (the checkpoint's palette)
 and NAME_overlay.png (on the first modality). Never replaces a file that this program did not write. A run folder stands
-for its student (or its robust model while there is none); --panel shows its teacher as well.
+for its student (or the last model before it); --panel shows its teacher as well.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Stage 1 of RMMSS: a teacher on all modalities, then Hybrid Prototype Distillation into a robust model.
+"""Stage 1 of RMMSS: a teacher, then Hybrid Prototype Distillation into a robust model.
 
     python train_stage1.py                                              # synthetic scenes, on the CPU
     python train_stage1.py --data deliver --root data/DELIVER --pretrained mit_b0.pth --amp bf16
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         train_robust(run, teacher, found, robust, train, val, meta, state)
     then = f"train_stage2.py --stage1 {run.folder}"
     if not args.distill_epochs:
-        then = f"train_stage1.py --teacher {run.folder}/teacher.pt --out DIR"
+        then = f"evaluate.py {run.folder}, or train_stage1.py --teacher {run.folder}/teacher.pt --out DIR"
     run.say(f"stage 1 is complete, its models are in {run.folder}.\nNext: python {then}")
 
 
@@ -67,7 +67,7 @@ def start_model(run: Run, meta: dict) -> nn.Module:
 
 def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
     """All modalities, cross entropy only (paper, section 4.1: --teacher-subsets 0). By default, and not in the paper,
-    each batch is also answered from random subsets, from the same features where the modalities are encoded apart."""
+    also a random subset of each sample's modalities, from the same features where they are encoded apart."""
     args, modalities = run.args, len(train.modalities)
     weight = args.teacher_subsets if modalities > 1 else 0.0
     model = run.parallel(teacher)
@@ -85,10 +85,10 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
             present = torch.cat((torch.ones_like(subset), subset))  # (2 B, M)
 
         with loop.autocast(run.device, args.amp):
-            complete, *incomplete = model(images, present).logits.split(len(images))
+            complete, *some = model(images, present).logits.split(len(images))
         losses = {"ce": hpdm.ohem_cross_entropy(complete, labels)}
-        if weight:  # hard pixels of its own: the incomplete half has more, and would crowd out the other
-            losses["ce_subsets"] = weight * hpdm.ohem_cross_entropy(*incomplete, labels)
+        if weight:  # apart: subsets have more hard pixels, and would crowd out complete inputs
+            losses["ce_subsets"] = weight * hpdm.ohem_cross_entropy(*some, labels)
 
         scaler.scale(sum(losses.values())).backward()
         phase.check(losses, names, teacher)

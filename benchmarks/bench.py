@@ -71,7 +71,7 @@ def step_rows(quick: bool) -> Iterator[Row]:
         export(Path(folder, "data"), "deliver", 16, side, 0)
         for command in (
             f"train_stage1.py --data deliver --root data --backbone {BACKBONE} --size {side} --batch-size 4 --out run "
-            f"--epochs 0.5 --distill-epochs {epochs} --eval-every 99",
+            f"--epochs 0.5 --teacher-subsets 0 --distill-epochs {epochs} --eval-every 99",
             f"train_stage2.py --stage1 run --fsm-epochs 0.5 --student-epochs {epochs} --eval-every 99",
         ):
             script, *options = command.split()

@@ -113,7 +113,7 @@ def curves(file: Path) -> Image.Image:
         now = begun.setdefault(phase, now) + line["step"]  # steps since the run began
         if "lr" in line:  # a report, its losses stand before the learning rate
             losses[phase].append((now, [sum(list(line.values())[3 : list(line).index("lr")])]))
-        else:  # the teacher is validated on all modalities alone
+        else:  # the paper's teacher is validated on all modalities alone
             scores[f"{phase}, all"].append((now, [line.get("miou_full", line["miou"])]))
             if "miou_missing" in line:
                 scores[f"{phase}, some missing"].append((now, [line["miou_missing"]]))

@@ -98,7 +98,7 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
     """metrics.scores of each column of a table, over all frames of a data set and all processes.
 
     answers(images (B, M, 3, H, W) normalised, labels (B, H, W), B names) yields for each column the classes that a
-    model sees (`metrics.class_ids`) and the labels that they are compared with, both (B, H, W).
+    model answers (`metrics.class_ids`) and the labels that they are compared with, both (B, H, W).
     """
     k, starts = len(dataset.classes), range(0, len(dataset), batch_size)[run.rank :: run.world]
     shard = [list(range(i, min(i + batch_size, len(dataset)))) for i in starts]

@@ -149,8 +149,12 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         saved = {name: stage1[name] for name in INHERITED if name in stage1}
     if args.resume or args.config:
         file, own = saved_options(parser, args.resume or args.config, parser.prog)
-        own = {name: value for name, value in own.items() if name in args or value}  # options that are gone, and off
+        own = {name: value for name, value in own.items()  # but for options that are gone and off, or were switches
+               if (isinstance(value, bool) == isinstance(getattr(args, name), bool) if name in args else value)}
         saved |= own
+        said = own.keys() | {word[2:].partition("=")[0].replace("-", "_") for word in plain}
+        if new := [argument(name, True) for name in sorted(vars(args).keys() - said - FREE)]:
+            parser.error(f"{file} is of a version with other options: give {' and '.join(new)}, too.")
     before = [argument(name, value) for name, value in saved.items() if value is not None and value is not False]
     args = parser.parse_args([*before, *plain])  # on one command line, what was saved is checked as if given now
     recipe = RECIPES[args.data] | ({"backbone": None} if args.teacher else {})
@@ -160,9 +164,6 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     if args.resume:
         if args.config or (args.out and pathlib.Path(args.out) != file.parent):
             parser.error(f"--resume {args.resume} has its own folder and options: give neither --out nor --config.")
-        if new := sorted(vars(args).keys() - own.keys() - FREE):
-            parser.error(f"{file} is of a version without {argument(new[0], True)}: continue with that one, or "
-                         f"begin anew with --config {file} --out DIR.")
         args.out = str(file.parent)
         for name in sorted(own.keys() - FREE):
             if getattr(args, name) != own[name]:
@@ -179,7 +180,7 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--pretrained", help="MiT ImageNet weights or a published model's, to start the teacher from")
     add("--teacher", help="a trained teacher: skip its training")
     add = parser.add_argument_group("stage 1").add_argument
-    add("--epochs", type=RATE, help="of the teacher, on all modalities")
+    add("--epochs", type=RATE, help="of the teacher")
     add("--distill-epochs", type=WEIGHT, help="of the robust model, modalities dropped; 0: the teacher only")
     add("--robust-from", choices=("teacher", "start"), default="teacher", help="start: where the teacher started")
     add("--losses", choices=("rmmss", "anyseg"), default="rmmss", help="anyseg: the baseline, with its weights")
@@ -192,12 +193,14 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--feedback", type=WEIGHT, default=0.0, help="weight of variation in a teacher that learns too; 0: it does not")
     add = parser.add_argument_group("stage 1, not in the paper").add_argument
     add("--complete", type=SHARE, default=0.0, help="share of the robust model's inputs that are complete in any case")
-    add("--teacher-subsets", type=WEIGHT, default=0.4, help="weight of CE on random subsets of each batch; paper: 0")
+    add("--teacher-subsets", type=WEIGHT, default=0.4, help="weight of CE on random modality subsets; the paper: 0")
     add("--conditioned", action="store_true", help="a robust model that knows which modalities are present")
     add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
     add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")
     args = parse(parser, argv)
     args.out = args.out or f"runs/{args.data}"
+    if args.conditioned and not args.distill_epochs:
+        parser.error("--conditioned is for the robust model, which --distill-epochs 0 leaves out.")
     if args.teacher and args.pretrained and args.robust_from == "teacher":
         parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
     return args
@@ -207,7 +210,7 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     parser = common_options("train_stage2.py", doc)
     add = parser.add_argument_group("models").add_argument
     add("--stage1", type=run_folder, metavar="RUN", help="run folder of stage 1, or one of its models: both are used")
-    add("--teacher", help="the full-modality teacher, instead of --stage1")
+    add("--teacher", help="the teacher, instead of --stage1")
     add("--robust", help="the robust model, instead of --stage1")
     add = parser.add_argument_group("stage 2").add_argument
     add("--fsm-epochs", type=RATE, help="of the feature selection, which has few parameters and needs few")

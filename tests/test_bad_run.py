@@ -326,7 +326,7 @@ def label_map(text):
     (a_config_with(lr=0), "2: train_stage1.py: error: .*lr"),
     (a_config_with(epochs="many"), "2: train_stage1.py: error: .*epochs"),
     (a_config_with(amp="fp8"), "2: train_stage1.py: error: .*amp"),
-    (a_run_of_an_older_version, "2: train_stage1.py: error: .* is of a version without --teacher-subsets: "),
+    (a_run_of_an_older_version, "2: train_stage1.py: error: .* other options: give --teacher-subsets, too.$"),
     (a_config_with(modalities=3), "2: error: .*modality '3' is unknown"),
     (two_runs_in_one_folder, "2: error: another process .* Then 0: $"),
     (resuming_a_run_that_runs, "2: error: another process .* Then 0: $"),

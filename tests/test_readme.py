@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from engine import options
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -26,3 +28,9 @@ def test_every_file_that_is_named_in_a_command_is_there():
             assert (ROOT / name).exists(), f"{page.name} runs {name}"
         for name in re.findall(r"python -m (benchmarks\.\w+)", text):
             assert (ROOT / f"{name.replace('.', '/')}.py").exists(), f"{page.name} runs {name}"
+
+
+def test_the_commands_of_stage_one_have_options_that_exist():
+    for page in PAGES:
+        for line in re.findall(r"^python train_stage1\.py (.*)", page.read_text(), re.MULTILINE):
+            options.stage1_options("", line.partition("  ")[0].split())

@@ -68,10 +68,10 @@ class MSegFormer(nn.Module):
         self.decoder = Decoder(p.widths, p.head, num_classes, dropout)
 
     def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(B, M, 3, H, W) -> 4 x (B, M, C_i, h_i, w_i), each modality on its own, zeros where absent."""
+        """(B, M, 3, H, W) -> 4 x (B, M, C_i, h_i, w_i), each modality on its own, zeros where no answer needs it."""
         check_input(images, present, self.modalities)
         b, m = images.shape[:2]
-        rows = present_rows(present, images.device)
+        rows = present_rows(None if present is None else present.unflatten(0, (-1, b)).any(0), images.device)
         x = gather(images.flatten(0, 1), rows)  # (N, 3, H, W)
         features = []
         for stage in self.stages:
@@ -82,15 +82,14 @@ class MSegFormer(nn.Module):
 
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
         """present (V B, M) gives V answers to each image, all from one pass of the encoder."""
-        check_input(images, present, self.modalities)
+        per_modality = self.encode(images, present)
         present = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
-        views = len(present) // len(images)
-        per_modality = self.encode(images, present if views == 1 else None)
-        weights = self.fusion_weights(present).unflatten(0, (views, -1))[..., None, None, None]  # (V, B, M, 1, 1, 1)
+        weights = self.fusion_weights(present).unflatten(0, (-1, len(images)))  # (V, B, M)
         fused = []
         for f in per_modality:
             f = f.permute(0, 1, 3, 4, 2)  # (B, M, h, w, C), the order in memory, so that the mean keeps it
-            fused.append((weights * f).sum(2).flatten(0, 1).to(f.dtype).permute(0, 3, 1, 2))  # (V B, C, h, w)
+            mean = (weights[..., None, None, None] * f).sum(2).flatten(0, 1).to(f.dtype)  # (V B, h, w, C)
+            fused.append(mean.permute(0, 3, 1, 2))
         return Output(self.decoder(fused, images.shape[-2:], present), tuple(fused), per_modality)
 
     def fusion_weights(self, present: Tensor) -> Tensor:

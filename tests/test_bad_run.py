@@ -196,23 +196,20 @@ def a_config_of_somebody_else(content):
     return case
 
 
-def a_config_with(**options):
+def a_config_with(resume=False, **options):
+    """Options of a config.json that are changed, or with None taken out, as if an older version had written it."""
+
     def case(at):
         file = at.run / "config.json"
         config = json.loads(file.read_text())
-        config["train_stage1.py"]["options"].update(options)
+        saved = config["train_stage1.py"]["options"]
+        saved.update(options)
+        for name in [name for name, value in options.items() if value is None]:
+            del saved[name]
         file.write_text(json.dumps(config))
-        return at.train(1, "--config", file, "--out", at.out)
+        return at.train(1, *(["--resume", at.run] if resume else ["--config", file, "--out", at.out]))
 
     return case
-
-
-def a_run_of_an_older_version(at):
-    file = at.run / "config.json"
-    config = json.loads(file.read_text())
-    del config["train_stage1.py"]["options"]["teacher_subsets"]
-    file.write_text(json.dumps(config))
-    return at.train(1, "--resume", at.run)
 
 
 def held(at, folder, *argv):
@@ -326,7 +323,8 @@ def label_map(text):
     (a_config_with(lr=0), "2: train_stage1.py: error: .*lr"),
     (a_config_with(epochs="many"), "2: train_stage1.py: error: .*epochs"),
     (a_config_with(amp="fp8"), "2: train_stage1.py: error: .*amp"),
-    (a_run_of_an_older_version, "2: train_stage1.py: error: .* other options: give --teacher-subsets, too.$"),
+    *((a_config_with(resume, teacher_subsets=old), "2: .* other options: give --teacher-subsets, too.$")
+      for resume in (False, True) for old in (None, False, True)),
     (a_config_with(modalities=3), "2: error: .*modality '3' is unknown"),
     (two_runs_in_one_folder, "2: error: another process .* Then 0: $"),
     (resuming_a_run_that_runs, "2: error: another process .* Then 0: $"),

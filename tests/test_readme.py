@@ -31,6 +31,8 @@ def test_every_file_that_is_named_in_a_command_is_there():
 
 
 def test_the_commands_of_stage_one_have_options_that_exist():
-    for page in PAGES:
-        for line in re.findall(r"^python train_stage1\.py (.*)", page.read_text(), re.MULTILINE):
-            options.stage1_options("", line.partition("  ")[0].split())
+    text = "\n".join(page.read_text() for page in PAGES)
+    lines = re.findall(r"^python train_stage1\.py (.*)", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        options.stage1_options("", line.partition("  ")[0].split())

@@ -337,6 +337,7 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
     (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr=0.5 contradicts WHOLE/1/config.json, which has --lr=0.002: "),
     (1, ["--resume", "WHOLE/1", "--out", "elsewhere"], "give neither --out nor --config"),
     (2, ["--resume", "WHOLE/1"], "WHOLE/1/config.json holds no options of train_stage2.py"),
+    (1, ["--conditioned", "--distill-epochs", "0"], "which --distill-epochs 0 leaves out"),
     (2, [], "give either --stage1 RUN, or both --teacher FILE and --robust FILE"),
     (2, ["--teacher", "a.pt"], "give either --stage1 RUN, or both"),
     (2, ["--stage1", "WHOLE/1", "--robust", "a.pt"], "give either --stage1 RUN, or both"),

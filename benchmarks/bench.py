@@ -1,10 +1,9 @@
-"""Times on this machine: training steps, evaluation, loading, and the fused kernels.
+"""Times on this machine: training steps, evaluation, and the fused kernels.
 
     python -m benchmarks.bench                                  # on a GPU some minutes, for torch.compile
-    python -m benchmarks.bench --quick --only kernels           # smaller; sections by comma
+    python -m benchmarks.bench --quick --only kernels           # smaller
 
 steps    Both training scripts with DELIVER's recipe, M-SegFormer-B0, 4 images of 256 x 256 (--quick: 128 x 128).
-loading  DELIVER's files, made from synthetic scenes, five PNG a frame, with augmentation.
 kernels  Forward and backward of what training launches, in float32 even under autocast: DELIVER at 1024 x 1024 (--quick
          or no GPU: 512), batch 2, four modalities, B0's widths, channels-last as MSegFormer's features and
          channels-first as CMNeXt's; stage 2's logits. Beside each its plain definition, that under torch.compile, the
@@ -26,11 +25,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from data import open_dataset
 from datasets.export import export
 from engine import loop
 from engine.checkpoint import load_model
-from engine.options import Parser, names
+from engine.options import Parser
 from engine.runs import guarded
 from engine.subsets import all_subsets, subset_logits
 from kernels import reference
@@ -86,20 +84,6 @@ def step_rows(quick: bool) -> Iterator[Row]:
     with torch.inference_mode():
         calls = [lambda: [logits.argmax(1) for logits in subset_logits(student, images, subsets)]]
         yield measure(calls, queued=False), "ms", f"all {len(subsets)} subsets of a batch"
-
-
-def loading_rows(quick: bool) -> Iterator[Row]:
-    """Frames of a training split as the loader gives them, without workers and with two."""
-    side, crop, count = (256, 224, 16) if quick else (1042, 1024, 48)
-    with tempfile.TemporaryDirectory() as folder:
-        export(Path(folder), "deliver", 2 * count, side, 0)
-        dataset = open_dataset("deliver", folder, "train", size=crop, augment=True)
-        for workers in (0, 2):
-            frames = iter(loop.loader(dataset, torch.arange(count).view(-1, 4).tolist(), workers, DEVICE))
-            next(frames)  # the workers have started
-            start = time.perf_counter()
-            read = sum(len(images) for images, *_ in frames)
-            yield read / (time.perf_counter() - start), "frames/s", f"{side} pixels, crop {crop}, {workers} workers"
 
 
 def inputs(operation: str, c: int, side: int, layout: str) -> tuple:
@@ -166,21 +150,19 @@ def kernel_rows(quick: bool) -> Iterator[Row]:
             yield ms, "ms", f"{name}, {layout}, all levels, {path}"
 
 
-SECTIONS = {"steps": step_rows, "loading": loading_rows, "kernels": kernel_rows}
+SECTIONS = {"steps": step_rows, "kernels": kernel_rows}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("bench.py", __doc__)
-    parser.add_argument("--only", type=names, default=list(SECTIONS), help="sections, by comma")
+    parser.add_argument("--only", choices=SECTIONS, help="one of the two sections")
     parser.add_argument("--quick", action="store_true", help="small sizes, in about a minute")
     args = parser.parse_args(argv)
-    if unknown := sorted(set(args.only) - set(SECTIONS)):
-        parser.error(f"--only {unknown[0]} is unknown; choose of {', '.join(SECTIONS)}.")
     if not CUDA:
         loop.keep_freed_memory()  # as every run does
     device = torch.cuda.get_device_name() if CUDA else "CPU"
     print(device, time.strftime("%Y-%m-%d"), *(f"{name} {value}" for name, value in loop.versions().items()), sep=", ")
-    for name in args.only:
+    for name in [args.only] if args.only else SECTIONS:
         for value, unit, what in SECTIONS[name](args.quick):
             print(f"{value:10.3g} {unit:<8}  {what}", flush=True)
 

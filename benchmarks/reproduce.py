@@ -36,11 +36,6 @@ def seeds(text: str) -> list[int]:
     return [int(seed) for seed in text.split(",")] if "," in text else list(range(int(text)))
 
 
-def epochs(text: str) -> tuple[float, float, float]:
-    long, short, fsm = map(float, text.split(","))
-    return long, short, fsm
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; those unknown here go to both training scripts as they are (`args.flags`)."""
     names = ["all", *GROUPS, *(row.name for row in ROWS)]
@@ -56,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modalities", help="by comma; default: those of the papers, for nyuv2 rgb,depth")
     parser.add_argument("--classes", type=int, help="of nyuv2: 13 (default) or 40")
     parser.add_argument("--limit", help="frames of each split; default all, of the synthetic 300")
-    parser.add_argument("--epochs", type=epochs, help="of the teacher, of each model that starts from it, of the FSM")
+    parser.add_argument("--epochs", nargs=3, type=float, help="of the teacher, each model after it, the FSM")
     parser.add_argument("--split", choices=("val", "test"), help="to evaluate on; val while choosing settings")
     parser.add_argument("--tag", help="a word that keeps the runs of other settings apart")
     parser.add_argument("--device", help="by comma, as cuda:0,cuda:1; default: all GPUs, or the CPU")

@@ -5,12 +5,12 @@ from collections import namedtuple
 RDEL = "rgb,depth,event,lidar"
 TINY = "--batch-size 16 --lr 2e-3 --warmup-epochs 1 --eval-every 10000"  # validated at the end alone: last weights kept
 # epochs: of the teacher, of each model that starts from it, of the FSM; flags: of both training scripts
-PUBLISHED = dict(backbone="segformer_b0", epochs="200,120,10", classes=25, modalities=RDEL, split="val", limit=None,
+PUBLISHED = dict(backbone="segformer_b0", epochs=(200, 120, 10), classes=25, modalities=RDEL, split="val", limit=None,
                  flags="")
 RECIPES = {
-    "synthetic": dict(backbone="segformer_tiny", epochs="160,48,5", classes=12, modalities=RDEL, split="test",
+    "synthetic": dict(backbone="segformer_tiny", epochs=(160, 48, 5), classes=12, modalities=RDEL, split="test",
                       limit="300", flags=TINY),
-    "nyuv2": dict(backbone="segformer_tiny", epochs="80,20,5", classes=13, modalities="rgb,depth", split="test",
+    "nyuv2": dict(backbone="segformer_tiny", epochs=(80, 20, 5), classes=13, modalities="rgb,depth", split="test",
                   limit=None, flags="--classes {classes} --depth raw --size 120 --hold-out 0 " + TINY),
     "deliver": PUBLISHED,
     "muses": dict(PUBLISHED, classes=19, modalities="rgb,event,lidar"),

@@ -56,9 +56,3 @@ def test_the_steps_are_those_of_the_training_scripts(monkeypatch):
     what = [what.split(",")[0] for _, _, what in rows]
     assert what == ["stage-1 step", "stage 1", "stage-2 step", "stage 2", "all 15 subsets of a batch"]
     assert [unit for _, unit, _ in rows] == ["ms", "MB", "ms", "MB", "ms"] and all(value > 0 for value, _, _ in rows)
-
-
-def test_an_unknown_section_is_refused_with_a_sentence(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--only", "steps,stpes"])
-    assert "--only stpes is unknown; choose of steps, loading, kernels." in capsys.readouterr().err

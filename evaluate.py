@@ -29,7 +29,7 @@ from engine import loop, runs
 from engine.checkpoint import require
 from engine.files import MARK, check_output, write_output
 from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, Parser, names
-from engine.subsets import all_subsets, predictor, selected_logits, switch_logits
+from engine.subsets import all_subsets, selected_logits, subset_logits, switch_logits
 from engine.trained import load_models, open_data, titles
 
 PROTOCOLS = {  # section 5
@@ -71,7 +71,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="every score of every column")
     add("--markdown", metavar="FILE", help="the printed tables, for a paper or README")
     args = parser.parse_args(argv)
-    args.protocol = list(PROTOCOLS) if args.protocol == ["all"] else args.protocol
+    args.protocol = list(PROTOCOLS) if "all" in args.protocol else args.protocol
     if unknown := sorted(set(args.protocol) - set(PROTOCOLS)):
         parser.error(f"--protocol {unknown[0]} is unknown; choose of {', '.join(PROTOCOLS)}, or all.")
     return args
@@ -89,7 +89,7 @@ def load_rows(paths: list[str], device: torch.device, same: list[str], level: st
         models, selection, meta = load_models(path, device, same)
         first = first or meta
         require(path, meta, {name: first.get(name) for name in same})
-        found = {name: predictor(model) for name, model in models.items()}
+        found = {name: partial(subset_logits, model) for name, model in models.items()}
         if {"teacher", "robust"} <= set(models):
             sources = models["teacher"], models["robust"]
             found["switch"] = partial(switch_logits, *sources)
@@ -194,8 +194,8 @@ def main(args: argparse.Namespace) -> None:
     if unknown := sorted(set(args.only or ()) - set(rows)):
         raise ValueError(f"--only {unknown[0]}: {args.checkpoint[0]} gives no such row, but {', '.join(rows)}.")
     size = args.size or meta["val_size"]
-    dataset = open_data(meta, args.data, args.root, args.split, size, limit=args.limit, label_map=args.label_map,
-                        skip_broken=args.skip_broken)
+    dataset = open_data(meta, args.data, args.root, args.split, size, run.say, limit=args.limit,
+                        label_map=args.label_map, skip_broken=args.skip_broken)
     for problem in dataset.broken:
         run.say(f"left out: {problem}")
     results = {name: evaluate(rows[name], dataset, run) for name in rows if name in (args.only or rows)}

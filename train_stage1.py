@@ -10,6 +10,7 @@ Writes into the run folder (--out): config.json, log.jsonl, teacher.pt, robust.p
 
 import copy
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from engine.checkpoint import SAME, describe, load_model
 from engine.options import stage1_options
 from engine.pretrained import load_pretrained
 from engine.runs import Phase, Run, guarded
-from engine.subsets import all_subsets, predictor
+from engine.subsets import all_subsets, subset_logits
 from model import MSegFormer, Output, build_model, condition_on_modalities
 
 
@@ -47,9 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         # The paper: from the teacher's weights. The published script: from what the teacher itself started from.
         robust = copy.deepcopy(teacher) if args.robust_from == "teacher" else start_model(run, meta)
         train_robust(run, teacher, found, robust, train, val, meta, state)
-    then = f"train_stage2.py --stage1 {run.folder}"
-    if not args.distill_epochs:
-        then = f"evaluate.py {run.folder}, or train_stage1.py --teacher {run.folder}/teacher.pt --out DIR"
+    then = f"train_stage2.py --stage1 {run.folder}" if args.distill_epochs else f"evaluate.py {run.folder}"
     run.say(f"stage 1 is complete, its models are in {run.folder}.\nNext: python {then}")
 
 
@@ -100,7 +99,7 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            scores = loop.validate(predictor(teacher), val, subsets, run)
+            scores = loop.validate(partial(subset_logits, teacher), val, subsets, run)
             phase.log(**scores)
             if scores["miou"] > phase.best:
                 phase.best = scores["miou"]
@@ -181,7 +180,7 @@ def train_robust(
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            scores = loop.validate(predictor(robust), val, subsets, run)
+            scores = loop.validate(partial(subset_logits, robust), val, subsets, run)
             phase.log(**scores)
             if scores["miou"] > phase.best:
                 phase.best = scores["miou"]

@@ -10,9 +10,9 @@ The paper stops at the selection; how it and the student are trained is this pro
 """
 
 import copy
-import functools
 import pathlib
 import sys
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from engine import loop
 from engine.checkpoint import SAME, describe, load_last, load_model
 from engine.options import stage2_options
 from engine.runs import Phase, Run, guarded
-from engine.subsets import all_subsets, load_fsm, predictor, selected_logits
+from engine.subsets import all_subsets, load_fsm, selected_logits, subset_logits
 from fsm import FSM, decode, ensemble_logits, feature_distance
 from model import condition_on_modalities
 
@@ -97,7 +97,7 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            predict = functools.partial(selected_logits, fsm, teacher, robust)
+            predict = partial(selected_logits, fsm, teacher, robust)
             scores = loop.validate(predict, val, subsets, run)
             phase.log(**scores)
             if scores["miou"] > phase.best:
@@ -152,7 +152,7 @@ def train_student(
         if phase.due(50) or run.stopping:
             phase.report(lr)
         if phase.due(phase.eval_steps):
-            scores = loop.validate(predictor(student), val, subsets, run)
+            scores = loop.validate(partial(subset_logits, student), val, subsets, run)
             phase.log(**scores)
             if scores["miou"] > phase.best:
                 phase.best = scores["miou"]

@@ -1,8 +1,8 @@
 """What the training loops call: batches, randomness, schedule, optimizer, validation.
 
 Everything random in a run is a function of (seed, phase, step) or of (seed, epoch, frame). So a checkpoint holds
-weights, optimizer state, step and best score, and nothing else is needed to continue bit for bit, with any number of
-loader workers.
+the states of model, optimizer and scaler, step and best score, and nothing else is needed to continue bit for bit, with
+any number of loader workers.
 """
 
 import contextlib
@@ -117,17 +117,16 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
 
 
 def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> dict[str, float]:
-    """`summarise` of the scores of each subset. predict(images, subsets) yields logits per subset (`predictor`)."""
+    """mIoU (published rule): mean over all subsets, of the complete one, which is the last, mean over the others.
+
+    predict(images, subsets) yields the logits of each subset.
+    """
 
     def answers(images: Tensor, labels: Tensor, names: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((metrics.class_ids(logits, names), labels) for logits in predict(images, subsets))
 
     size = 1 if dataset.name == "folder" else run.args.batch_size  # your own frames may differ in size
-    return summarise(score(answers, len(subsets), dataset, size, run))
-
-
-def summarise(results: list[dict]) -> dict[str, float]:
-    """Scores of all subsets, the complete one last -> mIoU (published rule) of all, the complete one, the others."""
+    results = score(answers, len(subsets), dataset, size, run)
     *missing, full = (scores["miou_published"] for scores in results)
     values = {"miou": (full + sum(missing)) / len(results), "miou_full": full}
     return {**values, "miou_missing": sum(missing) / len(missing)} if missing else values

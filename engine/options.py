@@ -92,7 +92,7 @@ def common_options(script: str, doc: str) -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=COUNT, help="frames per step over all processes; halve --lr when you halve it")
     add("--lr", type=RATE, help="peak of AdamW, 1e-5..3e-3; pretrained: 6e-5, a tiny model from scratch: 2e-3")
-    add("--weight-decay", type=WEIGHT, default=0.01, help="none for 1-D parameters")
+    add("--weight-decay", type=WEIGHT, default=0.01, help="of weights; none for biases and norms")
     add("--warmup-epochs", type=WEIGHT, help="linear rise from a tenth of --lr; at most half a phase is used")
     add("--drop-path", type=SHARE, default=0.1, help="rate of the last block; 0 for very small models")
     add("--dropout", type=SHARE, default=0.1, help="of the decoder's channels")
@@ -102,7 +102,7 @@ def common_options(script: str, doc: str) -> Parser:
     add("--seed", type=COUNT_OR_0, default=0, help="same seed, same machine: same numbers")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder, new or empty. None: runs/DATA; in stage 2 that of --stage1")
-    add("--resume", metavar="RUN", help="continue this run exactly: its folder, or a file in it")
+    add("--resume", metavar="RUN", help="continue this run exactly: its folder, or a .pt file in it")
     add("--config", metavar="FILE", help="take the options of a run's config.json; others overrule them")
     add("--device", choices=DEVICES, default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="bit-for-bit repeatable on a GPU as well; slower")

@@ -4,16 +4,15 @@
 
 With mean fusion each modality goes through the encoder once: all subsets are means of the same features. The decoder is
 linear up to its ReLU (BatchNorm too, in eval mode), so that part, too, is computed once for each modality: 15 subsets
-cost little more than one. A CMNeXt runs once for each subset. Puts the models into eval mode; nothing gives gradients.
+cost 2 to 3 times one on a CPU. A CMNeXt runs once for each. Puts the models into eval mode; nothing gives gradients.
 
 A subset is a tuple of positions in `model.modalities`. degraded (B or 1, M, 3, H, W) is what the modalities outside it
 deliver instead, without the models being told; None leaves them out.
 Axes: B samples, M modalities, V maps to take means of (M, or 2 M with `degraded`), S subsets, E the decoder's width.
 """
 
-import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -91,11 +90,6 @@ def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, p
             hidden = F.relu_(hidden if film is None else hidden.mul_(film[0]).add_(film[1]))
             logits[:, i, top : top + few] = F.linear(hidden, decoder.classify.weight[:, :, 0, 0], decoder.classify.bias)
     return logits.permute(0, 1, 4, 2, 3)
-
-
-def predictor(model: nn.Module) -> Callable:
-    """predict(images, subsets, degraded=None) -> iterator of logits, as evaluation calls it."""
-    return functools.partial(subset_logits, model)
 
 
 def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list,

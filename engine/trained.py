@@ -40,7 +40,7 @@ def load_models(path: Path, device: torch.device, same: Sequence[str] = SAME
     return models, selection, first
 
 
-def open_data(meta: dict, data: str | None, root: str | None, split: str, size, **options) -> FrameDataset:
+def open_data(meta: dict, data: str | None, root: str | None, split: str, size, say=print, **options) -> FrameDataset:
     """The data set that a model was trained on, or `data` if that is given; options: further ones of `open_dataset`.
 
     Raises ValueError if its classes are not the model's.
@@ -54,7 +54,7 @@ def open_data(meta: dict, data: str | None, root: str | None, split: str, size, 
     options = {"modalities": meta["modalities"], "depth": meta["depth"], "ranges": meta.get("ranges"), **options}
     root = root or ROOTS.get(data)
     dataset = open_dataset(data, root, split, size=size, **options)
-    print(dataset.describe() + (f"; in {Path(root).resolve()}" if root else ""))  # a root may be relative
+    say(dataset.describe() + (f"; in {Path(root).resolve()}" if root else ""))  # a root may be relative
     require("the model", meta, {"classes": list(dataset.classes)})
     dataset.normalisation = meta["normalisation"]  # the model's, should the data set's differ
     return dataset
@@ -79,7 +79,7 @@ def samples(datasets: Iterable[FrameDataset], meta: dict, depth_unit: float) -> 
             if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in names:
                 m = names.index("depth")  # changed in the list that is kept, so for both
                 decoded[m] = given_depth(frame.images[m], decoded[m], meta["depth"], depth_unit)
-            found = normalise(dataset[index][0], names, meta["normalisation"])  # (G, 3, h, w)
+            found = normalise(dataset[index][0], names, meta["normalisation"])  # (its modalities, 3, h, w)
             images = found.new_zeros(len(known), *found.shape[1:])
             images[[known.index(name) for name in names]] = found
             yield frame, images, dict(zip(names, map(pictures.photograph, decoded), strict=True)), label

@@ -144,22 +144,18 @@ def train_robust(
         with loop.autocast(run.device, args.amp):
             with torch.no_grad():
                 target = teacher(images) if distilled else None
-                told = teacher(images, present) if distilled and args.kl_teacher == "subset" else target
             out = model(images, present)
         losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels)}
         if args.losses == "anyseg":
-            losses["mad"] = 50 / classes * hpdm.distill_logits(out.logits, told.logits)
+            losses["mad"] = 50 / classes * hpdm.distill_logits(out.logits, target.logits)
             losses["umd"] = 5 * anyseg.umd_loss(out.per_modality, target.per_modality, there)
             losses["cmd"] = 10 * anyseg.cmd_loss(out.per_modality, target.per_modality, there)
         else:
             if args.lambda_kl:
-                losses["kl"] = args.lambda_kl * hpdm.distill_logits(out.logits, told.logits)
+                losses["kl"] = args.lambda_kl * hpdm.distill_logits(out.logits, target.logits)
             if args.alpha:
-                ours, theirs, pairs = out.per_modality, target.per_modality, (there, match)
-                if args.fused_prototypes:  # as if the fused features were those of a single modality
-                    ours, theirs = ([f[:, None] for f in x.fused] for x in (out, target))  # 4 x (B, 1, C_i, h_i, w_i)
-                    pairs = torch.ones_like(there[:, :1]), torch.zeros_like(match[:, :1])
-                losses["hpdm"] = args.alpha * hpdm.hpdm_loss(ours, theirs, labels, *pairs, classes, args.prototypes)
+                losses["hpdm"] = args.alpha * hpdm.hpdm_loss(
+                    out.per_modality, target.per_modality, labels, there, match, classes, args.prototypes)
             if args.beta:
                 dominant = hpdm.dominant_modalities(target.per_modality, target.fused)  # (B, M)
                 counted = there & dominant if args.variation == "dominant" else there

@@ -195,8 +195,6 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--complete", type=SHARE, default=0.0, help="share of the robust model's inputs that are complete in any case")
     add("--teacher-subsets", type=WEIGHT, default=0.4, help="weight of CE on random modality subsets; the paper: 0")
     add("--conditioned", action="store_true", help="a robust model that knows which modalities are present")
-    add("--kl-teacher", choices=("full", "subset"), default="full", help="modalities the teacher sees for --lambda-kl")
-    add("--fused-prototypes", action="store_true", help="prototypes of the fused features, not of each modality's")
     args = parse(parser, argv)
     args.out = args.out or f"runs/{args.data}"
     if args.conditioned and not args.distill_epochs:

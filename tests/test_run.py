@@ -284,8 +284,8 @@ def test_a_start_that_failed_does_not_take_the_folder(whole, tmp_path, capfd):
     ("--losses anyseg", "ce mad umd cmd"),
     ("--lambda-kl 0 --alpha 0 --complete 0.5 --conditioned", "ce"),
     ("--beta 12 --variation all --match same", "ce kl hpdm variation"),
-    ("--feedback 12 --kl-teacher subset", "ce kl hpdm teacher_ce teacher_variation"),
-    ("--fused-prototypes --prototypes published", "ce kl hpdm"),
+    ("--feedback 12", "ce kl hpdm teacher_ce teacher_variation"),
+    ("--prototypes published", "ce kl hpdm"),
 ])  # fmt: skip
 def test_every_row_of_the_comparison_trains_by_its_losses(whole, tmp_path, options, losses):
     teacher = ["--teacher", str(whole / "1/teacher.pt"), "--distill-epochs", "1", "--eval-every", "9"]

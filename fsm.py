@@ -18,20 +18,12 @@ has a learned bias for each present modality, one for complete and one for incom
 Axes: B samples, S sources (T, R), C channels, K classes, M modalities, h w stage.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 import kernels
 from model import Output, ScorePredictor
 from segformer import modality_indicators
-
-
-class Selected(NamedTuple):
-    logits: Tensor  # (B, K, H, W)
-    fused: tuple[Tensor, ...]  # 4 x (B, C_i, h_i, w_i)
-    share: Tensor  # (5, S): mean weight of each source at the stages 1..4 and at the logits
 
 
 class FSM(nn.Module):
@@ -45,16 +37,14 @@ class FSM(nn.Module):
         rule: str = "score", temperature: float = 0.2, conditioned: bool = True,
     ):  # fmt: skip
         super().__init__()
-        if rule not in kernels.RULES:
-            raise ValueError(f"FSM rule '{rule}' is unknown; choose one of {', '.join(kernels.RULES)}.")
         self.rule, self.temperature = rule, temperature
         self.scores = nn.ModuleList(ScorePredictor(c, sources) for c in (*widths, num_classes))
         self.modality_bias = nn.Parameter(torch.zeros(5, sources, modalities + 2), requires_grad=conditioned)
         if conditioned and rule == "score" and sources == 2:  # starts as the switch: T if all are present, else R
             self.modality_bias.data[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])  # sigmoid(2) = 0.88
 
-    def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-        """S x (B, C, h, w) -> selected (B, C, h, w), share (S,)."""
+    def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> Tensor:
+        """S x (B, C, h, w) -> selected (B, C, h, w)."""
         nets = list(zip(self.scores[level].depthwise, self.scores[level].pointwise, strict=True))
         # nothing non-linear stands between the two convolutions, so they are one: 3x3, C -> 1
         weight = torch.stack([pw.weight[0] * dw.weight[:, 0] for dw, pw in nets])  # (S, C, 3, 3)
@@ -62,12 +52,11 @@ class FSM(nn.Module):
         bias = bias + (modality_indicators(present)[:, None] * self.modality_bias[level]).sum(2)  # (B, S)
         return kernels.feature_select(sources, weight, bias, rule, self.temperature)
 
-    def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Selected:
+    def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Output:
         """outputs: of the sources for one input, on (B, M) `present` modalities; rule: another than in training."""
         levels = [*zip(*(out.fused for out in outputs), strict=True), [out.logits for out in outputs]]
-        chosen = [self.select(list(sources), i, present, rule or self.rule) for i, sources in enumerate(levels)]
-        (*fused, logits), shares = zip(*chosen, strict=True)
-        return Selected(logits, tuple(fused), torch.stack(shares))
+        *fused, logits = (self.select(list(x), i, present, rule or self.rule) for i, x in enumerate(levels))
+        return Output(logits, tuple(fused), ())
 
 
 def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) -> Tensor:
@@ -83,7 +72,7 @@ def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) 
     return distance
 
 
-def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, declared: Tensor | None = None):
+def decode(selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor, declared: Tensor | None = None):
     """Logits of the selected features (B, K, H, W): by the teacher's decoder where the input is complete, else by the
     robust model's. present (B, M) bool, on the CPU; declared: what conditioned decoders are told, if not `present`."""
     declared = present if declared is None else declared
@@ -95,7 +84,7 @@ def decode(selected: Selected, teacher: nn.Module, robust: nn.Module, present: T
 
 
 def ensemble_logits(
-    selected: Selected, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both", declared=None
+    selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both", declared=None
 ) -> Tensor:
     """The ensemble's logits. level: "logits" as selected; "features" decoded; "both": log of their summed softmax."""
     if level == "logits":

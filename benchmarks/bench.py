@@ -105,9 +105,8 @@ def inputs(operation: str, c: int, side: int, layout: str) -> tuple:
 
 
 def run(function: Callable, given: tuple, gradient: Tensor | None = None) -> Tensor:
-    """The function's first output; with the `gradient` of that also backward to the inputs that learn."""
+    """The function's output; with the `gradient` of that also backward to the inputs that learn."""
     output = function(*given)
-    output = output[0] if isinstance(output, tuple) else output
     if gradient is not None:
         torch.autograd.grad(output, [x for x in given if isinstance(x, Tensor) and x.requires_grad], gradient)
     return output.detach()

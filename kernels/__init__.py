@@ -2,7 +2,8 @@
 
 CUDA tensors take the Triton kernels (`prototype.py`: the loss of stage 1; `selection.py`: the FSM of stage 2), all
 others the plain definitions in `reference.py`. `prototype_pool` and `pixel_prototype_cosine`, which no default run
-calls, have the definition alone. The environment variable RMMSS_KERNELS, read at every call, overrules that:
+calls, are the definitions themselves. For the other two the environment variable RMMSS_KERNELS, read at every call,
+overrules that:
 
     RMMSS_KERNELS=reference   the definitions everywhere
     RMMSS_KERNELS=triton      Triton everywhere; on CPU tensors only with TRITON_INTERPRET=1
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import pixel_prototype_cosine, prototype_pool
 
 try:
     from . import prototype, selection
-except ModuleNotFoundError as error:  # macOS and Windows have no Triton: the definitions serve them
+except ModuleNotFoundError as error:  # macOS has no Triton: the definitions serve it
     if error.name != "triton":
         raise
     prototype = selection = None
@@ -32,17 +34,6 @@ __all__ = ["feature_select", "pixel_prototype_cosine", "prototype_distance", "pr
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("hard", "candidate", "score")
-
-
-def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Prototypes (paper eq. 4): the mean feature of each class, per sample and modality.
-
-    features (B, M, C, h, w) floating; labels (B, h, w) int64, values outside 0..K-1 (255) belong to no class.
-    Returns prototypes (B, M, K, C) float32, zeros for a class without a pixel, and counts (B, K) int32.
-    Differentiable with respect to the features.
-    """
-    _check_maps("features", features, labels, num_classes)
-    return _define(reference.prototype_pool, features, labels, num_classes)
 
 
 def prototype_distance(
@@ -58,7 +49,8 @@ def prototype_distance(
     KL(teacher || student) is summed over classes and averaged over channels and present (sample, modality) pairs.
     A sample without a labelled pixel adds 0. Gradient to the student only; absent modalities get zeros.
     """
-    _check_maps("student", student, labels, num_classes)
+    _check_floating("student", student, "(B, M, C, h, w)")
+    _check("labels", labels, "(B, h, w)", (student.shape[0], *student.shape[3:]), torch.int64, student.device)
     _check("teacher", teacher, "the student's", student.shape, student.dtype, student.device)
     _check("present", present, "(B, M)", student.shape[:2], torch.bool, student.device)
     _check("match", match, "(B, M)", student.shape[:2], torch.int64, student.device)
@@ -68,24 +60,7 @@ def prototype_distance(
     return _define(reference.prototype_distance, *args)
 
 
-def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine between each pixel's feature and the prototype of its class -> (B, M, h, w) float32 in -1..1.
-
-    features (B, M, C, h, w), labels (B, h, w) int64, prototypes (B, M, K, C) float32. 0 where the label is outside
-    0..K-1, and where the product of the two norms is at most 1e-8: there is no direction to compare there, and the
-    gradient is 0 too. Differentiable with respect to features and prototypes. (Intra-class feature variation of
-    the CVPR 2026 version of the paper.)
-    """
-    _check_maps("features", features, labels)
-    _check_floating("prototypes", prototypes, "(B, M, K, C)")
-    (B, M, C), K = features.shape[:3], prototypes.shape[2]
-    _check("prototypes", prototypes, "(B, M, K, C)", (B, M, K, C), prototypes.dtype, features.device)
-    return _define(reference.pixel_prototype_cosine, features, labels, prototypes)
-
-
-def feature_select(
-    features: Sequence[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float
-) -> tuple[Tensor, Tensor]:
+def feature_select(features: Sequence[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float) -> Tensor:
     """Feature Selection (stage 2 of the paper): from S sources to one.
 
     features: S tensors (B, C, h, w) of one dtype (the paper has two, and so has the Triton kernel); weight
@@ -97,13 +72,9 @@ def feature_select(
         "candidate"  softmax over the sources of (1 + s_j) f_j / temperature, element by element (not in the paper)
         "score"      softmax over the sources of s_j / temperature, per position (in the published code, commented out)
 
-    Returns selected = sum_j v_j f_j (B, C, h, w) in the features' dtype, and share (S,) float32, each source's mean
-    weight, without gradient. Gradients go to weight and bias only, by "hard" to nothing: the sources are frozen
-    models. Features that require a gradient are refused.
+    Returns sum_j v_j f_j (B, C, h, w) in the features' dtype. Gradients go to weight and bias only, by "hard" to
+    nothing: the sources are frozen models. Features that require a gradient are refused.
     """
-    features = list(features)
-    if not features:
-        raise ValueError("features is empty: give a list of tensors (B, C, h, w), one for each source.")
     first, S = features[0], len(features)
     _check_floating("features[0]", first, "(B, C, h, w)")
     if first[0].numel() >= 2**31:
@@ -117,8 +88,6 @@ def feature_select(
     _check("bias", bias, "(S,) or (B, S)", bias_shape, bias.dtype, first.device)
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}: give one of {', '.join(RULES)}.")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}: give a number above 0.")
     if S == 2 and _wants_triton(first):
         return selection.feature_select(features, weight, bias, rule, temperature)
     return _define(reference.feature_select, features, weight, bias, rule, temperature)
@@ -139,13 +108,6 @@ def _wants_triton(tensor: Tensor) -> bool:
         raise ValueError("RMMSS_KERNELS=triton needs the package triton, features of 32 or 16 bits, and a GPU or "
                          f"TRITON_INTERPRET=1; found {tensor.dtype} on {tensor.device}: unset it.")  # fmt: skip
     return choice == "triton" or (choice == "auto" and possible and tensor.is_cuda)
-
-
-def _check_maps(name: str, features: Tensor, labels: Tensor, num_classes: int = 1) -> None:
-    _check_floating(name, features, "(B, M, C, h, w)")
-    _check("labels", labels, "(B, h, w)", (features.shape[0], *features.shape[3:]), torch.int64, features.device)
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}: give at least 1.")
 
 
 def _check_floating(name: str, x: Tensor, axes: str) -> None:

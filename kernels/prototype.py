@@ -47,7 +47,6 @@ def pool_kernel(
     present_ptr,  # (B, M) bool, contiguous; read
     match_ptr,  # (B, M) int64, contiguous; read
     sums_ptr,  # (2, B, M, CHUNKS, K, C) float32, contiguous: student, teacher; written
-    counts_ptr,  # (B, CHUNKS, K) int32, contiguous; written
     B, M, C, P, K, chunk, x_stride_b, x_stride_m, x_stride_c, x_stride_p, labels_stride_b, labels_stride_p,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +65,7 @@ def pool_kernel(
     asked = tl.where(is_teacher, answers_to, offs_m)
     needed = tl.sum(tl.where(asked == m, present, 0), axis=0) > 0
     start = pid_chunk * chunk
-    stop = tl.minimum(start + chunk, P)
-    stop_reading = tl.where(needed, stop, start)
+    stop = tl.where(needed, tl.minimum(start + chunk, P), start)
 
     x_ptr = teacher_ptr if is_teacher else student_ptr
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -75,11 +73,11 @@ def pool_kernel(
     x_rows = x_ptr + b * x_stride_b + m.to(tl.int64) * x_stride_m + offs_c.to(tl.int64) * x_stride_c
     labels_ptr += b * labels_stride_b
     acc_sums = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
-    for p in range(start, stop_reading, BLOCK_P):
+    for p in range(start, stop, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
         label = class_of(labels_ptr, offs_p, offs_p < P, labels_stride_p, K)
         member = (label[:, None] == offs_k[None, :]).to(tl.float32)  # (BLOCK_P, BLOCK_K)
-        mask = (offs_c < C)[:, None] & (offs_p < P)[None, :]
+        mask = (offs_c < C)[:, None] & (offs_p < stop)[None, :]  # with P for stop, ptxas needs a stack on 9.0
         x_tile = tl.load(x_rows[:, None] + offs_p[None, :] * x_stride_p, mask=mask, other=0).to(tl.float32)
         x_tile = tl.where((label >= 0)[None, :], x_tile, 0.0)  # 0 x NaN is NaN: an ignored pixel's may be anything
         if SPLIT:  # the upper 11 bits of the significand, exact in TF32, then what they leave
@@ -88,30 +86,9 @@ def pool_kernel(
             x_tile -= upper
         acc_sums = tl.dot(x_tile, member, acc_sums, input_precision="tf32")
 
-    chunks = tl.num_programs(0)
-    sums_ptr += (pid_tbm.to(tl.int64) * chunks + pid_chunk) * K * C
+    sums_ptr += (pid_tbm.to(tl.int64) * tl.num_programs(0) + pid_chunk) * K * C
     mask_ck = (offs_c < C)[:, None] & (offs_k < K)[None, :]
     tl.store(sums_ptr + offs_k[None, :] * C + offs_c[:, None], acc_sums, mask=mask_ck)
-
-    if (pid_c == 0) & (m == 0) & (pid_tbm < B * M):
-        acc_counts = tl.zeros((BLOCK_K,), tl.int32)
-        for p in range(start, stop, BLOCK_P):
-            offs_p = p + tl.arange(0, BLOCK_P)
-            label = class_of(labels_ptr, offs_p, offs_p < P, labels_stride_p, K)
-            acc_counts += tl.sum((label[:, None] == offs_k[None, :]).to(tl.int32), axis=0)
-        tl.store(counts_ptr + (b * chunks + pid_chunk) * K + offs_k, acc_counts, mask=offs_k < K)
-
-
-@triton.jit
-def sum_chunks(x_ptr, offs, mask, chunks, stride, BLOCK_S: tl.constexpr):
-    """Adds up x_ptr[chunk * stride + offs] over the chunks; offs and mask are (rows, columns) tiles."""
-    acc = tl.zeros(offs.shape, x_ptr.dtype.element_ty)
-    for s in range(0, chunks, BLOCK_S):
-        offs_s = s + tl.arange(0, BLOCK_S)
-        mask_s = (offs_s < chunks)[:, None, None] & mask[None, :, :]
-        tile = tl.load(x_ptr + offs_s[:, None, None] * stride + offs[None, :, :], mask=mask_s, other=0)
-        acc += tl.sum(tile, axis=0)
-    return acc
 
 
 @triton.jit
@@ -124,14 +101,13 @@ def log_softmax(x, seen):
 
 @triton.jit
 def distance_kernel(
-    sums_ptr,  # (2, B, M, CHUNKS, K, C) float32, contiguous: student, teacher; read
-    counts_ptr,  # (B, CHUNKS, K) int32, contiguous; read
+    sums_ptr,  # (2, B, M, K, C) float32, contiguous: student, teacher; read
+    counts_ptr,  # (B, K) int32, contiguous; read
     present_ptr,  # (B, M) bool, contiguous; read
     match_ptr,  # (B, M) int64, contiguous; read
     parts_ptr,  # (B*M, channel blocks) float32, contiguous: parts that add up to the distance; written
     table_ptr,  # (B, M, K, C) float32, contiguous: its gradient for one pixel of class k; written
-    B, M, C, K, chunks,
-    BLOCK_S: tl.constexpr, BLOCK_BM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    B, M, C, K, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Prototypes, masked softmax over the classes, KL, and the gradient's table, of one (b, m) and BLOCK_C channels."""
     pid_bm = tl.program_id(0)
@@ -143,26 +119,21 @@ def distance_kernel(
     mask = (offs_c < C)[:, None] & mask_k
     offs = offs_k[None, :] * C + offs_c[:, None]  # (BLOCK_C, BLOCK_K) of a (K, C) table
 
-    offs_bm = tl.arange(0, BLOCK_BM)
-    pairs = tl.sum(tl.load(present_ptr + offs_bm, mask=offs_bm < B * M, other=0).to(tl.int32), axis=0)
     present = tl.load(present_ptr + pid_bm).to(tl.int32) > 0
     answers_to = tl.load(match_ptr + pid_bm)
 
-    count = sum_chunks(counts_ptr + b * chunks * K, offs_k[None, :], mask_k, chunks, K, BLOCK_S)  # (1, BLOCK_K)
+    count = tl.load(counts_ptr + b * K + offs_k[None, :], mask=mask_k, other=0)  # (1, BLOCK_K)
     size = tl.maximum(count, 1).to(tl.float32)
     seen = tl.where(present, (count > 0) & mask, False)  # (BLOCK_C, BLOCK_K)
-    student_ptr = sums_ptr + pid_bm.to(tl.int64) * chunks * K * C
-    teacher_ptr = sums_ptr + ((B + b) * M + answers_to) * chunks * K * C
-    student = sum_chunks(student_ptr, offs, seen, chunks, K * C, BLOCK_S) / size
-    teacher = sum_chunks(teacher_ptr, offs, seen, chunks, K * C, BLOCK_S) / size
+    student = tl.load(sums_ptr + pid_bm.to(tl.int64) * K * C + offs, mask=seen, other=0) / size
+    teacher = tl.load(sums_ptr + ((B + b) * M + answers_to) * K * C + offs, mask=seen, other=0) / size
 
     log_s = log_softmax(student, seen)
     log_t = log_softmax(teacher, seen)
-    scale = 1.0 / (C * tl.maximum(pairs, 1)).to(tl.float32)
     divergence = tl.where(seen, tl.exp(log_t) * (log_t - log_s), 0.0)
-    part = tl.sum(tl.sum(divergence, axis=1), axis=0) * scale
+    part = tl.sum(tl.sum(divergence, axis=1), axis=0)
     tl.store(parts_ptr + pid_bm * tl.num_programs(1) + pid_c, part)
-    table = tl.where(seen, (tl.exp(log_s) - tl.exp(log_t)) * scale / size, 0.0)
+    table = tl.where(seen, (tl.exp(log_s) - tl.exp(log_t)) / size, 0.0)
     tl.store(table_ptr + pid_bm.to(tl.int64) * K * C + offs, table, mask=mask)
 
 
@@ -198,7 +169,7 @@ def spread_kernel(
 def distance_op(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """(B, M, C, P) twice, labels (B, P) -> the distance, a scalar, and its gradient's table (B, M, K, C)."""
+    """(B, M, C, P) twice, labels (B, P) -> sum of the KLs, a scalar, and its gradient's table (B, M, K, C)."""
     (B, M, C, P), K = student.shape, num_classes
     like = {"device": student.device, "dtype": torch.float32}
     split = student.dtype == torch.float32
@@ -211,19 +182,18 @@ def distance_op(
         chunk //= 2
     chunks = triton.cdiv(P, chunk)
     sums = torch.empty((2, B, M, chunks, K, C), **like)
-    counts = torch.empty((B, chunks, K), device=student.device, dtype=torch.int32)
+    counts = (labels[:, :, None] == torch.arange(K, device=labels.device)).sum(1, dtype=torch.int32)  # (B, K)
     channel_blocks = triton.cdiv(C, 8)
     parts = torch.empty((B * M, channel_blocks), **like)
     table = torch.empty((B, M, K, C), **like)
     with torch.cuda.device_of(student):  # Triton launches on the current device, whatever its arguments lie on
         pool_kernel[(chunks, channel_tiles, 2 * B * M)](
-            student, teacher, labels, present, match, sums, counts, B, M, C, P, K, chunk,
+            student, teacher, labels, present, match, sums, B, M, C, P, K, chunk,
             *student.stride(), *labels.stride(), SPLIT=split, BLOCK_M=triton.next_power_of_2(M),
             BLOCK_C=block_c, BLOCK_P=block_p, BLOCK_K=block_k, num_warps=4, num_stages=3,
         )  # fmt: skip
         distance_kernel[(B * M, channel_blocks)](
-            sums, counts, present, match, parts, table, B, M, C, K, chunks, BLOCK_BM=triton.next_power_of_2(B * M),
-            BLOCK_S=max(1, min(16, 512 // block_k)), BLOCK_C=8, BLOCK_K=block_k, num_warps=4,
+            sums.sum(3), counts, present, match, parts, table, B, M, C, K, BLOCK_C=8, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
     return parts.sum(), table
 
@@ -274,4 +244,5 @@ def prototype_distance(
     student, teacher, labels = student.flatten(3), teacher.flatten(3), labels.flatten(1)
     if teacher.stride() != student.stride():  # not in training: both models have one structure
         student, teacher = student.contiguous(), teacher.contiguous()
-    return distance_op(student, teacher, labels, present.contiguous(), match.contiguous(), num_classes)[0]
+    total, _ = distance_op(student, teacher, labels, present.contiguous(), match.contiguous(), num_classes)
+    return total / (student.shape[2] * present.sum().clamp(min=1))

@@ -29,19 +29,19 @@ def members(labels: Tensor, num_classes: int, features: Tensor) -> tuple[Tensor,
 def class_means(features: Tensor, member: Tensor, counts: Tensor) -> Tensor:
     """Means over the pixels of each class, as a product of matrices: (B, M, C, h, w) -> (B, M, C, K).
 
-    0 x NaN is NaN, but the feature of an ignored pixel may be anything: it is set to 0 before the product. That costs
-    as much as the product, so on the CPU it is done only if the sums turn out to need it.
+    0 x NaN is NaN, but the feature of an ignored pixel may be anything: it is set to 0 before the product.
     """
-    rows, member = wide(features).flatten(3), member[:, None]  # (B, M, C, P), (B, 1, P, K)
-    always = features.is_cuda or torch.compiler.is_compiling()  # where no branch may wait for a value
-    sums = None if always else rows @ member
-    if always or not sums.detach().sum().isfinite():
-        sums = rows.where(member.any(3)[:, :, None], 0) @ member
-    return sums / counts.clamp(min=1)
+    member = member[:, None]  # (B, 1, P, K)
+    rows = wide(features).flatten(3).where(member.any(3)[:, :, None], 0)  # (B, M, C, P)
+    return rows @ member / counts.clamp(min=1)
 
 
 def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Paper eq. 4: the mean of the features over the pixels of each class."""
+    """Prototypes (paper eq. 4): the mean feature of each class, per sample and modality.
+
+    features (B, M, C, h, w), labels (B, h, w) int64, values outside 0..K-1 (255) belong to no class -> prototypes
+    (B, M, K, C) float32, zeros for a class without a pixel, and counts (B, K) int32.
+    """
     member, counts = members(labels, num_classes, features)
     prototypes = class_means(features, member, counts).transpose(2, 3)  # (B, M, K, C)
     return prototypes, counts[:, 0, 0].to(torch.int32)  # (B, K)
@@ -80,9 +80,10 @@ def prototype_distance_loop(
 
 
 def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-    """All K products of a pixel are one matrix product and its own class's is picked.
+    """Cosine between each pixel's feature and the prototype (B, M, K, C) of its class -> (B, M, h, w).
 
-    (B, M, K, P) is smaller than the (B, M, C, P) map of each pixel's own prototype wherever C > K.
+    0 where the label is outside 0..K-1, and where there is no direction to compare. All K products of a pixel are one
+    matrix product, and its own class's is picked: (B, M, K, P) is smaller than (B, M, C, P) wherever C > K.
     """
     shape, labels = labels.shape[1:], labels.flatten(1)[:, None]  # (B, 1, P)
     inside = (labels >= 0) & (labels < prototypes.shape[2])
@@ -96,9 +97,7 @@ def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor)
     return cosine.unflatten(2, shape)
 
 
-def feature_select(
-    features: list[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float
-) -> tuple[Tensor, Tensor]:
+def feature_select(features: list[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float) -> Tensor:
     """Folded convolution and sigmoid for the scores, then the sources weighted by the rule."""
     S, sources = len(features), [wide(f) for f in features]
     maps = [F.conv2d(f, w[None].to(f.dtype), padding=1) for f, w in zip(sources, weight, strict=True)]  # (B, 1, h, w)
@@ -106,11 +105,8 @@ def feature_select(
     scores = torch.sigmoid(torch.stack(maps) + bias)  # (S, B, 1, h, w)
     logits = scores if rule == "score" else (1 + scores) * torch.stack(sources)  # (S, B, 1 or C, h, w)
     if rule == "hard":
-        choice = logits.argmax(0)  # (B, C, h, w), ties: the first source
-        selected = torch.stack(sources).gather(0, choice[None])[0]
-        share = torch.stack([(choice == j).float().mean() for j in range(S)])
+        selected = torch.stack(sources).gather(0, logits.argmax(0, keepdim=True))[0]  # ties: the first source
     else:
         weights = (logits / temperature).softmax(0)
         selected = sum(w * f for w, f in zip(weights, sources, strict=True))
-        share = weights.detach().float().mean((1, 2, 3, 4))
-    return selected.to(features[0].dtype), share
+    return selected.to(features[0].dtype)

@@ -116,7 +116,6 @@ def select_kernel(
     bias_ptr,  # (B, 2) float32, any strides; read
     scores_ptr,  # (2, B, H, W) float32, contiguous; written
     selected_ptr,  # (B, C, H, W), strides as the sources; written
-    share_ptr,  # (B, tiles) float32, contiguous: each tile's sum of the weights of source 1; written
     B, C, H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x, bias_stride_b, bias_stride_s, temperature,
     RULE: tl.constexpr,
     HALO_X: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -136,7 +135,6 @@ def select_kernel(
     tl.store(scores_ptr + b * H * W + y * W + x, score_0, mask=own)
     tl.store(scores_ptr + (B + b) * H * W + y * W + x, score_1, mask=own)
 
-    share = tl.zeros((TILE_H * TILE_W,), tl.float32)
     for c in range(0, C, HALF_C):
         offs_c = c + tl.arange(0, HALF_C)
         mask = (offs_c < C)[:, None] & own[None, :]
@@ -147,10 +145,7 @@ def select_kernel(
             selected = tl.where(v > 0, x_1, x_0)
         else:
             selected = (1 - v) * x_0 + v * x_1
-        share += tl.sum(tl.where(mask, v, 0.0), axis=0)
         tl.store(selected_ptr + (offs_c[:, None] * x_stride_c + offs_p[None, :]), selected, mask=mask)
-    tile = (b * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(share_ptr + tile, tl.sum(share, axis=0))
 
 
 @triton.jit
@@ -229,26 +224,24 @@ def tiling(x: Tensor) -> tuple[dict, tuple[int, int, int]]:
 @torch.library.custom_op("rmmss::feature_select", mutates_args=())
 def select_op(
     x_0: Tensor, x_1: Tensor, weight: Tensor, bias: Tensor, rule: str, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sources (B, C, H, W), weight (2, C, 3, 3), bias (B, 2) -> selected like a source, share (2,), scores."""
+) -> tuple[Tensor, Tensor]:
+    """Sources (B, C, H, W), weight (2, C, 3, 3), bias (B, 2) -> selected like a source, scores (2, B, H, W)."""
     B, C, H, W = x_0.shape
     blocks, grid = tiling(x_0)
     scores = torch.empty((2, B, H, W), device=x_0.device, dtype=torch.float32)
     selected = torch.empty_like(x_0)
-    share = torch.empty(B * grid[0] * grid[1], device=x_0.device, dtype=torch.float32)
     with torch.cuda.device_of(x_0):  # Triton launches on the current device, whatever its arguments lie on
         select_kernel[grid](
-            x_0, x_1, weight, bias, scores, selected, share, B, C, H, W, *x_0.stride(), *bias.stride(), temperature,
+            x_0, x_1, weight, bias, scores, selected, B, C, H, W, *x_0.stride(), *bias.stride(), temperature,
             RULE=rule, **blocks, num_stages=2,
         )  # fmt: skip
-    share = share.sum() / x_0.numel()
-    return selected, torch.stack((1 - share, share)), scores
+    return selected, scores
 
 
 @select_op.register_fake
 def _(x_0, x_1, weight, bias, rule, temperature):
     B, _, H, W = x_0.shape
-    return torch.empty_like(x_0), weight.new_empty((2,)), weight.new_empty((2, B, H, W))
+    return torch.empty_like(x_0), weight.new_empty((2, B, H, W))
 
 
 @torch.library.custom_op("rmmss::feature_select_backward", mutates_args=())
@@ -275,11 +268,11 @@ def _(grad, x_0, x_1, scores, rule, temperature):
 
 def setup_select(ctx, inputs, output):
     x_0, x_1, _, _, ctx.rule, ctx.temperature = inputs
-    ctx.save_for_backward(x_0, x_1, output[2])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x_0, x_1, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def backward_select(ctx, grad, *_):
+def backward_select(ctx, grad, _):
     return None, None, *select_backward_op(grad, *ctx.saved_tensors, ctx.rule, ctx.temperature), None, None
 
 
@@ -288,9 +281,7 @@ select_op.register_autograd(backward_select, setup_context=setup_select)
 # ------------------------------------------------------------------------------------------------ public call
 
 
-def feature_select(
-    features: list[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float
-) -> tuple[Tensor, Tensor]:
+def feature_select(features: list[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float) -> Tensor:
     """Documented and checked in `__init__.py`."""
     x_0, x_1 = features
     layouts = torch.contiguous_format, torch.channels_last
@@ -299,4 +290,4 @@ def feature_select(
     if rule == "hard":
         weight, bias = weight.detach(), bias.detach()
     bias = bias.float().expand(x_0.shape[0], 2)  # (B, 2)
-    return select_op(x_0, x_1, weight.float().contiguous(), bias, rule, float(temperature))[:2]
+    return select_op(x_0, x_1, weight.float().contiguous(), bias, rule, float(temperature))[0]

@@ -150,20 +150,8 @@ def test_the_definition_of_the_cosine_is_the_one_to_the_pixels_own_class():
 def test_the_definition_of_the_selection_is_the_convolution_and_the_choice(rule, temperature, monkeypatch):
     monkeypatch.setenv("RMMSS_KERNELS", "reference")
     features, weight, bias = [random(2, 6, 5, 7) for _ in range(3)], random(3, 6, 3, 3), random(2, 3)
-    found, share = kernels.feature_select(features, weight, bias, rule, temperature)
+    found = kernels.feature_select(features, weight, bias, rule, temperature)
     assert_close([found], [plain_select(features, weight, bias, rule, temperature)])
-    assert share.shape == (3,) and share.sum().item() == pytest.approx(1, abs=1e-5) and not share.requires_grad
-
-
-def test_the_share_is_each_sources_mean_weight(monkeypatch):
-    """Of sources that are 0 and 1 everywhere, the selection is the weight of the second."""
-    features = [torch.zeros(2, 3, 5, 7, device=DEVICE), torch.ones(2, 3, 5, 7, device=DEVICE)]
-    for path, rule in itertools.product(PATHS, kernels.RULES):
-        monkeypatch.setenv("RMMSS_KERNELS", path)
-        weight = random(2, 3, 3, 3).requires_grad_()
-        selected, share = kernels.feature_select(features, weight, random(2, 2), rule, 0.5)
-        assert not share.requires_grad
-        assert share.tolist() == pytest.approx([1 - selected.mean().item(), selected.mean().item()], abs=1e-6)
 
 
 def test_equal_candidates_select_the_first_source(monkeypatch):
@@ -171,8 +159,7 @@ def test_equal_candidates_select_the_first_source(monkeypatch):
     weight, bias = random(1, 3, 3, 3).expand(2, 3, 3, 3), torch.zeros(2, device=DEVICE)
     for path in PATHS:
         monkeypatch.setenv("RMMSS_KERNELS", path)
-        selected, share = kernels.feature_select([f, f.clone()], weight, bias, "hard", 0.2)
-        assert torch.equal(selected, f) and share.tolist() == [1, 0]
+        assert torch.equal(kernels.feature_select([f, f.clone()], weight, bias, "hard", 0.2), f)
 
 
 def test_an_ignored_pixel_that_is_not_a_number_poisons_nothing(monkeypatch):
@@ -206,7 +193,7 @@ def test_a_feature_that_is_not_a_number_is_passed_on_and_spoils_its_neighbours_a
         expected[:, :, 3:6, 5:8] = True
     for path in PATHS:
         monkeypatch.setenv("RMMSS_KERNELS", path)
-        selected, _ = kernels.feature_select(features, weight, bias, rule, 0.5)
+        selected = kernels.feature_select(features, weight, bias, rule, 0.5)
         assert torch.equal(selected.isnan(), expected)
 
 
@@ -224,7 +211,7 @@ def test_gradients_of_the_definitions_pass_gradcheck(monkeypatch):
     assert check(lambda f: kernels.prototype_pool(f.permute(0, 1, 4, 2, 3), labels, 4)[0], last)
     assert check(lambda f, p: kernels.pixel_prototype_cosine(f, labels, p), (x, prototypes))
     for rule in ("score", "candidate"):
-        assert check(lambda w, b, rule=rule: kernels.feature_select(features, w, b, rule, 0.7)[0], (weight, bias))
+        assert check(lambda w, b, rule=rule: kernels.feature_select(features, w, b, rule, 0.7), (weight, bias))
 
 
 # ------------------------------------------------------------------------- Triton against the definitions
@@ -305,9 +292,9 @@ def test_half_precision_errs_at_most_twice_as_much_as_pytorch(dtype, monkeypatch
     }
     for rule in kernels.RULES:
         cases[rule] = (
-            lambda w, b, rule=rule: kernels.feature_select(sources, w, b, rule, 0.5)[0],
+            lambda w, b, rule=rule: kernels.feature_select(sources, w, b, rule, 0.5),
             lambda w, b, rule=rule: plain_select(sources, w, b, rule, 0.5),
-            lambda w, b, rule=rule: kernels.feature_select(wide, w, b, rule, 0.5)[0],
+            lambda w, b, rule=rule: kernels.feature_select(wide, w, b, rule, 0.5),
             [weight, bias],
         )
     for name, (kernel, plain, definition, inputs) in cases.items():
@@ -398,7 +385,7 @@ def test_torch_compile_goes_through_without_a_graph_break(path, monkeypatch):
     def step(student, weight):
         loss = kernels.prototype_distance(student, teacher, labels, present, match, 4)
         for rule in kernels.RULES:
-            loss = loss + kernels.feature_select(sources, weight, bias, rule, 0.5)[0].square().mean()
+            loss = loss + kernels.feature_select(sources, weight, bias, rule, 0.5).square().mean()
         return loss
 
     torch.compiler.reset()
@@ -429,8 +416,7 @@ def test_autocast_does_not_lower_the_precision(monkeypatch):
     sources, weight, bias = [student[:, 0], student[:, 1]], random(2, 8, 3, 3), random(2)
     for call in (
         lambda: kernels.prototype_distance(student, teacher, labels, present, match, 4),
-        lambda: kernels.pixel_prototype_cosine(student, labels, kernels.prototype_pool(student, labels, 4)[0]),
-        lambda: kernels.feature_select(sources, weight, bias, "score", 0.2)[0],
+        lambda: kernels.feature_select(sources, weight, bias, "score", 0.2),
     ):
         expected = call()
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -456,7 +442,7 @@ def test_the_hard_rule_has_no_gradient_and_the_sources_never(monkeypatch):
     sources, bias = [random(1, 4, 5, 6) for _ in range(2)], torch.zeros(2, device=DEVICE)
     for path in PATHS:
         monkeypatch.setenv("RMMSS_KERNELS", path)
-        assert not kernels.feature_select(sources, weight, bias, "hard", 0.2)[0].requires_grad
+        assert not kernels.feature_select(sources, weight, bias, "hard", 0.2).requires_grad
         learns = [sources[0], sources[1].clone().requires_grad_()]
         with pytest.raises(ValueError, match="features.1. requires a gradient"):
             kernels.feature_select(learns, weight, bias, "score", 0.2)
@@ -468,25 +454,20 @@ def test_bad_arguments_are_refused_in_one_sentence():
     x, labels = torch.randn(2, 3, 4, 5, 6), torch.zeros(2, 5, 6, dtype=torch.int64)
     present, match = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int64)
     sources, weight, bias = [x[:, 0], x[:, 1]], torch.randn(2, 4, 3, 3), torch.zeros(2)
-    select = kernels.feature_select
+    select, distance = kernels.feature_select, kernels.prototype_distance
     for sentence, call in (
-        ("features is .*not empty", lambda: kernels.prototype_pool(x[:0], labels[:0], 3)),
-        ("student is .*not empty", lambda: kernels.prototype_distance(x[:0], x[:0], labels, present, match, 3)),
+        ("student is .*not empty", lambda: distance(x[:0], x[:0], labels, present, match, 3)),
         ("features.0. is .*not empty", lambda: select([s[:0] for s in sources], weight, bias, "score", 0.2)),
-        ("labels is .*int32", lambda: kernels.prototype_pool(x, labels.int(), 3)),
-        ("labels is .2, 4, 6.", lambda: kernels.prototype_pool(x, labels[:, :4], 3)),
-        ("num_classes", lambda: kernels.prototype_pool(x, labels, 0)),
-        ("give floating .B, M, C, h, w.", lambda: kernels.prototype_pool(x[0], labels, 3)),
-        ("teacher is .*float16", lambda: kernels.prototype_distance(x, x.half(), labels, present, match, 3)),
-        ("present is .*give .B, M.", lambda: kernels.prototype_distance(x, x, labels, present.float(), match, 3)),
-        ("match is", lambda: kernels.prototype_distance(x, x, labels, present, match[:, :2], 3)),
-        ("prototypes is", lambda: kernels.pixel_prototype_cosine(x, labels, torch.randn(2, 3, 4, 5))),
-        ("features is empty", lambda: select([], weight, bias, "score", 0.2)),
+        ("labels is .*int32", lambda: distance(x, x, labels.int(), present, match, 3)),
+        ("labels is .2, 4, 6.", lambda: distance(x, x, labels[:, :4], present, match, 3)),
+        ("give floating .B, M, C, h, w.", lambda: distance(x[0], x[0], labels, present, match, 3)),
+        ("teacher is .*float16", lambda: distance(x, x.half(), labels, present, match, 3)),
+        ("present is .*give .B, M.", lambda: distance(x, x, labels, present.float(), match, 3)),
+        ("match is", lambda: distance(x, x, labels, present, match[:, :2], 3)),
         ("features.1. is", lambda: select([x[:, 0], x[:, 0, :3]], weight, bias, "score", 0.2)),
         ("weight is", lambda: select(sources, weight[:1], bias, "score", 0.2)),
         ("bias is", lambda: select(sources, weight, bias[:1], "score", 0.2)),
         ("rule is 'soft'", lambda: select(sources, weight, bias, "soft", 0.2)),
-        ("temperature is 0.0", lambda: select(sources, weight, bias, "score", 0.0)),
         ("meta", lambda: select(sources, weight.to("meta"), bias, "score", 0.2)),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -40,11 +40,7 @@ def draw_match(batch_size: int, modalities: int, how: str, generator: torch.Gene
 
 def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest neighbour: (B, H, W) -> (B, h, w). A class too small for the stage simply has no prototype there."""
-    (h, w), (H, W) = size, labels.shape[1:]
-    if H % h == 0 and W % w == 0:
-        return labels[:, :: H // h, :: W // w].contiguous()
-    rows, columns = torch.arange(h, device=labels.device) * H // h, torch.arange(w, device=labels.device) * W // w
-    return labels[:, rows[:, None], columns]
+    return F.interpolate(labels[:, None].float(), size=size, mode="nearest")[:, 0].long()
 
 
 def hpdm_loss(

@@ -108,11 +108,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        if torch.is_grad_enabled() and x.requires_grad:
-            # Four times as wide inside, it is most of what training would keep for the backward pass: compute it twice.
-            y = recompute(self.mlp, self.norm2(x), use_reentrant=False, preserve_rng_state=False)
-        else:
-            y = self.mlp(self.norm2(x))
+        # Four times as wide inside, it is most of what training would keep for the backward pass: compute it twice.
+        y = recompute(self.mlp, self.norm2(x), use_reentrant=False, preserve_rng_state=False)
         return x + self.drop_path(y)
 
 

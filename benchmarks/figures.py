@@ -1,7 +1,6 @@
 """Draws every figure of the docs but the panels, which predict.py draws.
 
     python -m benchmarks.figures pipeline docs/pipeline.txt --out docs/pipeline.png         # both stages, with shapes
-    python -m benchmarks.figures derived data/NYUDepthv2 --out docs/derived.png              # real frames
     python -m benchmarks.figures prototypes runs/demo --out docs/prototypes.png    # do the modalities agree on a class?
     python -m benchmarks.figures selection runs/demo --out docs/selection.png      # where the FSM takes the teacher
     python -m benchmarks.figures lost runs/demo/results.json --out docs/lost.png   # mIoU over lost modalities
@@ -23,13 +22,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import kernels
-from data import normalise, open_dataset
+from data import normalise
 from engine.files import check_output, write_picture
 from engine.options import Parser
 from engine.pictures import Cell, draw, photograph
 from engine.runs import guarded
 from engine.subsets import all_subsets, present_of, subset_outputs
-from engine.trained import load_models, open_data, titles
+from engine.trained import load_models, open_data
 from hpdm import labels_at
 
 INK, PALE, GRID = (40, 40, 40), (110, 110, 110), (225, 225, 225)
@@ -180,19 +179,6 @@ def selection(run: Path) -> Image.Image:
     return draw(grid, columns, sides, key, "In the corners: mean weight of the teacher. Rule hard: the published one.")
 
 
-def derived(root: Path) -> Image.Image:
-    """Three real frames of NYU Depth v2 with the event and lidar images that are computed from them."""
-    names, grid = ["rgb", "depth", "event", "lidar"], []
-    dataset = open_dataset("nyuv2", root, "test", names, None, depth="raw")
-    dataset.frames = [f for f in dataset.frames if f.name in ("0015", "0411", "1347")] or dataset.frames[:3]
-    for images, _, _ in dataset:
-        images = images.float() / (255 if images.dtype == torch.uint8 else 1)
-        grid.append([Cell(photograph(image.transpose(1, 2, 0))) for image in images.numpy()])
-    return draw(grid, titles("nyuv2", names), [frame.name for frame in dataset.frames], note=(
-        "Real frames of NYU Depth v2. Event and lidar are derived: computed from rgb and depth, not measured. "
-        "Depth: far is bright. Events: red is brighter, green darker after a small motion. Lidar: near is bright."))
-
-
 def pipeline(file: Path) -> Image.Image:
     """Both stages: teacher, robust model, feature selection and student, with the shapes that pass between them; the
     table docs/pipeline.txt, a box a line, in pixels of twice the figure's size."""
@@ -219,7 +205,7 @@ def pipeline(file: Path) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    figures = {f.__name__: f for f in (pipeline, derived, prototypes, selection, lost, curves, sweep)}
+    figures = {f.__name__: f for f in (pipeline, prototypes, selection, lost, curves, sweep)}
     parser = Parser("figures.py", __doc__)
     parser.add_argument("figure", choices=figures)
     parser.add_argument("source", type=Path, help="the file or folder to draw it from, as above")

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks import figures
 from data import normalise, open_dataset
@@ -112,22 +111,6 @@ def test_the_selection_of_a_fresh_fsm_is_the_switch(tmp_path, monkeypatch):
     assert min(complete[:4]) > 90 and max(incomplete[:4]) < 10 and len(hard) == 2
     assert complete[4] > 50 > incomplete[4]  # logits are larger, so fresh weights move their scores more
     assert all(0 < share < 100 for row in hard for share in row)
-
-
-def test_the_derived_modalities_are_drawn_beside_their_frames(tmp_path):
-    for folder in ("RGB", "Depth", "Label"):
-        (tmp_path / folder).mkdir()
-    rng = np.random.default_rng(0)
-    for name in ("0015", "0411", "1000"):
-        blocks = rng.integers(0, 256, (30, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-        Image.fromarray(blocks).save(tmp_path / "RGB" / f"{name}.jpg")
-        Image.fromarray(np.full((240, 320), 50, np.uint8)).save(tmp_path / "Depth" / f"{name}.png")
-        Image.fromarray(np.ones((240, 320), np.uint8)).save(tmp_path / "Label" / f"{name}.png")
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.txt").write_text("0015\n0411\n1000\n")
-    figures.main(["derived", str(tmp_path), "--out", str(tmp_path / "a.png")])
-    figure = Image.open(tmp_path / "a.png")
-    assert figure.width > 4 * 320 and 4 * 240 > figure.height > 3 * 240
 
 
 def test_the_pipeline_of_the_docs_lies_inside_the_picture(tmp_path):

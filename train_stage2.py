@@ -6,7 +6,7 @@
 Data, size and batch come from the stage-1 run unless given. Writes into its folder (or --out): config.json, log.jsonl,
 fsm.pt, student.pt, and last.pt to continue from (--resume). Next: python evaluate.py RUN/student.pt.
 
-The paper stops at the selection; how it and the student are trained is this project's (relaxations: fsm.py).
+The paper stops at the selection; how to train it and the student is this project's choice (relaxations: fsm.py).
 """
 
 import copy

@@ -65,8 +65,8 @@ def seed_step(seed: int, phase: str, step: int, rank: int) -> torch.Generator:
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays the weights of linear layers and convolutions alone. As published, where all else is 1-D; norms
-    that are stacked here, a row for each modality, are among that."""
+    """AdamW that decays the weights of linear layers and convolutions alone. As published, which exempts 1-D
+    parameters; norms that are stacked here, a row for each modality, are exempt, too."""
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},

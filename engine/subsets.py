@@ -4,7 +4,7 @@
 
 With mean fusion each modality goes through the encoder once: all subsets are means of the same features. The decoder is
 linear up to its ReLU (BatchNorm too, in eval mode), so that part, too, is computed once for each modality: 15 subsets
-cost 2 to 3 times one on a CPU. A CMNeXt runs once for each. Puts the models into eval mode; nothing gives gradients.
+cost 2 to 3 times one on a CPU. A CMNeXt runs once for each. The models are put into eval mode; nothing gives gradients.
 
 A subset is a tuple of positions in `model.modalities`. degraded (B or 1, M, 3, H, W) is what the modalities outside it
 deliver instead, without the models being told; None leaves them out.
@@ -37,6 +37,7 @@ def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     return present
 
 
+@torch.no_grad()
 def subset_outputs(model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None,
                    with_fused: bool = True) -> Iterator[Output]:
     """Each subset's output, of MSegFormer without `per_modality`, and without `fused` if it is not asked for."""
@@ -65,7 +66,6 @@ def subset_logits(model: nn.Module, images: Tensor, subsets: list, degraded: Ten
     return (out.logits for out in subset_outputs(model, images, subsets, degraded, with_fused=False))
 
 
-@torch.no_grad()
 def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
     """The decoder's logits, not yet upsampled, for many means of the same maps -> (S, B, K, h_1, w_1).
 

@@ -71,9 +71,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="every score of every column")
     add("--markdown", metavar="FILE", help="the printed tables, for a paper or README")
     args = parser.parse_args(argv)
-    args.protocol = list(PROTOCOLS) if "all" in args.protocol else args.protocol
-    if unknown := sorted(set(args.protocol) - set(PROTOCOLS)):
+    if unknown := sorted(set(args.protocol) - {*PROTOCOLS, "all"}):
         parser.error(f"--protocol {unknown[0]} is unknown; choose of {', '.join(PROTOCOLS)}, or all.")
+    args.protocol = list(PROTOCOLS) if "all" in args.protocol else args.protocol
     return args
 
 

@@ -154,7 +154,7 @@ SECTIONS = {"steps": step_rows, "kernels": kernel_rows}
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("bench.py", __doc__)
-    parser.add_argument("--only", choices=SECTIONS, help="one of the two sections")
+    parser.add_argument("--only", choices=SECTIONS, help="one of the two sections. None: both")
     parser.add_argument("--quick", action="store_true", help="small sizes, in about a minute")
     args = parser.parse_args(argv)
     if not CUDA:

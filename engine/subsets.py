@@ -50,7 +50,7 @@ def subset_outputs(model: nn.Module, images: Tensor, subsets: list, degraded: Te
         return
     present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
     declared = present if degraded is None else torch.ones_like(present)  # what the model is told
-    share = model.fusion_weights(declared).detach().cpu()  # before the encoder is queued: nothing waits for it
+    share = model.fusion_weights(declared).cpu()  # before the encoder is queued: nothing waits for it
     features = model.encode(images)  # 4 x (B, M, C_i, h_i, w_i)
     if degraded is not None:
         broken = model.encode(degraded)
@@ -101,6 +101,7 @@ def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets
         yield next(subset_logits(teacher, images, [subset]) if complete else incomplete)
 
 
+@torch.no_grad()
 def selected_logits(fsm: FSM, teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list,
                     degraded: Tensor | None = None, level: str = "both", rule: str | None = None) -> Iterator[Tensor]:
     """Teacher, robust model and the selection between them; with `degraded` the selection alone knows what works.

@@ -25,7 +25,7 @@ from .reference import pixel_prototype_cosine, prototype_pool
 
 try:
     from . import prototype, selection
-except ModuleNotFoundError as error:  # macOS has no Triton: the definitions serve it
+except ModuleNotFoundError as error:  # requirements.txt installs Triton on Linux alone: elsewhere the definitions serve
     if error.name != "triton":
         raise
     prototype = selection = None

@@ -105,8 +105,8 @@ def distance_kernel(
     counts_ptr,  # (B, K) int32, contiguous; read
     present_ptr,  # (B, M) bool, contiguous; read
     match_ptr,  # (B, M) int64, contiguous; read
-    parts_ptr,  # (B*M, channel blocks) float32, contiguous: parts that add up to the distance; written
-    table_ptr,  # (B, M, K, C) float32, contiguous: its gradient for one pixel of class k; written
+    parts_ptr,  # (B*M, channel blocks) float32, contiguous: parts that add up to the sum of the KLs; written
+    table_ptr,  # (B, M, K, C) float32, contiguous: that sum's gradient for one pixel of class k; written
     B, M, C, K, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Prototypes, masked softmax over the classes, KL, and the gradient's table, of one (b, m) and BLOCK_C channels."""

@@ -1,7 +1,8 @@
 """The plain definitions of the public calls, in vectorised PyTorch: specification, CPU path and gradcheck target.
 
 No loop over classes, samples or modalities. Everything is computed in float32 (float64 stays float64), and the
-gradients are autograd's own. Shapes and ranges stand at the public calls in `kernels/__init__.py`.
+gradients are autograd's own. `kernels/__init__.py` has the shapes and ranges of `prototype_distance` and
+`feature_select`, and calls them outside autocast; call the others outside it, too.
 
 Axes: B samples, M modalities, K classes, C channels of a stage, h x w its positions, P = h*w, S sources.
 """
@@ -29,11 +30,15 @@ def members(labels: Tensor, num_classes: int, features: Tensor) -> tuple[Tensor,
 def class_means(features: Tensor, member: Tensor, counts: Tensor) -> Tensor:
     """Means over the pixels of each class, as a product of matrices: (B, M, C, h, w) -> (B, M, C, K).
 
-    0 x NaN is NaN, but the feature of an ignored pixel may be anything: it is set to 0 before the product.
+    0 x NaN is NaN, but the feature of an ignored pixel may be anything: it is set to 0 before the product. That costs
+    as much as the product, so on the CPU it is done only if the sums turn out to need it.
     """
-    member = member[:, None]  # (B, 1, P, K)
-    rows = wide(features).flatten(3).where(member.any(3)[:, :, None], 0)  # (B, M, C, P)
-    return rows @ member / counts.clamp(min=1)
+    rows, member = wide(features).flatten(3), member[:, None]  # (B, M, C, P), (B, 1, P, K)
+    always = features.is_cuda or torch.compiler.is_compiling()  # where no branch may wait for a value
+    sums = None if always else rows @ member
+    if always or not sums.detach().sum().isfinite():
+        sums = rows.where(member.any(3)[:, :, None], 0) @ member
+    return sums / counts.clamp(min=1)
 
 
 def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +85,8 @@ def prototype_distance_loop(
 
 
 def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine between each pixel's feature and the prototype (B, M, K, C) of its class -> (B, M, h, w).
+    """Cosine between each pixel's feature and the prototype of its class (CVPR 2026 version): features (B, M, C, h, w),
+    labels (B, h, w) int64, prototypes (B, M, K, C) -> (B, M, h, w) float32 in -1..1.
 
     0 where the label is outside 0..K-1, and where there is no direction to compare. All K products of a pixel are one
     matrix product, and its own class's is picked: (B, M, K, P) is smaller than (B, M, C, P) wherever C > K.

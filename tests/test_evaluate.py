@@ -432,5 +432,6 @@ def test_a_model_of_one_sensor_has_no_mean_over_missing_ones(monkeypatch):
     assert validated(1.0, 3.0, 8.0) == {"miou": 4.0, "miou_full": 8.0, "miou_missing": 2.0}
 
 
-def test_all_stands_for_every_protocol():
-    assert evaluate.options(["student.pt", "--protocol", "all"]).protocol == list(evaluate.PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["all", "all,any"])
+def test_all_stands_for_every_protocol(protocol):
+    assert evaluate.options(["student.pt", "--protocol", protocol]).protocol == list(evaluate.PROTOCOLS)

@@ -134,6 +134,11 @@ def test_the_report_gives_mean_and_spread_and_names_what_was_not_run(monkeypatch
     assert saved["scores"]["teacher"]["1"]["full"] == 14.0
 
 
+def test_epochs_are_three_numbers_and_other_options_go_on():
+    args = reproduce.parse(["--epochs", "3", "2", "1", "--amp", "bf16"])
+    assert args.values["all"] == 7 and args.values["fsm"] == 1 and args.flags[-2:] == ["--amp", "bf16"]
+
+
 @pytest.mark.parametrize("argv, sentence", [
     (["--rows", "teacher,techer"], "--rows techer is unknown"),
     (["--seeds", "three"], "--seeds"), (["--epochs", "1,2"], "--epochs"),

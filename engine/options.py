@@ -153,6 +153,8 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
                if (isinstance(value, bool) == isinstance(getattr(args, name), bool) if name in args else value)}
         saved |= own
         said = own.keys() | {word[2:].partition("=")[0].replace("-", "_") for word in plain}
+        if gone := [argument(name, own[name]) for name in own if name not in args]:
+            parser.error(f"{file} is of a version with other options: this has no {gone[0]}; go on with that one.")
         if new := [argument(name, True) for name in sorted(vars(args).keys() - said - FREE)]:
             parser.error(f"{file} is of a version with other options: give {' and '.join(new)}, too.")
     before = [argument(name, value) for name, value in saved.items() if value is not None and value is not False]

@@ -325,6 +325,7 @@ def label_map(text):
     (a_config_with(amp="fp8"), "2: train_stage1.py: error: .*amp"),
     *((a_config_with(resume, teacher_subsets=old), "2: .* other options: give --teacher-subsets, too.$")
       for resume in (False, True) for old in (None, False, True)),
+    (a_config_with(True, kl_teacher="full"), "2: .* other options: this has no --kl-teacher=full; go on with"),
     (a_config_with(modalities=3), "2: error: .*modality '3' is unknown"),
     (two_runs_in_one_folder, "2: error: another process .* Then 0: $"),
     (resuming_a_run_that_runs, "2: error: another process .* Then 0: $"),

@@ -332,10 +332,15 @@ def paint(seed: int, split: str, index: int, size: int | tuple[int, int] = 64, c
     condition: of CONDITIONS; case: of CASES, or "none"; None: by `weather`.
     Returns uint8 (H, W, 3): "rgb"; "depth" (log distance, height, surface angle, as in HHA; 0 = sky or unseen); "event"
     (positive, negative, 0); "lidar" (log range, height, intensity; 0 = no return). uint8 (H, W), 0..11: "label". And
-    the str "condition" and "case".
+    the str "condition" and "case". ValueError for an argument outside these ranges.
     """
     H, W = (size, size) if isinstance(size, int) else size
     condition, case = condition or weather(index)[0], case or weather(index)[1]
+    for value, known in ((split, SPLITS), (condition, CONDITIONS), (case, ("none", *CASES))):
+        if value not in known:
+            raise ValueError(f"{value!r} is unknown; choose one of {', '.join(known)}")
+    if min(seed, index) < 0 or min(H, W) < 8:
+        raise ValueError(f"scene (seed {seed}, index {index}) of {H} x {W} pixels: use at least 0, 0 and 8 x 8")
     scene = layout(seed, split, index)
     view, rng = project(scene, H, W), np.random.default_rng([*scene.key, 1])
     # Each modality draws its noise in every condition, so that a condition changes its own modalities and nothing else.

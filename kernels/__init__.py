@@ -2,7 +2,7 @@
 
 CUDA tensors take the Triton kernels (`prototype.py`: the loss of stage 1; `selection.py`: the FSM of stage 2), all
 others the plain definitions in `reference.py`. `prototype_pool` and `pixel_prototype_cosine`, which no default run
-calls, are the definitions themselves. For the other two the environment variable RMMSS_KERNELS, read at every call,
+calls, have the definition alone. For the other two the environment variable RMMSS_KERNELS, read at every call,
 overrules that:
 
     RMMSS_KERNELS=reference   the definitions everywhere
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .reference import pixel_prototype_cosine, prototype_pool
 
 try:
     from . import prototype, selection
@@ -34,6 +33,16 @@ __all__ = ["feature_select", "pixel_prototype_cosine", "prototype_distance", "pr
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("hard", "candidate", "score")
+
+
+def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Prototypes (paper eq. 4): see `reference.prototype_pool`."""
+    return _define(reference.prototype_pool, features, labels, num_classes)
+
+
+def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
+    """Cosine between each pixel's feature and the prototype of its class: see `reference.pixel_prototype_cosine`."""
+    return _define(reference.pixel_prototype_cosine, features, labels, prototypes)
 
 
 def prototype_distance(
@@ -54,6 +63,8 @@ def prototype_distance(
     _check("teacher", teacher, "the student's", student.shape, student.dtype, student.device)
     _check("present", present, "(B, M)", student.shape[:2], torch.bool, student.device)
     _check("match", match, "(B, M)", student.shape[:2], torch.int64, student.device)
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}: give at least 1.")
     args = (student, teacher.detach(), labels, present, match, num_classes)
     if _wants_triton(student):
         return prototype.prototype_distance(*args)
@@ -75,6 +86,8 @@ def feature_select(features: Sequence[Tensor], weight: Tensor, bias: Tensor, rul
     Returns sum_j v_j f_j (B, C, h, w) in the features' dtype. Gradients go to weight and bias only, by "hard" to
     nothing: the sources are frozen models. Features that require a gradient are refused.
     """
+    if not features:
+        raise ValueError("features is empty: give a list of tensors (B, C, h, w), one for each source.")
     first, S = features[0], len(features)
     _check_floating("features[0]", first, "(B, C, h, w)")
     if first[0].numel() >= 2**31:
@@ -88,6 +101,8 @@ def feature_select(features: Sequence[Tensor], weight: Tensor, bias: Tensor, rul
     _check("bias", bias, "(S,) or (B, S)", bias_shape, bias.dtype, first.device)
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}: give one of {', '.join(RULES)}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: give a number above 0.")
     if S == 2 and _wants_triton(first):
         return selection.feature_select(features, weight, bias, rule, temperature)
     return _define(reference.feature_select, features, weight, bias, rule, temperature)

@@ -1,5 +1,6 @@
 """Settings that must stand before anything else is imported."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -32,3 +33,43 @@ def exported(tmp_path_factory):
 def mini(exported, tmp_path):
     """A function that copies one layout, for a test that breaks something in it."""
     return lambda layout: shutil.copytree(exported / layout, tmp_path / layout)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """As in the runs started as processes of their own: other threads, other sums."""
+    threads, before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    torch.set_num_threads(threads)
+    os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
+
+@pytest.fixture
+def handlers():
+    """A test that sends itself signals leaves neither handlers nor loader workers behind."""
+    from engine import loop
+
+    before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert multiprocessing.active_children() == []  # a loader worker left behind would keep a script from ending
+
+
+@pytest.fixture(scope="module")
+def whole(one_thread, tmp_path_factory):
+    """Run folders of both stages that nothing interrupted."""
+    from kill_and_resume import SMALL, STAGE1, STAGE2, train
+
+    from engine import loop
+
+    folder = tmp_path_factory.mktemp("whole")
+    before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
+    assert train(1, [*SMALL, *STAGE1, "--out", str(folder / "1")]) == 0
+    assert train(2, [*SMALL, *STAGE2, "--stage1", str(folder / "1"), "--out", str(folder / "2")]) == 0
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return folder

@@ -284,9 +284,8 @@ def test_check_and_export_explain_what_they_cannot_do(tmp_path, monkeypatch, cap
     (tmp_path / "kept").write_text("")
     status, printed = run(monkeypatch, capsys, "--export", tmp_path, "--layout", "folder")
     assert status == 2 and "not empty" in printed.err
-    for option, value in (("--count", 2), ("--size", 4), ("--seed", -1)):
-        status, printed = run(monkeypatch, capsys, "--export", tmp_path / "new", option, value)
-        assert status == 2 and f"{option} {value}" in printed.err
+    status, printed = run(monkeypatch, capsys, "--export", tmp_path / "new", "--count", 2)
+    assert status == 2 and "--count 2" in printed.err
 
 
 def test_export_command_writes_what_check_accepts(tmp_path, monkeypatch, capsys):

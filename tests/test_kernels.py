@@ -416,6 +416,7 @@ def test_autocast_does_not_lower_the_precision(monkeypatch):
     sources, weight, bias = [student[:, 0], student[:, 1]], random(2, 8, 3, 3), random(2)
     for call in (
         lambda: kernels.prototype_distance(student, teacher, labels, present, match, 4),
+        lambda: kernels.pixel_prototype_cosine(student, labels, kernels.prototype_pool(student, labels, 4)[0]),
         lambda: kernels.feature_select(sources, weight, bias, "score", 0.2),
     ):
         expected = call()
@@ -464,6 +465,9 @@ def test_bad_arguments_are_refused_in_one_sentence():
         ("teacher is .*float16", lambda: distance(x, x.half(), labels, present, match, 3)),
         ("present is .*give .B, M.", lambda: distance(x, x, labels, present.float(), match, 3)),
         ("match is", lambda: distance(x, x, labels, present, match[:, :2], 3)),
+        ("num_classes", lambda: distance(x, x, labels, present, match, 0)),
+        ("features is empty", lambda: select([], weight, bias, "score", 0.2)),
+        ("temperature is 0.0", lambda: select(sources, weight, bias, "score", 0.0)),
         ("features.1. is", lambda: select([x[:, 0], x[:, 0, :3]], weight, bias, "score", 0.2)),
         ("weight is", lambda: select(sources, weight[:1], bias, "score", 0.2)),
         ("bias is", lambda: select(sources, weight, bias[:1], "score", 0.2)),

@@ -127,6 +127,14 @@ def test_a_larger_image_is_the_same_scene_drawn_finer():
         assert max((small == large[i::2, j::2]).mean() for i in (0, 1) for j in (0, 1)) > 0.92
 
 
+@pytest.mark.parametrize("arguments, word", [
+    ((0, "training", 1), "training"), ((0, "val", 1, 64, "snow"), "snow"), ((0, "val", 1, 64, "sun", "blur"), "blur"),
+    ((0, "val", -1), "-1"), ((0, "val", 1, (4, 64)), "4 x 64")])
+def test_a_wrong_argument_is_named_in_the_error(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        paint(*arguments)
+
+
 def test_painting_is_far_from_slow():
     paint(0, "train", 0)
     times = []

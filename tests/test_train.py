@@ -1,0 +1,280 @@
+"""What a run does by its options, on bad values, in several processes. All runs are tiny."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import socket
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from kill_and_resume import SMALL, STAGE1, STAGE2, differences, train
+from PIL import Image
+from small_runs import TIMES, crash, during, log, said, start
+
+import evaluate
+import train_stage1
+import train_stage2
+from datasets.export import export
+from engine import loop, options, runs
+from model import build_model
+
+pytestmark = pytest.mark.usefixtures("one_thread", "handlers")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, losses", [
+    ("--losses anyseg", "ce mad umd cmd"),
+    ("--lambda-kl 0 --alpha 0 --complete 0.5 --conditioned", "ce"),
+    ("--beta 12 --variation all --match same", "ce kl hpdm variation"),
+    ("--feedback 12", "ce kl hpdm teacher_ce teacher_variation"),
+    ("--prototypes published", "ce kl hpdm"),
+])  # fmt: skip
+def test_every_row_of_the_comparison_trains_by_its_losses(whole, tmp_path, options, losses):
+    teacher = ["--teacher", str(whole / "1/teacher.pt"), "--distill-epochs", "1", "--eval-every", "9"]
+    assert train(1, start(1, whole, tmp_path, *teacher, *options.split())) == 0
+    means = log(tmp_path)[0]
+    assert set(means) - TIMES - {"phase", "step", "epoch", "lr"} == set(losses.split())
+    assert all(np.isfinite(means[name]) and means[name] > 0 for name in losses.split()), means
+
+
+def test_the_robust_model_may_start_where_the_teacher_started(whole, tmp_path, monkeypatch):
+    starts = []
+    for phase, more in (("teacher", []), ("robust", ["--robust-from", "start", "--teacher", f"{whole}/1/teacher.pt"])):
+        with monkeypatch.context() as patch:
+            during(patch, phase, 0, crash)
+            assert train(1, start(1, whole, tmp_path / phase, *more)) == 130
+        starts.append(torch.load(tmp_path / phase / "last.pt", weights_only=True)["parts"]["model"])
+    assert all(torch.equal(starts[0][name], value) for name, value in starts[1].items())
+
+
+def test_config_json_alone_repeats_a_run(whole, tmp_path):
+    assert train(1, ["--config", str(whole / "1" / "config.json"), "--out", str(tmp_path / "1")]) == 0
+    assert differences(whole / "1", tmp_path / "1") == []
+
+
+def test_the_number_of_loader_workers_changes_no_bit(whole, tmp_path):
+    assert train(1, start(1, whole, tmp_path, "--workers", "2")) == 0
+    assert differences(whole / "1", tmp_path) == []
+
+
+def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
+    try:
+        assert train(1, start(1, whole, tmp_path, "--deterministic")) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("stage, argv, sentence", [
+    (1, ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    (1, ["--batch-size", "0"], "argument --batch-size: invalid int from 1 to 1e+09 value: '0'"),
+    (1, ["--lr", "nan"], "argument --lr: invalid float from 1e-09 to 1e+09 value: 'nan'"),
+    (1, ["--epochs", "inf"], "argument --epochs: invalid float from 1e-09 to 1e+09 value: 'inf'"),
+    (1, ["--out", ""], "--out= is empty; is a variable of the shell not set?"),
+    (1, ["--teacher", " "], "--teacher= is empty"),
+    (1, ["--epochs", "1e308"], "argument --epochs: invalid float from 1e-09 to 1e+09 value: '1e308'"),
+    (1, ["--device", "gpu"], "argument --device: invalid choice: 'gpu' (choose from "),
+    (1, ["--size", "16"], "argument --size: invalid int from 32 to 1e+09 value: '16'"),
+    (1, ["--teacher", "a.pt", "--pretrained", "b.pth"], "--teacher and --pretrained contradict"),
+    (1, ["--resume", "nowhere"], "nowhere/config.json holds no options of train_stage1.py"),
+    (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr=0.5 contradicts WHOLE/1/config.json, which has --lr=0.002: "),
+    (1, ["--resume", "WHOLE/1", "--out", "elsewhere"], "give neither --out nor --config"),
+    (2, ["--resume", "WHOLE/1"], "WHOLE/1/config.json holds no options of train_stage2.py"),
+    (1, ["--conditioned", "--distill-epochs", "0"], "which --distill-epochs 0 leaves out"),
+    (2, [], "give either --stage1 RUN, or both --teacher FILE and --robust FILE"),
+    (2, ["--teacher", "a.pt"], "give either --stage1 RUN, or both"),
+    (2, ["--stage1", "WHOLE/1", "--robust", "a.pt"], "give either --stage1 RUN, or both"),
+])  # fmt: skip
+def test_wrong_or_contradictory_options_end_with_one_sentence(whole, capsys, stage, argv, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        (options.stage1_options, options.stage2_options)[stage - 1]("", [a.replace("WHOLE", str(whole)) for a in argv])
+    text = capsys.readouterr().err
+    assert sentence.replace("WHOLE", str(whole)) in text.splitlines()[-1] and "Traceback" not in text
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["--modalities", "rgb,depth"], "with modalities rgb, depth, lidar, but here it is rgb, depth"),
+    (["--backbone", "cmnext_tiny"], "with backbone segformer_tiny, but here it is cmnext_tiny"),
+])  # fmt: skip
+def test_a_teacher_of_another_kind_is_refused_with_both_descriptions(whole, tmp_path, capfd, argv, sentence):
+    assert train(1, [*start(1, whole, tmp_path / "x")[:-4], "--out", str(tmp_path / "x"), *argv,
+                     "--teacher", str(whole / "1/teacher.pt")]) == 2  # fmt: skip
+    assert sentence in said(capfd)
+
+
+# ---- bad data and bad values -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Eight training and four validation frames of a folder data set, its lidar as .npy files of floats."""
+    export(tmp_path / "data", "folder", 16, 64, 0)
+    return tmp_path / "data"
+
+
+def folder_run(pictures: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
+    return [*SMALL, *STAGE1, "--data", "folder", "--root", str(pictures), "--workers", "0", "--out", str(out),
+            *more]  # fmt: skip
+
+
+def plant(pictures: pathlib.Path, value: float) -> str:
+    """Puts a value into one training frame's lidar -> the frame's name."""
+    file = sorted((pictures / "lidar/train").rglob("*.npy"))[3]
+    array = np.load(file)
+    array[5:20, 5:20] = value
+    np.save(file, array)
+    return file.relative_to(pictures / "lidar").with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_nan_in_a_file_stops_the_run_with_one_sentence_that_names_it(pictures, tmp_path, capfd, workers):
+    name = plant(pictures, float("nan"))
+    assert train(1, folder_run(pictures, tmp_path / "run", "--workers", workers)) == 2
+    sentence = said(capfd)
+    assert sentence.startswith(f"{pictures}/lidar/{name}.npy has NaN or infinite values"), sentence
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_term_and_frames(
+    whole, tmp_path, monkeypatch, capfd
+):
+    original = runs.Phase.batches
+
+    def poisoned(self, dataset):
+        for images, labels, names in original(self, dataset):
+            sound = torch.tensor([name != "train/000005" for name in names])
+            yield images.where(sound[:, None, None, None, None], torch.nan), labels, names
+
+    monkeypatch.setattr(runs.Phase, "batches", poisoned)
+    assert train(1, start(1, whole, tmp_path, "--save-every", "1")) == 2
+    sentence = said(capfd)
+    what = r"ce and ce_subsets and the gradient of phase teacher, step (\d) is not finite; frames of"
+    step = int(re.match(what, sentence)[1])
+    assert "train/000005" in sentence
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["step"] == step  # saved after every step: the one before the bad one
+    weights = {k: v for k, v in last["parts"]["model"].items() if "running" not in k}  # BatchNorm has seen the frame
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_too(whole, tmp_path, monkeypatch, capfd):
+    original = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: original([gradients[0] * float("nan")]))
+    assert train(1, start(1, whole, tmp_path)) == 2
+    assert said(capfd).startswith("the gradient of phase teacher, step 0 is not finite; frames of the batch")
+
+
+def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd):
+    meta = {"modalities": ["rgb"], "classes": ["a", "b"]}
+    for i, shape in enumerate([(64, 64), (64, 96)]):
+        for folder, array in (("rgb", np.zeros((*shape, 3), np.uint8)), ("labels", np.zeros(shape, np.uint8))):
+            file = tmp_path / f"data/{folder}/val/{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(file)
+    (tmp_path / "data/classes.txt").write_text("\n".join(meta["classes"]))
+    model = build_model("segformer_tiny", 2, ["rgb"])
+    about = {"backbone": "segformer_tiny", "drop_path": 0.1, "dropout": 0.1, "size": 64, "val_size": 64,
+             "data": "folder", "root": str(tmp_path / "data"), "depth": "hha", "label_map": None,
+             "normalisation": "all", "hold_out": 0, "palette": [], **meta}  # fmt: skip
+    runs.save_model(tmp_path / "a.pt", model, about)
+    for workers in "0", "2":
+        assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--workers", workers])) == 2
+        sentence = said(capfd)
+        assert "val/0 has 64 x 64 pixels, val/1 has 64 x 96 pixels; use --batch-size 1" in sentence, sentence
+    assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--batch-size", "1"])) == 0
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_shards_are_disjoint_complete_and_the_same_stream_for_any_number_of_processes():
+    frames, size, seed, steps = 13, 12, 5, 26
+    one = list(loop.batch_keys(frames, size, seed, range(steps), slice(None)))
+    for world in (2, 3, 4):
+        shares = [slice(rank, None, world) for rank in range(world)]
+        shards = [list(loop.batch_keys(frames, size, seed, range(steps), share)) for share in shares]
+        for step, batch in enumerate(one):
+            parts = [shard[step] for shard in shards]
+            assert {len(part) for part in parts} == {size // world} and sorted(sum(parts, [])) == sorted(batch)
+    keys = [key for batch in one for key in batch]
+    for epoch in range(steps * size // frames):
+        assert sorted(index for e, index in keys if e == epoch) == list(range(frames))
+    assert list(loop.batch_keys(frames, size, seed, range(7, steps), slice(None))) == one[7:]
+
+
+def in_two_processes(log: pathlib.Path, act) -> None:
+    """Calls act() in two children, which torch.distributed will find; fails with what they printed."""
+    port, children = str(free_port()), []
+    for rank in "01":
+        children.append(os.fork())
+        if children[-1] == 0:
+            with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                status = runs.guarded(act)
+            os._exit(status)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0], log.read_text()
+
+
+def test_two_processes_train_every_phase_and_evaluate_as_one(whole, tmp_path):
+    scores = ["--protocol", "any,nm,condition", "--batch-size", "3", "--limit", "8", "--json"]
+    models = [f"{whole}/2/student.pt", f"{whole}/1/robust.pt"]
+    stage1 = start(1, whole, tmp_path / "1", "--beta", "2", "--feedback", "2")
+    stage2 = [*SMALL, *STAGE2, "--stage1", f"{tmp_path}/1", "--out", f"{tmp_path}/2"]
+    in_two_processes(tmp_path / "1.txt", lambda: train_stage1.main(stage1))
+    in_two_processes(tmp_path / "2.txt", lambda: train_stage2.main(stage2))
+    for folder in "1", "2":
+        lines, alone = log(tmp_path / folder), log(whole / folder)
+        assert [(line["phase"], line["step"]) for line in lines] == [(line["phase"], line["step"]) for line in alone]
+
+    both, alone = (evaluate.options([*models, *scores, f"{tmp_path}/{name}.json"]) for name in ("both", "alone"))
+    in_two_processes(tmp_path / "3.txt", lambda: evaluate.main(both))
+    assert runs.guarded(evaluate.main, alone) == 0
+    both, alone = (json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("both", "alone"))
+    assert both == alone
+
+
+def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path):
+    """A mean over the whole batch is the mean of the means over the processes' shares of it."""
+
+    def act():
+        run = runs.Run(SimpleNamespace(device="cpu", compile=False), "test")
+        torch.manual_seed(0)
+        model, rows = torch.nn.Linear(3, 2), torch.arange(12.0).view(4, 3)
+        whole = torch.autograd.grad(model(rows).square().mean(), model.weight)[0]
+        parallel = run.parallel(model)
+        parallel(rows[run.share]).square().mean().backward()
+        torch.testing.assert_close(model.weight.grad, whole)
+        assert run.total(torch.tensor(run.rank + 1)) == 3
+
+    in_two_processes(tmp_path / "log.txt", act)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(whole, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(runs.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: None)
+    assert train(1, start(1, whole, tmp_path)) == 2
+    assert "--batch-size 4 counts all processes: make it a multiple of 3" in said(capfd)
+
+
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_only_weights_of_linear_layers_and_convolutions_decay(backbone):
+    model = build_model(backbone, 3, ["rgb", "depth", "event"])
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, others = ([names[id(p)] for p in group["params"]] for group in loop.adamw(model, 1.0, 0.1).param_groups)
+    assert len(decayed) + len(others) == len(names)
+    # by their names: norms and biases never decay, stacked ones (CMNeXt's embed.weight, a row per modality) included
+    assert not [name for name in decayed if "norm" in name or "bn." in name or not name.endswith("weight")]
+    assert not [name for name in decayed if name.endswith("embed.weight")]
+    assert not [name for name in others if name.endswith(("proj.weight", "fc1.weight", "q.weight", "fuse.weight"))]

@@ -90,6 +90,7 @@ class FrameDataset(torch.utils.data.Dataset):
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
         index = range(len(self))[index]     # IndexError past the end
         images, label = self.read(index)
+        kind = np.result_type(*images)      # uint8, or float32 if any modality is; before `jitter`, which gives 8 bit
         if self.augment:
             crop = self.size or min(label.shape)
             # Synthetic scenes are painted at the crop's size, and have fewer pixels to lose.
@@ -99,7 +100,7 @@ class FrameDataset(torch.utils.data.Dataset):
         elif self.name != "synthetic":
             for size in resized_to(label.shape, self.size):
                 images, label = [resize(image, size) for image in images], nearest(label, size)
-        (h, w), kind = label.shape, np.result_type(*images)     # uint8, or float32 if any modality is
+        h, w = label.shape
         H, W = (crop, crop) if self.augment else (h, w)
         pixels, classes = np.zeros((len(images), 3, H, W), kind), np.full((H, W), IGNORED, np.uint8)
         for image, into in zip(images, pixels, strict=True):    # (h, w, 1 or 3) -> (3, h, w)

@@ -154,6 +154,18 @@ def test_only_rgb_is_jittered(tmp_path):
     assert dataset.modalities == ["rgb", "event"] and 0 < sum(changed) < 12     # 36 % of the frames
 
 
+@pytest.mark.parametrize("modalities", [["rgb"], ["rgb", "event"]])
+def test_rgb_of_16_bit_has_one_range_whether_it_is_jittered_or_not(tmp_path, modalities):
+    root, rng = gradient_dataset(tmp_path / "d"), np.random.default_rng(0)
+    for i in range(12):
+        png(root / f"rgb/train/{i:02d}.png", rng.integers(30000, 60000, (40, 60, 3), np.uint16))
+    dataset = open_dataset("folder", root, modalities=modalities, size=24, augment=True)
+    images = [dataset[0, i][0][0] for i in range(12)]
+    assert {image.dtype for image in images} == {torch.float32} and max(image.max() for image in images) <= 1
+    eighths = [bool((image * 255 % 1).gt(1e-3).logical_and((image * 255 % 1).lt(0.999)).any()) for image in images]
+    assert 0 < sum(eighths) < 12    # some were jittered, and so are in steps of 8 bit
+
+
 def test_items_depend_on_seed_epoch_and_index_only():
     def items(workers, seed=1, epoch=2):
         dataset = open_dataset("synthetic", split="train", size=32, augment=True, seed=seed, limit=10)

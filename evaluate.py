@@ -32,7 +32,7 @@ from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, Parser, names
 from engine.subsets import all_subsets, selected_logits, subset_logits, switch_logits
 from engine.trained import load_models, open_data, titles
 
-PROTOCOLS = {  # section 5
+PROTOCOLS = {  # paper, section 5
     "any": "any-modality: every subset, the other modalities left out",
     "emm": "EMM: every subset, the others zero-filled; E(p): expectation when each fails with probability p",
     "rmm": "RMM: every subset, the others lose each value with probability r; means, and E(p) as in EMM",
@@ -121,11 +121,11 @@ def evaluate(predict: Callable, dataset: FrameDataset, run: runs.Run) -> dict[st
     def answers(images: Tensor, labels: Tensor, names: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each column: classes (B, H, W) of these B frames, and the labels that they are compared with."""
         # a modality's damage does not depend on which others are missing, so all subsets share it
-        damaged, zeros = torch.zeros(images.shape[:2], dtype=torch.bool), torch.zeros_like(images[:1])
+        spared, zeros = torch.zeros(images.shape[:2], dtype=torch.bool), torch.zeros_like(images[:1])
         calls = {
             "any": [(images, subsets)],
             "emm": [(images, subsets, zeros)],
-            "rmm": ((images, subsets, random_missing(images, damaged, r, names, args.seed)) for r in RMM_RATES),
+            "rmm": ((images, subsets, random_missing(images, spared, r, names, args.seed)) for r in RMM_RATES),
             "nm": ((sensor_noise(images, level, names, modalities, args.seed), subsets[-1:]) for level in NM_LEVELS),
         }
         for protocol in args.protocol:

@@ -109,7 +109,7 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
 
 
 def train_robust(
-    run: Run, teacher: nn.Module, own: dict, robust: nn.Module, train, val, meta: dict, state: dict | None
+    run: Run, teacher: nn.Module, teacher_meta: dict, robust: nn.Module, train, val, meta: dict, state: dict | None
 ) -> None:
     """Modalities dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2)."""
     args, classes, modalities = run.args, len(train.classes), len(train.modalities)
@@ -130,7 +130,7 @@ def train_robust(
             optimizer.add_param_group({**group, "scale": 0.1})
     phase = Phase(run, "robust", args.distill_epochs, meta, state, **parts)
     if phase.step == 0 and args.teacher:
-        run.save_model("teacher", teacher, own)  # a copy, which says of itself what it said before
+        run.save_model("teacher", teacher, teacher_meta)  # a copy, which says of itself what it said before
     distilled = args.losses == "anyseg" or args.lambda_kl or args.alpha or args.beta or args.feedback
 
     for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
@@ -166,7 +166,7 @@ def train_robust(
 
         scaler.scale(sum(losses.values())).backward()
         for p in teacher.parameters() if args.feedback and run.world > 1 else ():  # `model` does that by itself
-            p.grad = None if p.grad is None else run.total(p.grad) / run.world
+            p.grad = None if p.grad is None else run.reduce(p.grad) / run.world
         phase.check(losses, names, robust, teacher)
         scaler.step(optimizer)
         scaler.update()

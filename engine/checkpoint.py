@@ -104,7 +104,8 @@ def require(path: Path | str, found: dict, expect: dict) -> None:
     for name, value in expect.items():
         if found.get(name) != value:
             there, here = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (found.get(name), value))
-            raise ValueError(f"{path} was trained with {name} {there}, but here it is {here}.")
+            hint = {"val_size": " Choose with --size.", "label_map": " Choose with --label-map."}.get(name, "")
+            raise ValueError(f"{path} was trained with {name} {there}, but here it is {here}.{hint}")
 
 
 def describe(args, dataset, backbone: str | None) -> dict:

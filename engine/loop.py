@@ -109,7 +109,7 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
         with autocast(run.device, run.args.amp):
             for matrix, (ids, wanted) in zip(matrices, answers(images, labels, names), strict=True):
                 matrix += metrics.confusion(ids, wanted, k)
-    matrices = run.total(matrices)
+    matrices = run.reduce(matrices)
     if not matrices.any():
         raise ValueError(f"not one pixel of the {len(dataset)} {dataset.split} frames has a label: choose another "
                          "split or --root, or look with python data.py --check.")  # fmt: skip
@@ -145,7 +145,7 @@ def peak_memory(device: torch.device) -> float:
     """MB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def versions() -> dict:

@@ -59,7 +59,7 @@ def number(kind: type, least: float, most: float = 1e9):
 
 DEVICES = ("auto", "cpu", "cuda", *(f"cuda:{n}" for n in range(16)))
 COUNT, COUNT_OR_0, SIDE = number(int, 1), number(int, 0), number(int, 32)
-RATE, WEIGHT, SHARE = number(float, 1e-9), number(float, 0), number(float, 0, 1)
+RATE, WEIGHT, SHARE, DROP = number(float, 1e-9), number(float, 0), number(float, 0, 1), number(float, 0, 0.99)
 
 
 def names(text: str) -> list[str]:
@@ -94,8 +94,8 @@ def common_options(script: str, doc: str) -> Parser:
     add("--lr", type=RATE, help="peak of AdamW, 1e-5..3e-3; pretrained: 6e-5, a tiny model from scratch: 2e-3")
     add("--weight-decay", type=WEIGHT, default=0.01, help="of weights; none for biases and norms")
     add("--warmup-epochs", type=WEIGHT, help="linear rise from a tenth of --lr; at most half a phase is used")
-    add("--drop-path", type=SHARE, default=0.1, help="rate of the last block; 0 for very small models")
-    add("--dropout", type=SHARE, default=0.1, help="of the decoder's channels")
+    add("--drop-path", type=DROP, default=0.1, help="rate of the last block; 0 for very small models")
+    add("--dropout", type=DROP, default=0.1, help="of the decoder's channels")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; bf16: AMX or GPUs from 8.0")
     add("--compile", action="store_true", help="torch.compile the models: minutes at the start, gain not measured")
     add("--eval-every", type=RATE, help="epochs between validations (fractions allowed); the best model is kept")
@@ -199,6 +199,8 @@ def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--conditioned", action="store_true", help="a robust model that knows which modalities are present")
     args = parse(parser, argv)
     args.out = args.out or f"runs/{args.data}"
+    if args.teacher and not args.distill_epochs:
+        parser.error(f"--teacher {args.teacher} with --distill-epochs 0 trains nothing: leave one of them out.")
     if args.conditioned and not args.distill_epochs:
         parser.error("--conditioned is for the robust model, which --distill-epochs 0 leaves out.")
     if args.teacher and args.pretrained and args.robust_from == "teacher":
@@ -224,6 +226,9 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--gamma-features", type=WEIGHT, default=0.1, help="weight of the distance to the selected features, 0..10")
     args = parse(parser, argv)
     args.out = args.out or args.stage1 or "runs/stage2"
+    if args.stage1 and not saved_options(parser, args.stage1, "train_stage1.py")[1].get("distill_epochs", 1):
+        parser.error(f"{args.stage1} was trained with --distill-epochs 0 and has no robust model to select from; train "
+                     f"one with train_stage1.py --teacher {args.stage1}/teacher.pt, or evaluate.py {args.stage1}.")
     if bool(args.stage1) == bool(args.teacher or args.robust) or bool(args.teacher) != bool(args.robust):
         parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
     return args

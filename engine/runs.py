@@ -104,7 +104,7 @@ class Run:
             model = nn.parallel.DistributedDataParallel(model)
         return torch.compile(model) if self.args.compile else model
 
-    def total(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
+    def reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         """Sum (or another `op`) over the processes."""
         if self.world > 1:
             dist.all_reduce(x := x.clone(), op)
@@ -193,7 +193,7 @@ class Phase:
             values["the gradient"] = torch.nn.utils.get_total_norm(gradients)
         flags = [~value.isfinite() for value in values.values()]
         stop = torch.tensor(int(run.signalled), device=run.device)
-        *bad, run.stopping = run.total(torch.stack([*flags, stop]).int(), dist.ReduceOp.MAX).tolist()
+        *bad, run.stopping = run.reduce(torch.stack([*flags, stop]).int(), dist.ReduceOp.MAX).tolist()
         if any(bad):
             what = " and ".join(name for name, flag in zip(values, bad, strict=True) if flag)
             raise ValueError(f"{what} of phase {self.name}, step {self.step} is not finite; frames of the batch of "
@@ -207,7 +207,7 @@ class Phase:
     def report(self, lr: float) -> None:
         """Logs the means since the last report."""
         run, seconds, steps = self.run, time.time() - self.began, self.step - self.reported
-        means = run.total(torch.stack(list(self.sums.values()))) / (steps * run.world)
+        means = run.reduce(torch.stack(list(self.sums.values()))) / (steps * run.world)
         self.log(**dict(zip(self.sums, means.tolist(), strict=True)), lr=lr, data_wait=self.waited / seconds,
                  images_per_second=steps * run.args.batch_size / seconds, peak_memory_mb=peak_memory(run.device),
                  minutes_left=(self.steps - self.step) * seconds / steps / 60)

@@ -96,7 +96,7 @@ def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone,
 def a_run(batch_size, workers=0, protocol=evaluate.PROTOCOLS):
     """As runs.Run in one process, with what `evaluate` needs of the options."""
     args = SimpleNamespace(batch_size=batch_size, workers=workers, seed=3, amp="off", protocol=list(protocol))
-    return SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), total=lambda x: x, args=args)
+    return SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), reduce=lambda x: x, args=args)
 
 
 def scenes(modalities, frames):
@@ -342,7 +342,7 @@ def test_models_that_were_trained_on_other_images_are_not_compared(run_folder, t
     checkpoint.save_model(tmp_path / "other.pt", random_model("segformer_tiny"), {**state["meta"], "val_size": 64})
     paths = [str(run_folder / "student.pt"), str(tmp_path / "other.pt")]
     assert len(evaluate.load_rows(paths, CPU, SAME)[0]) == 2
-    with pytest.raises(ValueError, match="other.pt was trained with val_size 64, but here it is 32"):
+    with pytest.raises(ValueError, match="other.pt .* with val_size 64, but here it is 32. Choose with --size"):
         evaluate.load_rows(paths, CPU, [*SAME, "val_size"])
     (tmp_path / "run").mkdir()
     checkpoint.save_model(tmp_path / "run/teacher.pt", random_model("segformer_tiny"), state["meta"])

@@ -187,6 +187,15 @@ def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(whole, tmp_path
     assert sentence in said(capfd) and last.read_bytes() == before
 
 
+def test_a_teacher_alone_is_no_start_for_stage_two(whole, tmp_path, capfd):
+    config = (whole / "1/config.json").read_text()
+    assert config.count('"distill_epochs": 2.0') == 1
+    (tmp_path / "config.json").write_text(config.replace('"distill_epochs": 2.0', '"distill_epochs": 0.0'))
+    with pytest.raises(SystemExit, match="2"):
+        options.stage2_options("", ["--stage1", str(tmp_path)])
+    assert f"has no robust model to select from; train one with train_stage1.py --teacher {tmp_path}" in capfd.readouterr().err
+
+
 def test_a_run_may_be_named_by_one_of_its_files(whole):
     o = options.stage2_options("", ["--stage1", str(whole / "1/teacher.pt")])
     assert o.stage1 == o.out == str(whole / "1")

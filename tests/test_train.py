@@ -93,6 +93,8 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
     (1, ["--resume", "WHOLE/1", "--out", "elsewhere"], "give neither --out nor --config"),
     (2, ["--resume", "WHOLE/1"], "WHOLE/1/config.json holds no options of train_stage2.py"),
     (1, ["--conditioned", "--distill-epochs", "0"], "which --distill-epochs 0 leaves out"),
+    (1, ["--teacher", "a.pt", "--distill-epochs", "0"], "--teacher a.pt with --distill-epochs 0 trains nothing"),
+    (1, ["--drop-path", "1"], "argument --drop-path: invalid float from 0 to 0.99 value: '1'"),
     (2, [], "give either --stage1 RUN, or both --teacher FILE and --robust FILE"),
     (2, ["--teacher", "a.pt"], "give either --stage1 RUN, or both"),
     (2, ["--stage1", "WHOLE/1", "--robust", "a.pt"], "give either --stage1 RUN, or both"),
@@ -255,7 +257,7 @@ def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path):
         parallel = run.parallel(model)
         parallel(rows[run.share]).square().mean().backward()
         torch.testing.assert_close(model.weight.grad, whole)
-        assert run.total(torch.tensor(run.rank + 1)) == 3
+        assert run.reduce(torch.tensor(run.rank + 1)) == 3
 
     in_two_processes(tmp_path / "log.txt", act)
 

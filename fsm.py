@@ -49,7 +49,8 @@ class FSM(nn.Module):
         # nothing non-linear stands between the two convolutions, so they are one: 3x3, C -> 1
         weight = torch.stack([pw.weight[0] * dw.weight[:, 0] for dw, pw in nets])  # (S, C, 3, 3)
         bias = torch.stack([pw.bias[0] + (pw.weight[0, :, 0, 0] * dw.bias).sum() for dw, pw in nets])  # (S,)
-        bias = bias + (modality_indicators(present)[:, None] * self.modality_bias[level]).sum(2)  # (B, S)
+        indicators = modality_indicators(present).to(self.modality_bias, non_blocking=True)  # (B, M + 2)
+        bias = bias + (indicators[:, None] * self.modality_bias[level]).sum(2)  # (B, S)
         return kernels.feature_select(sources, weight, bias, rule, self.temperature)
 
     def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Output:
@@ -87,6 +88,8 @@ def ensemble_logits(
     selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both", declared=None
 ) -> Tensor:
     """The ensemble's logits. level: "logits" as selected; "features" decoded; "both": log of their summed softmax."""
+    if level not in ("logits", "features", "both"):
+        raise ValueError(f"level {level!r} is unknown; choose logits, features or both.")
     if level == "logits":
         return selected.logits
     decoded = decode(selected, teacher, robust, present, declared)

@@ -3,9 +3,9 @@
 A frozen teacher sees all modalities, the student a random subset. The class prototypes of the student's modalities are
 pulled towards those of randomly matched teacher modalities, so that each learns what the others know.
 
-    eq. 4   prototype   p[b, m, c]  = mean of the features of modality m over the pixels of class c in sample b
+    eq. 4   prototype   p[b, m, k]  = mean of the features of modality m over the pixels of class k in sample b
     eq. 5   matching    student modality m answers to teacher modality pi_b(m), pi_b a random permutation per sample
-            distance    KL(softmax_c p_teacher[pi(m)] || softmax_c p_student[m]), over the classes that occur,
+            distance    KL(softmax_k p_teacher[pi(m)] || softmax_k p_student[m]), over the classes that occur,
                         averaged over channels and present (sample, modality) pairs, summed over the four stages
     total   L = CE + lambda * KL(teacher logits || student logits) + alpha * L_hpdm           (CE is OHEM)
 
@@ -33,6 +33,8 @@ def draw_match(batch_size: int, modalities: int, how: str, generator: torch.Gene
     how: "random", the paper's hybrid matching, a permutation per sample; "same", the ablation without it. (The
     published script trains with "same"; its random variant always answers with the teacher's first k modalities.)
     """
+    if how not in ("random", "same"):
+        raise ValueError(f"matching {how!r} is unknown; choose random or same.")
     if how == "same":
         return torch.arange(modalities).expand(batch_size, modalities).contiguous()
     return torch.rand(batch_size, modalities, generator=generator).argsort(1)
@@ -52,6 +54,8 @@ def hpdm_loss(
     student, teacher: per-modality features, 4 x (B, M, C_i, h_i, w_i); labels (B, H, W) with 255 = ignore; present
     (B, M) bool, the student's modalities; match (B, M) from `draw_match`; prototypes: "mean", or "published" (below).
     """
+    if prototypes not in ("mean", "published"):
+        raise ValueError(f"prototypes {prototypes!r} are unknown; choose mean or published.")
     distance = kernels.prototype_distance if prototypes == "mean" else published_distance
     loss = labels.new_zeros((), dtype=torch.float32)
     for s, t in zip(student, teacher, strict=True):

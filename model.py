@@ -52,7 +52,7 @@ def check_input(images: Tensor, present: Tensor | None, modalities: list[str]) -
         views, rest = divmod(len(present), len(images))  # V B rows: V answers to each image
         if views < 1 or rest or present.shape[1:] != images.shape[1:2] or present.dtype != torch.bool:
             raise ValueError(f"present is {present.dtype} {tuple(present.shape)}, it must be bool (B, M).")
-        if not present.is_cuda and not bool(present.any(1).all()):
+        if not bool(present.any(1).all()):
             raise ValueError("present has a row without any modality; each sample needs at least one.")
 
 
@@ -306,7 +306,8 @@ def build_model(backbone: str, num_classes: int, modalities: list[str], drop_pat
     """A freshly initialised MSegFormer or CMNeXt.
 
     backbone: one of BACKBONES; modalities: names in the order of the images' M axis, for CMNeXt RGB first; drop_path:
-    rate of the last block, dropout: of the head's channels, both in 0..1. ValueError for an unknown backbone.
+    rate of the last block, dropout: of the head's channels, both from 0 on and below 1. ValueError for an unknown
+    backbone.
     """
     family, _, size = backbone.partition("_")
     if backbone not in BACKBONES:

@@ -82,7 +82,7 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
         with loop.autocast(run.device, args.amp):
             with torch.no_grad():
                 sources = [teacher(images, present), robust(images, present)]
-            selected = model(sources, present.to(run.device, non_blocking=True))
+            selected = model(sources, present)
             decoded = decode(selected, teacher, robust, present)
         losses = {"ce_logits": hpdm.ohem_cross_entropy(selected.logits, labels),
                   "ce_features": hpdm.ohem_cross_entropy(decoded, labels)}  # fmt: skip
@@ -133,7 +133,7 @@ def train_student(
             if fsm:
                 with torch.no_grad():
                     sources = [teacher(images, present), robust(images, present)]
-                    selected = fsm(sources, present.to(run.device, non_blocking=True))
+                    selected = fsm(sources, present)
                     target = ensemble_logits(selected, teacher, robust, present)
             out = model(images, present)
         losses = {"ce": hpdm.ohem_cross_entropy(out.logits, labels)}

@@ -111,7 +111,7 @@ def selected_logits(fsm: FSM, teacher: nn.Module, robust: nn.Module, images: Ten
     outputs = (subset_outputs(model, images, subsets, degraded) for model in (teacher, robust))
     for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
         present = present_of(subset, images.shape[:2])
-        selected = fsm(list(sources), present.to(images.device), rule)
+        selected = fsm(list(sources), present, rule)
         declared = present if degraded is None else torch.ones_like(present)
         yield ensemble_logits(selected, teacher, robust, present, level, declared)
 

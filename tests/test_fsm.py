@@ -228,6 +228,8 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
     degraded = degraded if filled else None
     answers = list(selected_logits(fsm, teacher, robust, images, SUBSETS, degraded, level))
     assert len(answers) == len(SUBSETS)
+    with pytest.raises(ValueError, match="'feature' is unknown; choose logits, features or both"):
+        next(selected_logits(fsm, teacher, robust, images, SUBSETS, degraded, "feature"))
     for subset, answer in zip(SUBSETS, answers, strict=True):
         given, present = seen(images, degraded, subset)
         selected = fsm([teacher(*given), robust(*given)], present)

@@ -73,8 +73,8 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     """Loads a file of weights (.pth, .pt, .bin or .safetensors) into `model` in place.
 
     MiT encoders go into either backbone: as published, or of the model hub, fine-tuned or not. In CMNeXt they start the
-    auxiliary patch embeddings and norms, too, as the authors do. Published M-SegFormer and CMNeXt weights and this
-    project's checkpoints fill the whole model; published CMNeXt weights switch `published_layout` on.
+    auxiliary patch embeddings and norms, too; the authors' start from chance. Published M-SegFormer and CMNeXt weights
+    and this project's checkpoints fill the whole model; published CMNeXt weights switch `published_layout` on.
     Raises FileNotFoundError, or ValueError if the file cannot be read or does not fit; then nothing is loaded.
     """
     state = read_file(Path(path))

@@ -100,7 +100,7 @@ def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]
     if len(given) > 1 and max(map(len, frames.values())) == 1:
         raise ValueError(f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a "
                          "stem in common; name a frame's files alike, and give files or folders for all modalities.")
-    decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # exported scenes are a plain folder
+    decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # scenes have no files: 8 bit pictures do
     for name, files in sorted(frames.items()):
         frame, classes = Frame(name, "none", "none", tuple(files.values())), (meta["classes"], meta["palette"])
         dataset = FrameDataset(decoding, [frame], *classes, list(files), size, False, 0, None, "input")

@@ -6,7 +6,7 @@ calls, have the definition alone. For the other two the environment variable RMM
 overrules that:
 
     RMMSS_KERNELS=reference   the definitions everywhere
-    RMMSS_KERNELS=triton      Triton everywhere; on CPU tensors only with TRITON_INTERPRET=1
+    RMMSS_KERNELS=triton      Triton (feature_select: for two sources); on CPU tensors only with TRITON_INTERPRET=1
 
 Names inside the kernels: x_ptr is the address of tensor x, x_stride_b the elements between two neighbours along an
 axis (b m c k, p flattened pixels, y x row and column); pid_* says which program this is, offs_* are indices along an

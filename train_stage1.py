@@ -111,7 +111,10 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
 def train_robust(
     run: Run, teacher: nn.Module, teacher_meta: dict, robust: nn.Module, train, val, meta: dict, state: dict | None
 ) -> None:
-    """Modalities dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2)."""
+    """Modalities dropped at random per sample, the teacher's logits and prototypes as targets (section 4.2).
+
+    By option also the baseline (--losses anyseg), feature variation (--beta) and a teacher that learns (--feedback).
+    """
     args, classes, modalities = run.args, len(train.classes), len(train.modalities)
     teacher.requires_grad_(False).eval()
     robust.requires_grad_(True)

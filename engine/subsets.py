@@ -8,7 +8,7 @@ cost 2 to 3 times one on a CPU. A CMNeXt runs once for each. The models are put 
 
 A subset is a tuple of positions in `model.modalities`. degraded (B or 1, M, 3, H, W) is what the modalities outside it
 deliver instead, without the models being told; None leaves them out.
-Axes: B samples, M modalities, V maps to take means of (M, or 2 M with `degraded`), S subsets, E the decoder's width.
+Axes: B samples, M modalities, N maps to take means of (M, or 2 M with `degraded`), S subsets, E the decoder's width.
 """
 
 import pathlib
@@ -55,7 +55,7 @@ def subset_outputs(model: nn.Module, images: Tensor, subsets: list, degraded: Te
     if degraded is not None:
         broken = model.encode(degraded)
         features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
-        share = torch.cat((share * present, share * ~present), 1)  # (S, V)
+        share = torch.cat((share * present, share * ~present), 1)  # (S, N)
     for row, logits in zip(share.tolist(), mean_logits(model.decoder, features, share, declared), strict=True):
         fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in (features if with_fused else ()))
         yield Output(upsample(logits, images.shape[-2:]), fused, ())
@@ -69,7 +69,7 @@ def subset_logits(model: nn.Module, images: Tensor, subsets: list, degraded: Ten
 def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
     """The decoder's logits, not yet upsampled, for many means of the same maps -> (S, B, K, h_1, w_1).
 
-    features 4 x (B, V, C_i, h_i, w_i); share (S, V), a row sums to 1; present (S, M), for FiLM. BatchNorm goes into the
+    features 4 x (B, N, C_i, h_i, w_i); share (S, N), a row sums to 1; present (S, M), for FiLM. BatchNorm goes into the
     weights. The means are taken a few rows at a time, to stay in a CPU's cache and within a GPU's memory.
     """
     b, _, _, h, w = features[0].shape
@@ -82,10 +82,10 @@ def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, p
     for i in range(b):
         pairs = zip(features, layers, strict=True)
         mixed, *coarse = (F.linear(f[i].permute(0, 2, 3, 1), *layer).permute(0, 3, 1, 2) for f, layer in pairs)
-        for x in coarse:  # (V, E, h_i, w_i)
+        for x in coarse:  # (N, E, h_i, w_i)
             mixed += upsample(x, (h, w))
         for top in range(0, h, few):
-            x = mixed[:, :, top : top + few].permute(0, 2, 3, 1)  # (V, rows, w, E)
+            x = mixed[:, :, top : top + few].permute(0, 2, 3, 1)  # (N, rows, w, E)
             hidden = (share @ x.flatten(1)).unflatten(1, x.shape[1:])  # (S, rows, w, E)
             hidden = F.relu_(hidden if film is None else hidden.mul_(film[0]).add_(film[1]))
             logits[:, i, top : top + few] = F.linear(hidden, decoder.classify.weight[:, :, 0, 0], decoder.classify.bias)

@@ -66,12 +66,13 @@ def test_curves_put_the_phases_of_a_run_one_after_the_other(tmp_path, drawn):
                     "robust, some missing": [(140, [30.0])]}  # fmt: skip
 
 
-def test_the_sweep_shows_all_seeds_of_the_rows_that_are_finished(tmp_path, drawn):
-    scores = {"kl": {"0": {"full": 50.0, "missing": 30.0}, "1": {"full": 52.0, "missing": 31.0}},
-              "random_1": {"0": {"full": 53.0, "missing": 32.0}}, "hpdm": {}}  # fmt: skip
+def test_the_sweep_shows_the_seeds_that_all_finished_rows_have(tmp_path, drawn):
+    two, third = [{"full": 50.0, "missing": 30.0}, {"full": 52.0, "missing": 31.0}], {"full": 9.0, "missing": 9.0}
+    scores = {"kl": {"0": two[0], "1": two[1], "2": third}, "hpdm": {}, "feedback": {"2": third},
+              "random_1": {"1": {"full": 53.0, "missing": 32.0}, "0": {"full": 54.0, "missing": 33.0}}}  # fmt: skip
     figures.sweep(written(tmp_path, {"values": {"alpha": 20.8}, "scores": scores}))
     full, missing = drawn.values()
-    assert full["random matching (the paper's)"] == [(0, [50.0, 52.0]), (2, [53.0])]
+    assert full["random matching (the paper's)"] == [(0, [50.0, 52.0]), (2, [54.0, 53.0])]
     assert missing["same-modality matching"] == [(0, [30.0, 31.0])]
 
 

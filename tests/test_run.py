@@ -193,7 +193,7 @@ def test_a_teacher_alone_is_no_start_for_stage_two(whole, tmp_path, capfd):
     (tmp_path / "config.json").write_text(config.replace('"distill_epochs": 2.0', '"distill_epochs": 0.0'))
     with pytest.raises(SystemExit, match="2"):
         options.stage2_options("", ["--stage1", str(tmp_path)])
-    assert f"no robust model to select from; train one with train_stage1.py --teacher {tmp_path}" in capfd.readouterr().err
+    assert f"robust model to select from; train one with train_stage1.py --teacher {tmp_path}" in capfd.readouterr().err
 
 
 def test_a_run_may_be_named_by_one_of_its_files(whole):

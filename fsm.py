@@ -4,18 +4,18 @@ Teacher T and robust model R see the same, possibly incomplete, input. At each s
 f_T, f_R (B, C_i, h_i, w_i), and once more on the logits with K channels:
 
     score       s_j = sigmoid(conv1x1(depthwise3x3(f_j)))     (B, 1, h, w), own weights for each source j
-    candidate   (1 + s_j) f_j                                  per element the largest wins,
-    selected    f_winner                                       and its unscaled feature is passed on
+    candidate   (1 + s_j) f_j                                 per element the largest wins
+    selected    f_winner                                      the winner's feature, not scaled
 
-That is rule "hard", as published. An arg-max over frozen features gives the scores no gradient; two relaxations do:
+That is rule "hard", as published. An arg-max over frozen features gives the scores no gradient; sum_j v_j f_j does:
 
-    "candidate" softmax of candidate / temperature over the sources, per element (not in the paper)
-    "score"     softmax of s_j / temperature over the sources, per position (commented out in the published FSM)
+    "candidate" v_j = softmax_j(candidate_j / temperature), per element (not in the paper)
+    "score"     v_j = softmax_j(s_j / temperature), per position (commented out in the published FSM)
 
 Not in the paper: conditioning. 3x3 pixels do not show which modalities the input had, but that is known. So each score
 has a learned bias for each present modality, one for complete and one for incomplete input.
 
-Axes: B samples, S sources (T, R), C channels, K classes, M modalities, h w stage.
+Axes: B samples, S = 2 sources (T, R), C channels, K classes, M modalities, h w stage.
 """
 
 import torch
@@ -27,30 +27,30 @@ from segformer import modality_indicators
 
 
 class FSM(nn.Module):
-    """Selects features and logits among the outputs of several models with the same widths C_1..C_4 and classes.
+    """Selects features and logits among the outputs of two models with the same widths C_1..C_4 and classes.
 
     rule: one of kernels.RULES; temperature: > 0 (published: 0.2); conditioned: scores know the present modalities.
     """
 
     def __init__(
-        self, widths: tuple[int, ...], num_classes: int, modalities: int, sources: int = 2,
+        self, widths: tuple[int, ...], num_classes: int, modalities: int,
         rule: str = "score", temperature: float = 0.2, conditioned: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.rule, self.temperature = rule, temperature
-        self.scores = nn.ModuleList(ScorePredictor(c, sources) for c in (*widths, num_classes))
-        self.modality_bias = nn.Parameter(torch.zeros(5, sources, modalities + 2), requires_grad=conditioned)
-        if conditioned and rule == "score" and sources == 2:  # starts as the switch: T if all are present, else R
-            self.modality_bias.data[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])  # sigmoid(2) = 0.88
+        self.scores = nn.ModuleList(ScorePredictor(c, 2) for c in (*widths, num_classes))  # `select` folds its weights
+        self.modality_bias = nn.Parameter(torch.zeros(5, 2, modalities + 2), requires_grad=conditioned)
+        if conditioned and rule == "score":  # starts as the switch: T has weight 0.98 if all are present, else 0.02
+            self.modality_bias.data[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
 
-    def select(self, sources: list[Tensor], level: int, present: Tensor, rule: str) -> Tensor:
-        """S x (B, C, h, w) -> selected (B, C, h, w)."""
-        nets = list(zip(self.scores[level].depthwise, self.scores[level].pointwise, strict=True))
+    def select(self, sources: list[Tensor], i: int, present: Tensor, rule: str) -> Tensor:
+        """S x (B, C, h, w), of stage i or the logits -> selected (B, C, h, w)."""
+        nets = list(zip(self.scores[i].depthwise, self.scores[i].pointwise, strict=True))
         # nothing non-linear stands between the two convolutions, so they are one: 3x3, C -> 1
         weight = torch.stack([pw.weight[0] * dw.weight[:, 0] for dw, pw in nets])  # (S, C, 3, 3)
         bias = torch.stack([pw.bias[0] + (pw.weight[0, :, 0, 0] * dw.bias).sum() for dw, pw in nets])  # (S,)
         indicators = modality_indicators(present).to(self.modality_bias, non_blocking=True)  # (B, M + 2)
-        bias = bias + (indicators[:, None] * self.modality_bias[level]).sum(2)  # (B, S)
+        bias = bias + (indicators[:, None] * self.modality_bias[i]).sum(2)  # (B, S)
         return kernels.feature_select(sources, weight, bias, rule, self.temperature)
 
     def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Output:
@@ -63,7 +63,7 @@ class FSM(nn.Module):
 def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) -> Tensor:
     """What pulls the final student to the selected features: mean squared difference, summed over stages -> scalar.
 
-    Not in the paper. Differences are divided by the selected channel's deviation, so that all channels weigh the same.
+    Not in the paper. Differences are divided by each selected channel's deviation, so that all channels weigh the same.
     """
     distance = 0.0
     for s, t in zip(student, selected, strict=True):
@@ -75,7 +75,8 @@ def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) 
 
 def decode(selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor, declared: Tensor | None = None):
     """Logits of the selected features (B, K, H, W): by the teacher's decoder where the input is complete, else by the
-    robust model's. present (B, M) bool, on the CPU; declared: what conditioned decoders are told, if not `present`."""
+    robust model's. present (B, M) bool, on the CPU; declared: what conditioned decoders are told, if not `present`
+    (evaluate.py: failures that nobody announces)."""
     declared = present if declared is None else declared
     complete, size = present.all(1), selected.logits.shape[-2:]
     if complete.all() or not complete.any():

@@ -1,16 +1,18 @@
 """Hybrid Prototype Distillation (RMMSS, arXiv 2505.12861 v2, section 4.2): the losses of stage 1.
 
-A frozen teacher sees all modalities, the student a random subset. The class prototypes of the student's modalities are
-pulled towards those of randomly matched teacher modalities, so that each learns what the others know.
+A frozen teacher sees all modalities, the student (the robust model) a random subset. The class prototypes of the
+student's modalities are pulled towards those of randomly matched teacher modalities, so that each learns what the
+others know.
 
     eq. 4   prototype   p[b, m, k]  = mean of the features of modality m over the pixels of class k in sample b
-    eq. 5   matching    student modality m answers to teacher modality pi_b(m), pi_b a random permutation per sample
-            distance    KL(softmax_k p_teacher[pi(m)] || softmax_k p_student[m]), over the classes that occur,
+    eq. 5   matching    student modality m answers to teacher modality pi_b(m) = match[b, m], a random permutation
+            L_hpdm      KL(softmax_k p_teacher[pi(m)] || softmax_k p_student[m]), over the classes that occur,
                         averaged over channels and present (sample, modality) pairs, summed over the four stages
     total   L = CE + lambda * KL(teacher logits || student logits) + alpha * L_hpdm           (CE is OHEM)
 
-Published weights: lambda 50 on a mean over pixels and classes, here 50 / K on a mean over pixels; alpha 100 on a mean
-over classes and channels and a sum over present modalities, here 100 / K times their mean number (M + 1) / 2.
+The published weights in the units used here: lambda 50 / K (there 50, on a mean over classes, too) and alpha 100 / K
+times (M + 1) / 2, the mean number of present modalities (there 100, on a mean over classes and a sum over modalities):
+2 and 10 on DELIVER. The default of alpha is smaller (engine/options.py).
 
 Axes: B samples, M modalities, K classes, C channels of a stage, H W image, h w stage.
 """
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from kernels.reference import MASKED
 
 IGNORE = 255
 
@@ -31,12 +34,12 @@ def draw_match(batch_size: int, modalities: int, how: str, generator: torch.Gene
     """Which teacher modality each student modality answers to (eq. 5) -> (B, M) int64 on the CPU.
 
     how: "random", the paper's hybrid matching, a permutation per sample; "same", the ablation without it. (The
-    published script trains with "same"; its random variant always answers with the teacher's first k modalities.)
+    published script trains with "same"; where it matches at random, that is no permutation: docs/paper_vs_code.md.)
     """
     if how not in ("random", "same"):
         raise ValueError(f"matching {how!r} is unknown; choose random or same.")
     if how == "same":
-        return torch.arange(modalities).expand(batch_size, modalities).contiguous()
+        return torch.arange(modalities).expand(batch_size, modalities)
     return torch.rand(batch_size, modalities, generator=generator).argsort(1)
 
 
@@ -125,11 +128,10 @@ def feature_variation_loss(
         y = labels_at(labels, s.shape[-2:])
         cosines = []
         for x in (s, t.detach()):
-            prototypes, _ = kernels.prototype_pool(x, y, num_classes)  # (B, M, K, C)
-            cosines.append(kernels.pixel_prototype_cosine(x, y, prototypes).flatten(2))  # (B, M, h w)
+            means, _ = kernels.prototype_pool(x, y, num_classes)  # (B, M, K, C)
+            cosines.append(kernels.pixel_prototype_cosine(x, y, means).flatten(2))  # (B, M, h w)
         ignored = (y == IGNORE).flatten(1)[:, None]
-        # not -inf, or a sample without any label would give NaN
-        log_s, log_t = (x.masked_fill(ignored, -1e30).log_softmax(2) for x in cosines)
+        log_s, log_t = (x.masked_fill(ignored, MASKED).log_softmax(2) for x in cosines)
         divergence = torch.where(ignored, 0.0, log_t.exp() * (log_t - log_s)).sum(2)  # (B, M)
         loss = loss + (divergence * counted).sum() / counted.sum().clamp(min=1)
     return loss

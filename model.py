@@ -20,8 +20,8 @@ from segformer import MIN_SIDE, PRESETS, Decoder, DropPath, MixFFN, Preset, drop
 
 
 class Output(NamedTuple):
-    logits: Tensor  # (B, K, H, W)
-    fused: tuple[Tensor, ...]  # 4 x (B, C_i, h_i, w_i)
+    logits: Tensor  # (B, K, H, W); V B rows where `present` has V B, V answers to each image
+    fused: tuple[Tensor, ...]  # 4 x (B, C_i, h_i, w_i), rows as the logits
     per_modality: tuple[Tensor, ...]  # 4 x (B, M, C_i, h_i, w_i), zeros where absent
 
 
@@ -51,7 +51,7 @@ def check_input(images: Tensor, present: Tensor | None, modalities: list[str]) -
     if present is not None:
         views, rest = divmod(len(present), len(images))  # V B rows: V answers to each image
         if views < 1 or rest or present.shape[1:] != images.shape[1:2] or present.dtype != torch.bool:
-            raise ValueError(f"present is {present.dtype} {tuple(present.shape)}, it must be bool (B, M).")
+            raise ValueError(f"present is {present.dtype} {tuple(present.shape)}, it must be bool (B, M), or (V B, M).")
         if not bool(present.any(1).all()):
             raise ValueError("present has a row without any modality; each sample needs at least one.")
 
@@ -65,7 +65,7 @@ class MSegFormer(nn.Module):
         self.widths = p.widths
         self.stages = mit_stages(p, eps=1e-6, drop_path=drop_path)
         self.register_parameter("fusion_logits", None)  # or (M + 2, M), see `condition_on_modalities`
-        self.decoder = Decoder(p.widths, p.head, num_classes, dropout)
+        self.decoder = Decoder(p.widths, p.embed, num_classes, dropout)
 
     def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, ...]:
         """(B, M, 3, H, W) -> 4 x (B, M, C_i, h_i, w_i), each modality on its own, zeros where no answer needs it."""
@@ -136,7 +136,8 @@ class AuxEmbed(nn.Module):
 
 
 class MSPABlock(nn.Module):
-    """f + A(BN f), then g f + MLP(BN f): A is a gate from 7x7 depth-wise maps pooled at three sizes, g per channel."""
+    """f + A(BN f), then g f + MLP(BN f), both branches scaled per channel. A(u) = u + gate u, the gate from 7x7
+    depth-wise maps pooled at three sizes; g a gate per channel."""
 
     def __init__(self, c: int, ratio: int, drop_path: float):
         super().__init__()
@@ -232,7 +233,7 @@ class CMNeXt(nn.Module):
             extra.norm = nn.LayerNorm(c, eps=1e-6)
             extra.frm = FRM(c)
             extra.ffm = FFM(c, p.heads[i])
-        self.decoder = Decoder(p.widths, p.cmnext_head, num_classes, dropout)
+        self.decoder = Decoder(p.widths, p.cmnext_embed, num_classes, dropout)
 
     def get_extra_state(self) -> dict:
         return {"published_layout": self.published_layout}

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 class Preset(NamedTuple):
     widths: tuple[int, ...]  # channels of stages 1..4
     depths: tuple[int, ...]  # blocks of stages 1..4
-    head: int  # E, the decoder's width in MSegFormer
-    cmnext_head: int  # the same in CMNeXt
+    embed: int  # E, the decoder's width in MSegFormer
+    cmnext_embed: int  # the same in CMNeXt
     heads: tuple[int, ...] = (1, 2, 5, 8)  # attention heads
 
 
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, h, w, c = x.shape
-        d = c // self.heads  # not -1 in the views below: n is 0 where no sample of a batch has RGB
+        d = c // self.heads  # not -1 in the views below: n can be 0, in a CMNeXt without RGB
         q = self.q(x).view(n, h * w, self.heads, d).transpose(1, 2)  # (N, heads, h w, d)
         if self.sr is not None:
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (N, h / r, w / r, C)
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
     def scale_and_shift(self, present: Tensor) -> Tensor:
         """FiLM: what BatchNorm's output is multiplied by and shifted by, (N, M) bool -> (2, N, E)."""
         indicators = modality_indicators(present).to(self.film, non_blocking=True)  # (N, M + 2)
-        scale, shift = (indicators[:, :, None] * self.film[:, None]).sum(2)  # not a product: autocast would round it
+        scale, shift = (indicators[:, :, None] * self.film[:, None]).sum(2)  # not a matmul: autocast would round it
         return torch.stack((1 + scale, shift))
 
 

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         teacher, found = load_model(args.teacher, run.device, expect, **drops)
         meta["backbone"] = found["backbone"]
     else:
-        if not (state and state["phase"] == "robust"):
+        if not (state and state["phase"] == "robust"):  # a resumed run may be past this phase
             train_teacher(run, start_model(run, meta), train, val, meta, state)
             state = None
         teacher, found = load_model(run.folder / "teacher.pt", run.device)  # the best one, not the last
@@ -66,7 +66,7 @@ def start_model(run: Run, meta: dict) -> nn.Module:
 
 def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: dict | None) -> None:
     """All modalities, cross entropy only (paper, section 4.1: --teacher-subsets 0). By default, and not in the paper,
-    also a random subset of each sample's modalities, from the same features where they are encoded apart."""
+    also a random subset of each sample's modalities, in an MSegFormer from the same pass of the encoder."""
     args, modalities = run.args, len(train.modalities)
     weight = args.teacher_subsets if modalities > 1 else 0.0
     model = run.parallel(teacher)
@@ -81,13 +81,13 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
         present = None
         if weight:
             subset = draw_present(args.batch_size, modalities, generator)[run.share]  # (B, M)
-            present = torch.cat((torch.ones_like(subset), subset))  # (2 B, M)
+            present = torch.cat((torch.ones_like(subset), subset))  # (2 B, M): two answers to each image
 
         with loop.autocast(run.device, args.amp):
             complete, *some = model(images, present).logits.split(len(images))
         losses = {"ce": hpdm.ohem_cross_entropy(complete, labels)}
         if weight:  # apart: subsets have more hard pixels, and would crowd out complete inputs
-            losses["ce_subsets"] = weight * hpdm.ohem_cross_entropy(*some, labels)
+            losses["ce_subsets"] = weight * hpdm.ohem_cross_entropy(some[0], labels)
 
         scaler.scale(sum(losses.values())).backward()
         phase.check(losses, names, teacher)
@@ -128,12 +128,12 @@ def train_robust(
             raise ValueError("--feedback needs several modalities and one encoder for all of them, a segformer_*; "
                              f"here are {modalities} and {meta['backbone']}.")
         parts["teacher"] = teacher
-        teacher.stages.requires_grad_(True)  # but not the decoder, which serves the dominant modalities, too
+        teacher.stages.requires_grad_(True)  # not the decoder: the paper freezes the fusion
         for group in loop.adamw(teacher, args.lr, args.weight_decay).param_groups:
             optimizer.add_param_group({**group, "scale": 0.1})
     phase = Phase(run, "robust", args.distill_epochs, meta, state, **parts)
     if phase.step == 0 and args.teacher:
-        run.save_model("teacher", teacher, teacher_meta)  # a copy, which says of itself what it said before
+        run.save_model("teacher", teacher, teacher_meta)  # --teacher's file once more, for stage 2
     distilled = args.losses == "anyseg" or args.lambda_kl or args.alpha or args.beta or args.feedback
 
     for images, labels, names in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
@@ -142,6 +142,7 @@ def train_robust(
         model.train()
         present = draw_present(args.batch_size, modalities, generator, args.complete)[run.share]  # (B, M)
         match = hpdm.draw_match(args.batch_size, modalities, args.match, generator)[run.share]  # (B, M)
+        # for the losses; the models take `present` from the CPU
         there, match = present.to(run.device, non_blocking=True), match.to(run.device, non_blocking=True)
 
         with loop.autocast(run.device, args.amp):
@@ -168,7 +169,7 @@ def train_robust(
             losses |= feedback_losses(teacher, target, out, images, labels, there, args)
 
         scaler.scale(sum(losses.values())).backward()
-        for p in teacher.parameters() if args.feedback and run.world > 1 else ():  # `model` does that by itself
+        for p in teacher.parameters() if args.feedback and run.world > 1 else ():  # DDP does it for `model` alone
             p.grad = None if p.grad is None else run.reduce(p.grad) / run.world
         phase.check(losses, names, robust, teacher)
         scaler.step(optimizer)

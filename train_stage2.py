@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     robust.requires_grad_(False)
 
     fsm = None
-    if args.gamma_logits or args.gamma_features or not args.student_epochs:
-        if not (state and state["phase"] == "student"):
+    if args.gamma_logits or args.gamma_features or not args.student_epochs:  # else nothing needs a selection
+        if not (state and state["phase"] == "student"):  # a resumed run may be past this phase
             train_fsm(run, teacher, robust, train, val, meta, state)
             state = None
         fsm = load_fsm(run.folder / "fsm.pt", run.device, expect).requires_grad_(False)

@@ -10,18 +10,18 @@ import sys
 
 # As published (docs/paper_vs_code.md), where it is: the batch size is usual on DELIVER, alpha was chosen on real frames
 # (docs/results.md), and stage 2 has no published recipe at all. The synthetic recipe suits a short demo.
-PUBLISHED = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
+REAL = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
                  student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0,
                  lambda_kl=50 / 25, alpha=0.3, workers=min(4, os.cpu_count() or 1))  # fmt: skip
 RECIPES = {
-    "synthetic": dict(PUBLISHED, backbone="segformer_tiny", size=64, epochs=40.0, distill_epochs=20.0, fsm_epochs=2.0,
+    "synthetic": dict(REAL, backbone="segformer_tiny", size=64, epochs=40.0, distill_epochs=20.0, fsm_epochs=2.0,
                       student_epochs=20.0, batch_size=16, lr=2e-3, warmup_epochs=1.0, eval_every=5.0,
                       lambda_kl=0.3, alpha=0.1, workers=0),
-    "deliver": PUBLISHED,
-    "muses": dict(PUBLISHED, lambda_kl=50 / 19),
-    "mcubes": dict(PUBLISHED, size=512, lambda_kl=50 / 20),
-    "nyuv2": dict(PUBLISHED, size=480, lambda_kl=50 / 40),
-    "folder": dict(PUBLISHED, size=512, lambda_kl=1.0),
+    "deliver": REAL,
+    "muses": dict(REAL, lambda_kl=50 / 19),
+    "mcubes": dict(REAL, size=512, lambda_kl=50 / 20),
+    "nyuv2": dict(REAL, size=480, lambda_kl=50 / 40),
+    "folder": dict(REAL, size=512, lambda_kl=1.0),
 }  # fmt: skip
 ROOTS = {"deliver": "data/DELIVER", "muses": "data/MUSES", "mcubes": "data/MCubeS", "nyuv2": "data/NYUDepthv2"}
 # Options that may change when a run is continued: they do not change what it computes.

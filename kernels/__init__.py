@@ -2,8 +2,7 @@
 
 CUDA tensors take the Triton kernels (`prototype.py`: the loss of stage 1; `selection.py`: the FSM of stage 2), all
 others the plain definitions in `reference.py`. `prototype_pool` and `pixel_prototype_cosine`, which no default run
-calls, have the definition alone. For the other two the environment variable RMMSS_KERNELS, read at every call,
-overrules that:
+calls, have no kernel. For the other two the environment variable RMMSS_KERNELS, read at every call, chooses:
 
     RMMSS_KERNELS=reference   the definitions everywhere
     RMMSS_KERNELS=triton      Triton (feature_select: for two sources); on CPU tensors only with TRITON_INTERPRET=1
@@ -37,18 +36,18 @@ RULES = ("hard", "candidate", "score")
 
 def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Prototypes (paper eq. 4): see `reference.prototype_pool`."""
-    return _define(reference.prototype_pool, features, labels, num_classes)
+    return _by_definition(reference.prototype_pool, features, labels, num_classes)
 
 
 def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
     """Cosine between each pixel's feature and the prototype of its class: see `reference.pixel_prototype_cosine`."""
-    return _define(reference.pixel_prototype_cosine, features, labels, prototypes)
+    return _by_definition(reference.pixel_prototype_cosine, features, labels, prototypes)
 
 
 def prototype_distance(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> Tensor:
-    """Hybrid prototype distance of one stage (paper eq. 5), a float32 scalar >= 0.
+    """Hybrid prototype distance of one stage (paper eqs. 4 and 5), a float32 scalar >= 0.
 
     student, teacher (B, M, C, h, w) of one dtype; labels (B, h, w) int64 at the stage's size, 255 = ignore;
     present (B, M) bool: the modalities the student has; match (B, M) int64 in 0..M-1 (not checked, which
@@ -68,7 +67,7 @@ def prototype_distance(
     args = (student, teacher.detach(), labels, present, match, num_classes)
     if _wants_triton(student):
         return prototype.prototype_distance(*args)
-    return _define(reference.prototype_distance, *args)
+    return _by_definition(reference.prototype_distance, *args)
 
 
 def feature_select(features: Sequence[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float) -> Tensor:
@@ -105,11 +104,11 @@ def feature_select(features: Sequence[Tensor], weight: Tensor, bias: Tensor, rul
         raise ValueError(f"temperature is {temperature}: give a number above 0.")
     if S == 2 and _wants_triton(first):
         return selection.feature_select(features, weight, bias, rule, temperature)
-    return _define(reference.feature_select, features, weight, bias, rule, temperature)
+    return _by_definition(reference.feature_select, features, weight, bias, rule, temperature)
 
 
-def _define(definition: Callable, *args):
-    with torch.autocast(args[1].device.type, enabled=False):  # float32 products under autocast too
+def _by_definition(definition: Callable, *args):
+    with torch.autocast(args[1].device.type, enabled=False):  # float32 under autocast too
         return definition(*args)
 
 

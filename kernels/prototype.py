@@ -1,16 +1,16 @@
 """Hybrid prototype distance: class-wise pooling, matching, masked softmax and KL, fused for the GPU.
 
-Called in a default run: by `hpdm.hpdm_loss`, for each of the four stages in every step of stage 1, with its gradient.
+Called in a default run: by `hpdm.hpdm_loss`, for the four stages in every step of `train_robust`, with its gradient.
 M-SegFormer's features come channels-last (a permuted (B, M, h, w, C)), CMNeXt's channels-first; both float32, under
 autocast too. Either layout is read and written 16 bytes at a time.
 
 Axes: B samples, M modalities, K classes, C channels, P = h*w pixels.
 
 Pooling (paper eq. 4)      p[b,m,k,c] = sum_i [y[b,i] = k] f[b,m,c,i] / n[b,k],   n[b,k] = sum_i [y[b,i] = k]
-Distance (eq. 5)           S[b,m,:,c] and T[b,m,:,c]: softmax over the classes with n > 0 of the student's p[b,m,:,c]
+Distance (eq. 5)           s[b,m,:,c] and t[b,m,:,c]: softmax over the classes with n > 0 of the student's p[b,m,:,c]
                            and of the teacher's p[b,match[b,m],:,c];
-                           L = sum_{b,m present} sum_c KL(T[b,m,:,c] || S[b,m,:,c]) / (C * number of present pairs)
-Its gradient               dL/df[b,m,c,i] = (S - T)[b,m,y_i,c] / (n[b,y_i] * C * pairs), 0 for ignored pixels
+                           L = sum_{b,m present} sum_c KL(t[b,m,:,c] || s[b,m,:,c]) / (C * number of present pairs)
+Its gradient               dL/df[b,m,c,i] = (s - t)[b,m,y_i,c] / (n[b,y_i] * C * pairs), 0 for ignored pixels
 
 Bytes that must move, with N bytes in one (B, M, C, h, w) tensor: forward 2 N (student and teacher, once each),
 backward N (the gradient). B0 on DELIVER (1024 x 1024, batch 2, four modalities): N = 67, 34, 21 and 8 MB at the four
@@ -77,7 +77,7 @@ def pool_kernel(
         offs_p = p + tl.arange(0, BLOCK_P)
         label = class_of(labels_ptr, offs_p, offs_p < P, labels_stride_p, K)
         member = (label[:, None] == offs_k[None, :]).to(tl.float32)  # (BLOCK_P, BLOCK_K)
-        mask = (offs_c < C)[:, None] & (offs_p < stop)[None, :]  # with P for stop, ptxas needs a stack on 9.0
+        mask = (offs_c < C)[:, None] & (offs_p < stop)[None, :]  # P would do, but then ptxas needs a stack on 9.0
         x_tile = tl.load(x_rows[:, None] + offs_p[None, :] * x_stride_p, mask=mask, other=0).to(tl.float32)
         x_tile = tl.where((label >= 0)[None, :], x_tile, 0.0)  # 0 x NaN is NaN: an ignored pixel's may be anything
         if SPLIT:  # the upper 11 bits of the significand, exact in TF32, then what they leave

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COSINE_EPS = 1e-8  # below this product of the two norms there is no direction to compare: cosine 0, gradient 0
-MASKED = -1e30  # a logit that softmax turns into an exact 0, and that stays finite when every class is masked
+MASKED = -1e30  # a logit that softmax turns into an exact 0, and that gives no NaN where all are masked
 
 
 def wide(x: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def wide(x: Tensor) -> Tensor:
 def members(labels: Tensor, num_classes: int, features: Tensor) -> tuple[Tensor, Tensor]:
     """Labels (B, h, w) -> one-hot (B, P, K), which 255 leaves empty, and the pixels of each class (B, 1, 1, K)."""
     classes = torch.arange(num_classes, device=labels.device)
-    member = wide((labels.flatten(1)[:, :, None] == classes).to(features.dtype))
+    member = (labels.flatten(1)[:, :, None] == classes).to(torch.promote_types(features.dtype, torch.float32))
     return member, member.sum(1)[:, None, None]
 
 
@@ -109,10 +109,9 @@ def feature_select(features: list[Tensor], weight: Tensor, bias: Tensor, rule: s
     maps = [F.conv2d(f, w[None].to(f.dtype), padding=1) for f, w in zip(sources, weight, strict=True)]  # (B, 1, h, w)
     bias = wide(bias).expand(maps[0].shape[0], S).t()[:, :, None, None, None]  # (S, B, 1, 1, 1)
     scores = torch.sigmoid(torch.stack(maps) + bias)  # (S, B, 1, h, w)
-    logits = scores if rule == "score" else (1 + scores) * torch.stack(sources)  # (S, B, 1 or C, h, w)
+    rated = scores if rule == "score" else (1 + scores) * torch.stack(sources)  # (S, B, 1 or C, h, w)
     if rule == "hard":
-        selected = torch.stack(sources).gather(0, logits.argmax(0, keepdim=True))[0]  # ties: the first source
+        selected = torch.stack(sources).gather(0, rated.argmax(0, keepdim=True))[0]  # ties: the first source
     else:
-        weights = (logits / temperature).softmax(0)
-        selected = sum(w * f for w, f in zip(weights, sources, strict=True))
+        selected = sum(v * f for v, f in zip((rated / temperature).softmax(0), sources, strict=True))
     return selected.to(features[0].dtype)

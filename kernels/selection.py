@@ -1,19 +1,21 @@
 """Feature Selection: stencil, sigmoid, weighting and selection in one pass over the two sources, for the GPU.
 
-Called in a default run: by `fsm.FSM`, for the four stages and the logits in every step of stage 2, with the gradients
-of the scores, and wherever the ensemble is evaluated. M-SegFormer's features and logits come channels-last, CMNeXt's
-channels-first; all are float32, except the logits, bfloat16 under autocast. Both layouts are read and written 16 bytes
-at a time, where rows are multiples of 16 bytes (25 classes channels-last are not).
+Called in a default run: by `fsm.FSM`, for the four stages and the logits in every step of stage 2, in `train_fsm` with
+the gradients of the scores, and wherever the ensemble is evaluated. All come channels-last and float32, but under
+autocast the logits, and a CMNeXt's features, are bfloat16. Both layouts are read and written 16 bytes at a time, where
+rows are multiples of 16 bytes (25 classes channels-last are not).
 
-Axes: B samples, C channels, H x W pixels; j = 0, 1 the sources, t = 0..8 the taps of a 3x3 kernel, o_t their offsets.
+Axes: B samples, C channels, H x W pixels of a level; j = 0, 1 the sources (teacher, robust model), t = 0..8 the taps of
+a 3x3 kernel, o_t their offsets. tau is the temperature, g the gradient of the selection.
 
 Score        z_j[q] = bias_j + sum_t sum_c w_j[c,t] f_j[c, q + o_t],   s_j = sigmoid(z_j)
              (the depth-wise 3x3 and the 1x1 convolution of the paper's score predictor, folded into one)
-Weight       of source 1, a softmax over two: "score"      v = sigmoid((s_1 - s_0) / T), one for all channels of a pixel
-                                              "candidate"  v = sigmoid(((1 + s_1) f_1 - (1 + s_0) f_0) / T)
+Weight       of source 1, a softmax over two: "score"      v = sigmoid((s_1 - s_0) / tau), one for a pixel's channels
+                                              "candidate"  v = sigmoid(((1 + s_1) f_1 - (1 + s_0) f_0) / tau)
                                               "hard"       v = 1 where (1 + s_1) f_1 > (1 + s_0) f_0: the paper's rule
 Selection    selected = (1 - v) f_0 + v f_1
-Backward     d = v (1 - v) (f_1 - f_0) g / T;   "score": ds_1 = -ds_0 = sum_c d;   "candidate": ds_j = +- sum_c f_j d
+Backward     d = v (1 - v) (f_1 - f_0) g / tau
+             "score": ds_1 = -ds_0 = sum_c d;   "candidate": ds_1 = sum_c f_1 d, ds_0 = -sum_c f_0 d
              dz_j = s_j (1 - s_j) ds_j,   dw_j[c,t] = sum_p f_j[c,p] dz_j[p - o_t],   db_j = sum_p dz_j
              None for "hard", and none to the features: the sources are frozen models.
 

@@ -182,23 +182,19 @@ def select(layout, dtype, C, side, rule):
         torch.autograd.grad(selected, [weight, bias], maps(layout, dtype, 2, C, side, side))
 
 
-def launches(capability):
+def launches():
     """(description, call) of each; stages whose specialisation is the same share one compilation."""
 
     def one(call, layout, dtype, C, side, *more):
         description = {"layout": layout, "dtype": str(dtype), "C": C, "more": more}
         return description, lambda: call(layout, dtype, C, side, *more)
 
-    newest = capability == 90  # the selection compiles longest, and almost alike for both: less of it for 8.0
     for layout in ("last", "first"):
         for dtype in (torch.float32, torch.bfloat16):
             for stage in STAGES:
                 yield one(distance, layout, dtype, *stage)
-            if newest or dtype == torch.float32:
-                yield one(select, layout, dtype, *LOGITS, "score")
-                yield one(select, layout, dtype, *STAGES[0], "score")
-        if newest:
-            yield one(select, layout, torch.float32, *STAGES[3], "score")
+            for level in (*STAGES, LOGITS):
+                yield one(select, layout, dtype, *level, "score")
     for rule in ("candidate", "hard"):
         yield one(select, "last", torch.float32, *STAGES[0], rule)
     for K in (7, 40, 200):
@@ -206,4 +202,4 @@ def launches(capability):
 
 
 if __name__ == "__main__":
-    compile_launches(int(sys.argv[1]), launches(int(sys.argv[1])))
+    compile_launches(int(sys.argv[1]), launches())

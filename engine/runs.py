@@ -196,8 +196,11 @@ class Phase:
         *bad, run.stopping = run.reduce(torch.stack([*flags, stop]).int(), dist.ReduceOp.MAX).tolist()
         if any(bad):
             what = " and ".join(name for name, flag in zip(values, bad, strict=True) if flag)
+            # From random weights, each LayerNorm of an empty image's constant features multiplies the gradient by 316.
+            first = "; a modality that is all zero can do this at the start: try --pretrained, or another --seed"
             raise ValueError(f"{what} of phase {self.name}, step {self.step} is not finite; frames of the batch of "
-                             f"process {run.rank}: {', '.join(names)}. The weights were not updated.")
+                             f"process {run.rank}: {', '.join(names)}. The weights were not updated"
+                             f"{first if self.step == 0 else ''}.")
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 

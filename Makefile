@@ -18,7 +18,7 @@ look: .venv/installed
 	$(RUN) predict.py docs/models --count 4 --panel runs/look/panel.png
 
 # Two halves side by side, a core each; `pytest` alone runs the same in one process.
-FIRST = $(addprefix tests/test_,kernels.py kernels_compile.py steps.py fsm.py predict.py evaluate.py)
+FIRST = $(addprefix tests/test_,kernels.py kernels_compile.py steps.py fsm.py predict.py evaluate.py bench.py train.py)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j2 --output-sync=target test-first test-rest

@@ -221,6 +221,8 @@ def normalise(images: Tensor, modalities: list[str], how: str) -> Tensor:
     """
     if how not in ("rgb", "all"):
         raise ValueError(f"normalisation {how!r} is unknown; choose rgb or all")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; give uint8, or float: 16 bit divided by 65535")
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     chosen = [how == "all" or modality == "rgb" for modality in modalities]
     mean = torch.tensor([IMAGENET_MEAN if c else (0, 0, 0) for c in chosen], device=images.device)      # (M, 3)

@@ -82,12 +82,13 @@ def sweep(file: Path) -> Image.Image:
              "modalities dropped, CE only": ("student", "dropped " * 5),
              "AnySeg's losses": ("fsm", "anyseg " * 5)}  # fmt: skip
     shown = {row: set(scores[row]) for _, rows in lines.values() for row in rows.split() if scores.get(row)}
-    common = sorted(set.intersection(*shown.values())) if shown else []  # the seeds that all rows have
+    common = sorted(set.intersection(*shown.values())) if shown else []
+    shown = shown if common else {}  # only seeds that all rows have: else their differences would look like alpha's
     colours = {name: COLOURS[model] for name, (model, _) in lines.items()}
     ticks = dict(enumerate(("0", "0.1", "1", "5", f"{alpha:.3g}")))
     for column, what in (("full", "all modalities"), ("missing", "mean of the subsets with some missing")):
         series = {name: [(i, [scores[row][seed][column] for seed in common])
-                         for i, row in enumerate(rows.split()) if row in shown and common]
+                         for i, row in enumerate(rows.split()) if row in shown]
                   for name, (_, rows) in lines.items()}  # fmt: skip
         charts.append(chart(f"mIoU in per cent, {what}", "alpha; 0: KL alone, last: published", ticks, series, colours))
     return Image.fromarray(np.hstack(charts))

@@ -11,8 +11,8 @@ import sys
 # As published (docs/paper_vs_code.md), where it is: the batch size is usual on DELIVER, alpha was chosen on real frames
 # (docs/results.md), and stage 2 has no published recipe at all. The synthetic recipe suits a short demo.
 REAL = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
-                 student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0,
-                 lambda_kl=50 / 25, alpha=0.3, workers=min(4, os.cpu_count() or 1))  # fmt: skip
+            student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0,
+            lambda_kl=50 / 25, alpha=0.3, workers=min(4, os.cpu_count() or 1))  # fmt: skip
 RECIPES = {
     "synthetic": dict(REAL, backbone="segformer_tiny", size=64, epochs=40.0, distill_epochs=20.0, fsm_epochs=2.0,
                       student_epochs=20.0, batch_size=16, lr=2e-3, warmup_epochs=1.0, eval_every=5.0,

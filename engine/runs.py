@@ -105,7 +105,7 @@ class Run:
         return torch.compile(model) if self.args.compile else model
 
     def reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
-        """Sum (or another `op`) over the processes."""
+        """Sum (or another `op`) over the processes, which all get the result."""
         if self.world > 1:
             dist.all_reduce(x := x.clone(), op)
         return x

@@ -1,4 +1,4 @@
-"""Settings that must stand before anything else is imported."""
+"""Settings that must stand before anything else is imported, and fixtures that several modules share."""
 
 import multiprocessing
 import os

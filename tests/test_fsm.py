@@ -228,8 +228,6 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
     degraded = degraded if filled else None
     answers = list(selected_logits(fsm, teacher, robust, images, SUBSETS, degraded, level))
     assert len(answers) == len(SUBSETS)
-    with pytest.raises(ValueError, match="'feature' is unknown; choose logits, features or both"):
-        next(selected_logits(fsm, teacher, robust, images, SUBSETS, degraded, "feature"))
     for subset, answer in zip(SUBSETS, answers, strict=True):
         given, present = seen(images, degraded, subset)
         selected = fsm([teacher(*given), robust(*given)], present)
@@ -241,6 +239,12 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
         torch.testing.assert_close(answer.softmax(1), expected.softmax(1), rtol=1e-4, atol=1e-6)
         assert not torch.allclose(answer.softmax(1), teacher(*given).logits.softmax(1), atol=1e-3)
         assert not torch.allclose(answer.softmax(1), robust(*given).logits.softmax(1), atol=1e-3)
+
+
+def test_an_unknown_level_is_refused(models):
+    teacher, robust, fsm = models
+    with pytest.raises(ValueError, match="level 'feature' is unknown; choose logits, features or both"):
+        next(selected_logits(fsm, teacher, robust, inputs()[0], SUBSETS, level="feature"))
 
 
 @torch.no_grad()

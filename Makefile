@@ -47,7 +47,7 @@ reproduce: .venv/installed
 	$(RUN) -m benchmarks.reproduce
 
 lint:
-	ruff check .
+	ruff check . && ruff format --check .
 
 clean:
 	rm -rf .venv runs

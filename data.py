@@ -6,6 +6,7 @@
 Then the joint augmentation of training, modality dropping (stage 1), and the corruptions of EMM, RMM and NM.
 Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 255 is ignored everywhere.
 """
+
 import argparse
 import math
 import sys
@@ -28,7 +29,7 @@ from datasets.layouts import DATASETS, LAYOUTS, find_frames, label_table, open_l
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
 BLUR = ImageFilter.Kernel((3, 3), [math.exp(-(x**2 + y**2) / (2 * 0.8**2)) for y in (-1, 0, 1) for x in (-1, 0, 1)])
-CACHE_BYTES = 256 * 2**20               # a split of synthetic scenes that fits is kept in memory once painted
+CACHE_BYTES = 256 * 2**20  # a split of synthetic scenes that fits is kept in memory once painted
 
 
 # ---- the frames of a split ------------------------------------------------------------------------------------------
@@ -39,12 +40,24 @@ class FrameDataset(torch.utils.data.Dataset):
     when all modalities are 8 bit, else float32: 0..1 for 8 and 16 bit, a .npy file's own scale, 100 metres for MUSES
     ranges. What is random depends on (seed, epoch, index) alone, so neither on workers nor on where a run was resumed.
     """
-    def __init__(self, name: str, frames: list[Frame], classes: list[str], palette: np.ndarray, modalities: list[str],
-                 size: int | tuple[int, int] | None, augment: bool, seed: int, table: np.ndarray, split: str) -> None:
+
+    def __init__(
+        self,
+        name: str,
+        frames: list[Frame],
+        classes: list[str],
+        palette: np.ndarray,
+        modalities: list[str],
+        size: int | tuple[int, int] | None,
+        augment: bool,
+        seed: int,
+        table: np.ndarray,
+        split: str,
+    ) -> None:
         self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
         self.size, self.augment, self.seed, self.table, self.split = size, augment, seed, table, split
-        self.normalisation = "all" if name == "synthetic" else "rgb"    # see `normalise`
-        self.ranges: dict[str, list] = {}       # of each modality, see `learn_ranges`
+        self.normalisation = "all" if name == "synthetic" else "rgb"  # see `normalise`
+        self.ranges: dict[str, list] = {}  # of each modality, see `learn_ranges`
         self.broken, self.cache = [], {}
 
     def __len__(self) -> int:
@@ -71,6 +84,7 @@ class FrameDataset(torch.utils.data.Dataset):
 
     def open_all(self, allowed: int | None) -> None:
         """Read every frame once and leave out the broken ones, at most `allowed`; `broken` has a sentence for each."""
+
         def look(index: int) -> tuple[np.ndarray | int, str | None]:
             try:
                 return np.bincount(self.read(index)[1].ravel(), minlength=256), None
@@ -83,14 +97,16 @@ class FrameDataset(torch.utils.data.Dataset):
         self.broken = list(filter(None, errors))
         self.frames = [frame for frame, error in zip(self.frames, errors, strict=True) if not error]
         if allowed is not None and (len(self.broken) > allowed or not self.frames):
-            raise ValueError(f"{len(self.broken)} of {len(errors)} {self.split} frames are broken, but --skip-broken "
-                             f"is {allowed}; the last one: {self.broken[-1]}")
+            raise ValueError(
+                f"{len(self.broken)} of {len(errors)} {self.split} frames are broken, but --skip-broken "
+                f"is {allowed}; the last one: {self.broken[-1]}"
+            )
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
-        index = range(len(self))[index]     # IndexError past the end
+        index = range(len(self))[index]  # IndexError past the end
         images, label = self.read(index)
-        kind = np.result_type(*images)      # uint8, or float32 if any modality is; before `jitter`, which gives 8 bit
+        kind = np.result_type(*images)  # uint8, or float32 if any modality is; before `jitter`, which gives 8 bit
         if self.augment:
             crop = self.size or min(label.shape)
             # Synthetic scenes are painted at the crop's size, and have fewer pixels to lose.
@@ -103,16 +119,16 @@ class FrameDataset(torch.utils.data.Dataset):
         h, w = label.shape
         H, W = (crop, crop) if self.augment else (h, w)
         pixels, classes = np.zeros((len(images), 3, H, W), kind), np.full((H, W), IGNORED, np.uint8)
-        for image, into in zip(images, pixels, strict=True):    # (h, w, 1 or 3) -> (3, h, w)
+        for image, into in zip(images, pixels, strict=True):  # (h, w, 1 or 3) -> (3, h, w)
             into[:, :h, :w] = (image if image.dtype == kind else image / np.float32(255)).transpose(2, 0, 1)
-        classes[:h, :w] = label         # int64 on the device only: an eighth of the bytes to move
+        classes[:h, :w] = label  # int64 on the device only: an eighth of the bytes to move
         return torch.from_numpy(pixels), torch.from_numpy(classes), self.frames[index].name
 
 
 # ---- resizing and augmentation, as published (DELIVER, semseg/augmentations_mm.py) ----------------------------------
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, C) uint8 or float32 at size (h, w), bilinear with antialiasing."""
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]     # (1, C, H, W)
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, C, H, W)
     return F.interpolate(planes, size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
@@ -124,8 +140,14 @@ def resized_to(shape: tuple[int, int], size: int | tuple[int, int] | None) -> li
     return list(dict.fromkeys([first, tuple(math.ceil(side / 32) * 32 for side in first)]))
 
 
-def augmented(images: list[np.ndarray], label: np.ndarray, modalities: list[str], crop: int,
-              scales: tuple[float, float], rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+def augmented(
+    images: list[np.ndarray],
+    label: np.ndarray,
+    modalities: list[str],
+    crop: int,
+    scales: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[list[np.ndarray], np.ndarray]:
     """What training sees of a frame: images (h, w, C) and label (h, w), with h and w at most `crop`.
 
     Colour jitter and blur of rgb, a flip, the shorter side scaled to `scales` times the crop, a random crop. Here the
@@ -156,11 +178,22 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.atleast_3d(np.array(picture.filter(BLUR) if blur else picture))
 
 
-def open_dataset(name: str, root: str | Path | None = None, split: str = "train", modalities: list[str] | None = None,
-                 size: int | tuple[int, int] | None = None, augment: bool = False, seed: int = 0,
-                 limit: int | None = None, depth: str = "hha", classes: int = 40, hold_out: int = 0,
-                 label_map: str | None = None, skip_broken: int | None = 0,
-                 ranges: dict[str, list] | None = None) -> FrameDataset:
+def open_dataset(
+    name: str,
+    root: str | Path | None = None,
+    split: str = "train",
+    modalities: list[str] | None = None,
+    size: int | tuple[int, int] | None = None,
+    augment: bool = False,
+    seed: int = 0,
+    limit: int | None = None,
+    depth: str = "hha",
+    classes: int = 40,
+    hold_out: int = 0,
+    label_map: str | None = None,
+    skip_broken: int | None = 0,
+    ranges: dict[str, list] | None = None,
+) -> FrameDataset:
     """Open a split of a data set; what it yields is said at `FrameDataset`.
 
     modalities: which and in which order; None or empty: all, but of MUSES no radar, of nyuv2 no event and lidar, and
@@ -175,8 +208,12 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
     ranges: of a checkpoint, what all values must keep to (see `learn_ranges`). None: learnt from the train split.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
-    for what, value, known in (("data set", name, DATASETS), ("split", split, synthetic.SPLITS),
-                               ("depth", depth, ("hha", "raw")), ("number of classes", classes, (13, 40))):
+    for what, value, known in (
+        ("data set", name, DATASETS),
+        ("split", split, synthetic.SPLITS),
+        ("depth", depth, ("hha", "raw")),
+        ("number of classes", classes, (13, 40)),
+    ):
         if value not in known:
             raise ValueError(f"{what} {value!r} is unknown; choose one of {', '.join(map(str, known))}")
     if name == "synthetic" and root is not None:
@@ -187,8 +224,10 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
     modalities = modalities or [modality for modality in layout.modalities if modality not in layout.unasked]
     for modality in modalities:
         if modality not in layout.modalities or modalities.count(modality) > 1:
-            raise ValueError(f"modality {modality!r} is unknown or given twice; {name if root is None else root} has "
-                             f"{', '.join(layout.modalities) or 'none'}")
+            raise ValueError(
+                f"modality {modality!r} is unknown or given twice; {name if root is None else root} has "
+                f"{', '.join(layout.modalities) or 'none'}"
+            )
     if name == "synthetic":
         count = limit or (2000 if split == "train" else 200)
         frames = [Frame(f"{split}/{i:06d}", *synthetic.weather(i)) for i in range(count)]
@@ -207,8 +246,10 @@ def open_dataset(name: str, root: str | Path | None = None, split: str = "train"
         dataset.open_all(skip_broken)
     labels = (dataset.read(i)[1] for i in range(len(dataset)))
     if split == "train" and skip_broken is not None and all((label == IGNORED).all() for label in labels):
-        raise ValueError(f"not one pixel of the {len(dataset)} frames of the train split of {root} has a class; look "
-                         f"at the labels and --label-map")
+        raise ValueError(
+            f"not one pixel of the {len(dataset)} frames of the train split of {root} has a class; look "
+            f"at the labels and --label-map"
+        )
     return dataset
 
 
@@ -225,7 +266,7 @@ def normalise(images: Tensor, modalities: list[str], how: str) -> Tensor:
         raise ValueError(f"images are {images.dtype}; give uint8, or float: 16 bit divided by 65535")
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     chosen = [how == "all" or modality == "rgb" for modality in modalities]
-    mean = torch.tensor([IMAGENET_MEAN if c else (0, 0, 0) for c in chosen], device=images.device)      # (M, 3)
+    mean = torch.tensor([IMAGENET_MEAN if c else (0, 0, 0) for c in chosen], device=images.device)  # (M, 3)
     deviation = torch.tensor([IMAGENET_STD if c else (1, 1, 1) for c in chosen], device=images.device)
     return (images - mean[..., None, None]) / deviation[..., None, None]
 
@@ -236,7 +277,7 @@ def draw_present(batch_size: int, modalities: int, generator: torch.Generator, c
     With probability `complete` all of them. `generator` is on the CPU.
     """
     number = torch.randint(1, modalities + 1, (batch_size, 1), generator=generator)
-    rank = torch.rand(batch_size, modalities, generator=generator).argsort(1).argsort(1)    # (B, M) permutations
+    rank = torch.rand(batch_size, modalities, generator=generator).argsort(1).argsort(1)  # (B, M) permutations
     return (rank < number) | (torch.rand(batch_size, 1, generator=generator) < complete)
 
 
@@ -259,7 +300,7 @@ def sensor_noise(images: Tensor, level: str, names: list[str], modalities: list[
     images = images.clone()
     for b, name in enumerate(names):
         for m, modality in enumerate(modalities):
-            rng, image = frame_rng(seed, name, m), images[b, m]     # (3, H, W), a view
+            rng, image = frame_rng(seed, name, m), images[b, m]  # (3, H, W), a view
             pepper, salt = image.amin(), image.amax()
             chance = torch.from_numpy(rng.random(image.shape, np.float32)).to(image.device)
             image.copy_(torch.where(chance < density / 2, pepper, torch.where(chance >= 1 - density / 2, salt, image)))
@@ -274,14 +315,14 @@ def check(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("modalities", "depth", "label_map", "classes")}
     lines, broken = [], []
     for split in synthetic.SPLITS:
-        with suppress(FileNotFoundError):       # a split may be absent, but not all three
+        with suppress(FileNotFoundError):  # a split may be absent, but not all three
             dataset = open_dataset(args.data, args.root, split, skip_broken=None, **options)
             never = [name for c, name in enumerate(dataset.classes) if not dataset.class_pixels[c]]
             what = f"; never in a label: {', '.join(never)}" if never else ""
             lines.append(f"{dataset.describe()}; {len(dataset.broken)} broken{what}")
             broken += dataset.broken
     if not lines:
-        open_dataset(args.data, args.root, **options)       # says what is missing
+        open_dataset(args.data, args.root, **options)  # says what is missing
     print("\n".join(lines + broken))
     return 1 if broken else 0
 
@@ -304,7 +345,7 @@ def main() -> int:
     add("--size", type=int, default=256, help="height in pixels, 8 or more (default 256)")
     add("--seed", type=int, default=0, help="0 or more; another seed gives other scenes (default 0)")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")       # file names may be no UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     try:
         if args.check:
             return check(args)

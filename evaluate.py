@@ -77,8 +77,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_rows(paths: list[str], device: torch.device, same: list[str], level: str = "both",
-              rule: str | None = None) -> tuple[dict[str, Callable], dict]:
+def load_rows(
+    paths: list[str], device: torch.device, same: list[str], level: str = "both", rule: str | None = None
+) -> tuple[dict[str, Callable], dict]:
     """Row name -> predict(images, subsets, degraded), and the first model's meta.
 
     A folder gives a row per model, the switch and the ensemble. same: the entries of meta in which all must agree,
@@ -194,8 +195,17 @@ def main(args: argparse.Namespace) -> None:
     if unknown := sorted(set(args.only or ()) - set(rows)):
         raise ValueError(f"--only {unknown[0]}: {args.checkpoint[0]} gives no such row, but {', '.join(rows)}.")
     size = args.size or meta["val_size"]
-    dataset = open_data(meta, args.data, args.root, args.split, size, run.say, limit=args.limit,
-                        label_map=args.label_map, skip_broken=args.skip_broken)
+    dataset = open_data(
+        meta,
+        args.data,
+        args.root,
+        args.split,
+        size,
+        run.say,
+        limit=args.limit,
+        label_map=args.label_map,
+        skip_broken=args.skip_broken,
+    )
     for problem in dataset.broken:
         run.say(f"left out: {problem}")
     results = {name: evaluate(rows[name], dataset, run) for name in rows if name in (args.only or rows)}
@@ -204,12 +214,20 @@ def main(args: argparse.Namespace) -> None:
     split, shown = args.split, ", ".join(titles(dataset.name, dataset.modalities))
     if dataset.name == "nyuv2" and split == "val" and meta["hold_out"]:
         split = "val (held out of the train list)"
-    about = (f"{dataset.name} {split}, {len(dataset)} frames, {shown}, size {size}; mIoU in per cent, absent classes "
-             "count as 0 (published rule); last column: mean over the classes that occur")
+    about = (
+        f"{dataset.name} {split}, {len(dataset)} frames, {shown}, size {size}; mIoU in per cent, absent classes "
+        "count as 0 (published rule); last column: mean over the classes that occur"
+    )
     text = f"{about}\n\n{tables(results, dataset.modalities, args.protocol)}\n"
     run.say(text)  # before it is saved, for the disk may be full
-    report = {"file": MARK, "about": about, "options": vars(args), "versions": loop.versions(),
-              "classes": meta["classes"], "results": results}
+    report = {
+        "file": MARK,
+        "about": about,
+        "options": vars(args),
+        "versions": loop.versions(),
+        "classes": meta["classes"],
+        "results": results,
+    }
     if args.markdown:
         write_output(args.markdown, f"<!-- {MARK} -->\n{text}")
     if args.json:

@@ -33,9 +33,14 @@ class FSM(nn.Module):
     """
 
     def __init__(
-        self, widths: tuple[int, ...], num_classes: int, modalities: int,
-        rule: str = "score", temperature: float = 0.2, conditioned: bool = True,
-    ):  # fmt: skip
+        self,
+        widths: tuple[int, ...],
+        num_classes: int,
+        modalities: int,
+        rule: str = "score",
+        temperature: float = 0.2,
+        conditioned: bool = True,
+    ):
         super().__init__()
         self.rule, self.temperature = rule, temperature
         self.scores = nn.ModuleList(ScorePredictor(c, 2) for c in (*widths, num_classes))  # `select` folds its weights

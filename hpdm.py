@@ -49,9 +49,14 @@ def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def hpdm_loss(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor, present: Tensor, match: Tensor,
-    num_classes: int, prototypes: str = "mean",
-) -> Tensor:  # fmt: skip
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    labels: Tensor,
+    present: Tensor,
+    match: Tensor,
+    num_classes: int,
+    prototypes: str = "mean",
+) -> Tensor:
     """Section 4.2, eqs. 4 and 5, summed over the stages -> scalar >= 0, gradient to the student only.
 
     student, teacher: per-modality features, 4 x (B, M, C_i, h_i, w_i); labels (B, H, W) with 255 = ignore; present

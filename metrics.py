@@ -19,8 +19,10 @@ def class_ids(logits: Tensor, names: list[str]) -> Tensor:
     finite = logits.sum((1, 2, 3), dtype=torch.float32).isfinite()  # (B,): one pass; a sum keeps what is not finite
     if not finite.all():
         name = names[finite.tolist().index(False)]
-        raise ValueError(f"the model's answer to frame {name} is not finite (NaN or infinite); look at the values of "
-                         "its files, and whether the model's weights are sound.")  # fmt: skip
+        raise ValueError(
+            f"the model's answer to frame {name} is not finite (NaN or infinite); look at the values of "
+            "its files, and whether the model's weights are sound."
+        )
     return logits.argmax(1)
 
 

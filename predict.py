@@ -44,8 +44,13 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="model file, or run folder for its final model")
     what = "your files, or a data set (None: what the checkpoint was trained on)"
     add = parser.add_argument_group("input", what).add_argument
-    add("--input", nargs="+", default=[], metavar="MODALITY=PATH",
-        help="aligned files of a frame, or folders of them; other modalities are missing")
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="MODALITY=PATH",
+        help="aligned files of a frame, or folders of them; other modalities are missing",
+    )
     add("--data", choices=RECIPES)
     add("--root", help="folder of the data set")
     add("--split", choices=("train", "val", "test"), default="val")
@@ -55,8 +60,12 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=image_size, help="shorter side, or HxW, that the network sees. None: the training's --val-size")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="pictures of each frame. None: predictions, if no other is asked")
-    add("--panel", metavar="FILE.png", help="frames by row; modalities, ground truth, and what each model says from "
-        "all modalities and from --modalities (None: without the first, and the first two)")
+    add(
+        "--panel",
+        metavar="FILE.png",
+        help="frames by row; modalities, ground truth, and what each model says from "
+        "all modalities and from --modalities (None: without the first, and the first two)",
+    )
     add("--export", metavar="FILE.pt2", help="torch.export program of the model for --modalities (engine/export.py)")
     args = parser.parse_args(argv)
     if args.input and (args.data or args.root or args.modalities or args.panel):
@@ -98,8 +107,9 @@ def comparison(models: dict, frames: Iterable[tuple], views: list[list[str]], me
     says = [f"{missed} missing" if missed else "all modalities" for missed in missing]
     heads = [*titles(data, list(shown)), "ground truth", *(f"{name}: {say}" for name in models for say in says)]
     key = [(classes[i], tuple(palette[i])) if i < len(classes) else ("ignored", (0, 0, 0)) for i in sorted(occurring)]
-    return pictures.draw(grid, heads, sides, key,
-                         "In the corners: share of the pixels that are right. A missing modality is left out.")
+    return pictures.draw(
+        grid, heads, sides, key, "In the corners: share of the pixels that are right. A missing modality is left out."
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -114,8 +124,11 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.checkpoint} has no modality {unknown[0]}; it has {', '.join(known)}.")
 
     def frames(modalities: list[str]) -> Iterable[tuple]:
-        found = input_frames(args.input, meta, size) if args.input else [
-            open_data(meta, args.data, args.root, args.split, size, limit=args.count, modalities=modalities)]
+        found = (
+            input_frames(args.input, meta, size)
+            if args.input
+            else [open_data(meta, args.data, args.root, args.split, size, limit=args.count, modalities=modalities)]
+        )
         return samples(found, meta, args.depth_unit)
 
     if args.panel:

@@ -59,8 +59,10 @@ def start_model(run: Run, meta: dict) -> nn.Module:
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], *drops).to(run.device)
     if run.args.pretrained:
         report = load_pretrained(model, run.args.pretrained)
-        run.say(f"{run.args.pretrained} ({report.source}): {len(report.loaded)} tensors loaded, "
-                f"{len(report.missing)} start fresh, {len(report.unexpected)} unused")
+        run.say(
+            f"{run.args.pretrained} ({report.source}): {len(report.loaded)} tensors loaded, "
+            f"{len(report.missing)} start fresh, {len(report.unexpected)} unused"
+        )
     return model
 
 
@@ -125,8 +127,10 @@ def train_robust(
     parts = {"model": robust, "optimizer": optimizer, "scaler": scaler}
     if args.feedback:
         if not isinstance(teacher, MSegFormer) or modalities == 1:
-            raise ValueError("--feedback needs several modalities and one encoder for all of them, a segformer_*; "
-                             f"here are {modalities} and {meta['backbone']}.")
+            raise ValueError(
+                "--feedback needs several modalities and one encoder for all of them, a segformer_*; "
+                f"here are {modalities} and {meta['backbone']}."
+            )
         parts["teacher"] = teacher
         teacher.stages.requires_grad_(True)  # not the decoder: the paper freezes the fusion
         for group in loop.adamw(teacher, args.lr, args.weight_decay).param_groups:
@@ -159,12 +163,14 @@ def train_robust(
                 losses["kl"] = args.lambda_kl * hpdm.distill_logits(out.logits, target.logits)
             if args.alpha:
                 losses["hpdm"] = args.alpha * hpdm.hpdm_loss(
-                    out.per_modality, target.per_modality, labels, there, match, classes, args.prototypes)
+                    out.per_modality, target.per_modality, labels, there, match, classes, args.prototypes
+                )
             if args.beta:
                 dominant = hpdm.dominant_modalities(target.per_modality, target.fused)  # (B, M)
                 counted = there & dominant if args.variation == "dominant" else there
                 losses["variation"] = args.beta * hpdm.feature_variation_loss(
-                    out.per_modality, target.per_modality, labels, counted, classes)
+                    out.per_modality, target.per_modality, labels, counted, classes
+                )
         if args.feedback:
             losses |= feedback_losses(teacher, target, out, images, labels, there, args)
 
@@ -203,13 +209,13 @@ def feedback_losses(
     complete = torch.ones_like(learning)
     with loop.autocast(images.device, args.amp):
         again = teacher.encode(images, learning.cpu())  # as in `target`, but with a gradient
-        features = [torch.where(learning[:, :, None, None, None], a, t)
-                    for a, t in zip(again, target.per_modality, strict=True)]  # fmt: skip
+        features = [
+            torch.where(learning[:, :, None, None, None], a, t) for a, t in zip(again, target.per_modality, strict=True)
+        ]
         weights = teacher.fusion_weights(complete)[:, :, None, None, None]  # (B, M, 1, 1, 1)
         fused = tuple((weights * f).sum(1) for f in features)  # 4 x (B, C_i, h_i, w_i)
         logits = teacher.decoder(fused, images.shape[-2:], complete)
-    variation = hpdm.feature_variation_loss(
-        features, out.per_modality, labels, present & learning, logits.shape[1])
+    variation = hpdm.feature_variation_loss(features, out.per_modality, labels, present & learning, logits.shape[1])
     return {"teacher_ce": hpdm.ohem_cross_entropy(logits, labels), "teacher_variation": args.feedback * variation}
 
 

@@ -33,9 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, "train_stage2.py")
     begun = load_last(pathlib.Path(args.stage1)) if args.stage1 else None
     if begun and begun["script"] == "train_stage1.py" and (begun["phase"], begun["step"]) != ("robust", begun["steps"]):
-        raise ValueError(f"stage 1 in {args.stage1} is not complete (step {begun['step']} of {begun['steps']} of phase "
-                         f"{begun['phase']}): finish it with train_stage1.py --resume {args.stage1}, or name its files "
-                         "with --teacher and --robust.")  # fmt: skip
+        raise ValueError(
+            f"stage 1 in {args.stage1} is not complete (step {begun['step']} of {begun['steps']} of phase "
+            f"{begun['phase']}): finish it with train_stage1.py --resume {args.stage1}, or name its files "
+            "with --teacher and --robust."
+        )
     train, val = run.open_splits()
     state = run.claim(("fsm", "student"))
 
@@ -46,8 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     drops = {"drop_path": args.drop_path, "dropout": args.dropout}  # of the student, a copy of the robust model
     robust, _ = load_model(args.robust or f"{args.stage1}/robust.pt", run.device, expect, **drops)
     if args.student_epochs and args.unconditioned_student and robust.decoder.film is not None:
-        raise ValueError(f"--unconditioned-student: {args.robust or args.stage1} holds a robust model that is "
-                         "conditioned on its modalities already; start from another one.")  # fmt: skip
+        raise ValueError(
+            f"--unconditioned-student: {args.robust or args.stage1} holds a robust model that is "
+            "conditioned on its modalities already; start from another one."
+        )
     teacher.requires_grad_(False)
     robust.requires_grad_(False)
 
@@ -84,8 +88,10 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
                 sources = [teacher(images, present), robust(images, present)]
             selected = model(sources, present)
             decoded = decode(selected, teacher, robust, present)
-        losses = {"ce_logits": hpdm.ohem_cross_entropy(selected.logits, labels),
-                  "ce_features": hpdm.ohem_cross_entropy(decoded, labels)}  # fmt: skip
+        losses = {
+            "ce_logits": hpdm.ohem_cross_entropy(selected.logits, labels),
+            "ce_features": hpdm.ohem_cross_entropy(decoded, labels),
+        }
 
         scaler.scale(sum(losses.values())).backward()
         phase.check(losses, names, fsm)

@@ -1,11 +1,11 @@
 """Draws every figure of the docs but the panels, which predict.py draws.
 
-    python -m benchmarks.figures pipeline docs/pipeline.txt --out docs/pipeline.png         # both stages, with shapes
-    python -m benchmarks.figures prototypes runs/demo --out docs/prototypes.png    # do the modalities agree on a class?
-    python -m benchmarks.figures selection runs/demo --out docs/selection.png      # where the FSM takes the teacher
-    python -m benchmarks.figures lost runs/demo/results.json --out docs/lost.png   # mIoU over lost modalities
-    python -m benchmarks.figures curves runs/demo/log.jsonl --out docs/curves.png  # losses and mIoU while training
-    python -m benchmarks.figures sweep benchmarks/results/synthetic-segformer_tiny.json --out docs/sweep.png
+python -m benchmarks.figures pipeline docs/pipeline.txt --out docs/pipeline.png         # both stages, with shapes
+python -m benchmarks.figures prototypes runs/demo --out docs/prototypes.png    # do the modalities agree on a class?
+python -m benchmarks.figures selection runs/demo --out docs/selection.png      # where the FSM takes the teacher
+python -m benchmarks.figures lost runs/demo/results.json --out docs/lost.png   # mIoU over lost modalities
+python -m benchmarks.figures curves runs/demo/log.jsonl --out docs/curves.png  # losses and mIoU while training
+python -m benchmarks.figures sweep benchmarks/results/synthetic-segformer_tiny.json --out docs/sweep.png
 """
 
 import itertools
@@ -77,19 +77,26 @@ def sweep(file: Path) -> Image.Image:
     """mIoU over the weight of HPDM, with both matchings; a JSON file of benchmarks.reproduce --rows main,sweep."""
     results, charts = json.loads(file.read_text()), []
     scores, alpha = results.get("scores", {}), results.get("values", {}).get("alpha", 0)
-    lines = {"random matching (the paper's)": ("robust", "kl random_0.1 random_1 random_5 hpdm"),
-             "same-modality matching": ("teacher", "kl same_0.1 same_1 same_5 same"),
-             "modalities dropped, CE only": ("student", "dropped " * 5),
-             "AnySeg's losses": ("fsm", "anyseg " * 5)}  # fmt: skip
+    lines = {
+        "random matching (the paper's)": ("robust", "kl random_0.1 random_1 random_5 hpdm"),
+        "same-modality matching": ("teacher", "kl same_0.1 same_1 same_5 same"),
+        "modalities dropped, CE only": ("student", "dropped " * 5),
+        "AnySeg's losses": ("fsm", "anyseg " * 5),
+    }
     shown = {row: set(scores[row]) for _, rows in lines.values() for row in rows.split() if scores.get(row)}
     common = sorted(set.intersection(*shown.values())) if shown else []
     shown = shown if common else {}  # only seeds that all rows have: else their differences would look like alpha's
     colours = {name: COLOURS[model] for name, (model, _) in lines.items()}
     ticks = dict(enumerate(("0", "0.1", "1", "5", f"{alpha:.3g}")))
     for column, what in (("full", "all modalities"), ("missing", "mean of the subsets with some missing")):
-        series = {name: [(i, [scores[row][seed][column] for seed in common])
-                         for i, row in enumerate(rows.split()) if row in shown]
-                  for name, (_, rows) in lines.items()}  # fmt: skip
+        series = {
+            name: [
+                (i, [scores[row][seed][column] for seed in common])
+                for i, row in enumerate(rows.split())
+                if row in shown
+            ]
+            for name, (_, rows) in lines.items()
+        }
         charts.append(chart(f"mIoU in per cent, {what}", "alpha; 0: KL alone, last: published", ticks, series, colours))
     return Image.fromarray(np.hstack(charts))
 

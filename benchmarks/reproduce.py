@@ -39,9 +39,13 @@ def seeds(text: str) -> list[int]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; those unknown here go to both training scripts as they are (`args.flags`)."""
     names = ["all", *GROUPS, *(row.name for row in ROWS)]
-    parser = argparse.ArgumentParser("python -m benchmarks.reproduce", description=__doc__, allow_abbrev=False,
-                                     epilog="All other options go to both training scripts as they are.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.reproduce",
+        description=__doc__,
+        allow_abbrev=False,
+        epilog="All other options go to both training scripts as they are.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data", choices=RECIPES, default="synthetic")
     parser.add_argument("--root", help="folder of the data set")
     parser.add_argument("--backbone", help="by comma; default segformer_tiny (synthetic, nyuv2) or segformer_b0")
@@ -65,12 +69,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.rows = [row for row in ROWS if {"all", row.name, *row.groups.split()} & set(args.rows.split(","))]
     present = (args.modalities.count(",") + 2) / 2  # modalities, on average
     long, short, fsm = args.epochs
-    args.values = dict(long=long, short=short, both=2 * short, all=long + 2 * short, fsm=fsm,
-                       alpha=100 / args.classes * present)  # fmt: skip
+    args.values = dict(
+        long=long, short=short, both=2 * short, all=long + 2 * short, fsm=fsm, alpha=100 / args.classes * present
+    )
     args.values["lambda"] = 50 / args.classes
     args.root, args.limit = (["--root", args.root] * bool(args.root), ["--limit", args.limit] * bool(args.limit))
-    args.flags = ["--data", args.data, "--modalities", args.modalities, *args.limit,
-                  *args.flags.format(classes=args.classes).split(), *others]  # fmt: skip
+    args.flags = [
+        "--data",
+        args.data,
+        "--modalities",
+        args.modalities,
+        *args.limit,
+        *args.flags.format(classes=args.classes).split(),
+        *others,
+    ]
     args.device = args.device or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
     args.device = args.device.split(",") * (args.jobs or (2 if args.device == "cpu" else 1))
     return args
@@ -118,8 +130,21 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 continue
             jobs |= {base / name: training(args, name, backbone, base, seed) for name in chain(run)}
             model = base / run / ("" if row.take in ("switch", "FSM ensemble") else f"{row.take}.pt")
-            command = ["evaluate.py", str(model), "--only", row.take, *row.evaluation.split(), "--split", args.split,
-                       "--protocol", "any,emm,rmm,nm", "--json", str(done), *args.limit, *args.root]  # fmt: skip
+            command = [
+                "evaluate.py",
+                str(model),
+                "--only",
+                row.take,
+                *row.evaluation.split(),
+                "--split",
+                args.split,
+                "--protocol",
+                "any,emm,rmm,nm",
+                "--json",
+                str(done),
+                *args.limit,
+                *args.root,
+            ]
             jobs[done] = Job(done, [base / f"{run}.done"], command)
     return [job for job in jobs.values() if not job.done.exists()]
 
@@ -133,8 +158,13 @@ def begin(job: Job, args: argparse.Namespace, device: str) -> subprocess.Popen:
     # two threads beside another busy process are ten times slower than one
     threads = "1" if device == "cpu" else str(max(1, (os.cpu_count() or 1) // len(args.device)))
     with open(f"{job.done}.log", "a") as log:
-        return subprocess.Popen([sys.executable, *job.command, "--device", device], stdout=log, stderr=log,
-                                env={**os.environ, "OMP_NUM_THREADS": threads}, start_new_session=True)  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, *job.command, "--device", device],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            start_new_session=True,
+        )
 
 
 def work(jobs: list[Job], args: argparse.Namespace) -> int:
@@ -172,8 +202,15 @@ def score(file: pathlib.Path, take: str) -> dict[str, float]:
     *missing, full = found["any"]
     weak = {c: found["any"][c] for c in missing if c == "EL" or len(missing) == 2}
     means = {protocol: statistics.mean(values.values()) for protocol, values in found.items()}
-    return {"full": found["any"][full], **weak, "missing": statistics.mean(found["any"][c] for c in missing),
-            "mean": means["any"], "EMM": means["emm"], "RMM": means["rmm"], "NM": means["nm"]}  # fmt: skip
+    return {
+        "full": found["any"][full],
+        **weak,
+        "missing": statistics.mean(found["any"][c] for c in missing),
+        "mean": means["any"],
+        "EMM": means["emm"],
+        "RMM": means["rmm"],
+        "NM": means["nm"],
+    }
 
 
 def report(args: argparse.Namespace, backbone: str) -> str:
@@ -195,13 +232,23 @@ def report(args: argparse.Namespace, backbone: str) -> str:
     revision = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     derived = " (event and lidar derived)" if args.data == "nyuv2" and args.modalities.count(",") > 1 else ""
-    about = (f"{args.data} ({args.split}), {backbone}, {args.modalities}{derived}, seeds {list(args.seeds)}, "
-             f"{machine}, {datetime.date.today()}, revision {revision or 'unknown'}; mIoU in per cent, mean ± standard "
-             "deviation; paper: CVPR 2026 version, DELIVER val, MiT-B0; "
-             f"`python -m benchmarks.reproduce {shlex.join(sys.argv[1:])}`")  # fmt: skip
+    about = (
+        f"{args.data} ({args.split}), {backbone}, {args.modalities}{derived}, seeds {list(args.seeds)}, "
+        f"{machine}, {datetime.date.today()}, revision {revision or 'unknown'}; mIoU in per cent, mean ± standard "
+        "deviation; paper: CVPR 2026 version, DELIVER val, MiT-B0; "
+        f"`python -m benchmarks.reproduce {shlex.join(sys.argv[1:])}`"
+    )
     left = [name for name, scores in table.items() if not scores]
-    text = "\n".join([about, "", *("| " + " | ".join(cells) + " |" for cells in lines), "",
-                      f"Not run: {', '.join(left) or 'nothing'}.", ""])  # fmt: skip
+    text = "\n".join(
+        [
+            about,
+            "",
+            *("| " + " | ".join(cells) + " |" for cells in lines),
+            "",
+            f"Not run: {', '.join(left) or 'nothing'}.",
+            "",
+        ]
+    )
     split = "" if args.split == RECIPES[args.data]["split"] else f"-{args.split}"
     out = pathlib.Path("benchmarks", "results", base.name + split)
     out.parent.mkdir(parents=True, exist_ok=True)

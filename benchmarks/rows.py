@@ -5,17 +5,32 @@ from collections import namedtuple
 RDEL = "rgb,depth,event,lidar"
 TINY = "--batch-size 16 --lr 2e-3 --warmup-epochs 1 --eval-every 10000"  # validated at the end alone: last weights kept
 # epochs: of the teacher, of each model that starts from it, of the FSM; flags: of both training scripts
-PUBLISHED = dict(backbone="segformer_b0", epochs=(200, 120, 10), classes=25, modalities=RDEL, split="val", limit=None,
-                 flags="")
+PUBLISHED = dict(
+    backbone="segformer_b0", epochs=(200, 120, 10), classes=25, modalities=RDEL, split="val", limit=None, flags=""
+)
 RECIPES = {
-    "synthetic": dict(backbone="segformer_tiny", epochs=(160, 48, 5), classes=12, modalities=RDEL, split="test",
-                      limit="300", flags=TINY),
-    "nyuv2": dict(backbone="segformer_tiny", epochs=(80, 20, 5), classes=13, modalities="rgb,depth", split="test",
-                  limit=None, flags="--classes {classes} --depth raw --size 120 --hold-out 0 " + TINY),
+    "synthetic": dict(
+        backbone="segformer_tiny",
+        epochs=(160, 48, 5),
+        classes=12,
+        modalities=RDEL,
+        split="test",
+        limit="300",
+        flags=TINY,
+    ),
+    "nyuv2": dict(
+        backbone="segformer_tiny",
+        epochs=(80, 20, 5),
+        classes=13,
+        modalities="rgb,depth",
+        split="test",
+        limit=None,
+        flags="--classes {classes} --depth raw --size 120 --hold-out 0 " + TINY,
+    ),
     "deliver": PUBLISHED,
     "muses": dict(PUBLISHED, classes=19, modalities="rgb,event,lidar"),
     "mcubes": dict(PUBLISHED, classes=20, modalities="rgb,aolp,dolp,nir", split="test"),
-}  # fmt: skip
+}
 
 # train: the flags of the row's run, or the name of another row's run; take: the row's name in evaluate.py's table.
 # {x} is the folder of run x of the same seed; {long}, {short}, {both} (robust model and student together), {all} (the
@@ -35,24 +50,48 @@ SELECT, STUDENT = (f"--stage1 {{hpdm}} --fsm-epochs {{fsm}} --student-epochs {ep
 PLAIN, UNTOLD = " --gamma-logits 0 --gamma-features 0", " --unconditioned-student"
 ROWS = [
     Row("teacher", "main", "teacher", "--epochs {long}" + TEACHER, "teacher"),
-    Row("longer", "main", "teacher, trained on as long as robust model + student",
-        "--pretrained {teacher}/teacher.pt --epochs {both}" + TEACHER, "teacher"),
+    Row(
+        "longer",
+        "main",
+        "teacher, trained on as long as robust model + student",
+        "--pretrained {teacher}/teacher.pt --epochs {both}" + TEACHER,
+        "teacher",
+    ),
     Row("dropped", "main", "modalities dropped, CE only", ROBUST + CE),
     Row("dropped_longer", "main", "modalities dropped, CE only, as long as robust + student", LONGER + CE),
     Row("simple", "main", "simple baseline: the same, half of the inputs complete", SIMPLE),
     Row("conditioned", "main", "simple baseline, conditioned on its modalities", SIMPLE + TOLD),
-    Row("once", "levers", "teacher, as long as teacher + robust model + student at once",
-        "--epochs {all}" + TEACHER, "teacher"),
-    Row("alone", "levers", "one model, dropped from its first step on, half complete, conditioned, as long",
-        "--teacher {teacher}/teacher.pt --robust-from start --distill-epochs {all}" + CE + HALF + TOLD),
-    Row("both_ways", "main", "one model, each batch complete and with random subsets, as long as all three",
-        "--epochs {all} --distill-epochs 0 --teacher-subsets 0.4", "teacher"),
+    Row(
+        "once",
+        "levers",
+        "teacher, as long as teacher + robust model + student at once",
+        "--epochs {all}" + TEACHER,
+        "teacher",
+    ),
+    Row(
+        "alone",
+        "levers",
+        "one model, dropped from its first step on, half complete, conditioned, as long",
+        "--teacher {teacher}/teacher.pt --robust-from start --distill-epochs {all}" + CE + HALF + TOLD,
+    ),
+    Row(
+        "both_ways",
+        "main",
+        "one model, each batch complete and with random subsets, as long as all three",
+        "--epochs {all} --distill-epochs 0 --teacher-subsets 0.4",
+        "teacher",
+    ),
     Row("anyseg", "main", "AnySeg's losses", ROBUST + " --losses anyseg"),
     Row("kl_0.3", "sweep", "CE + KL, lambda 0.3", ROBUST + " --lambda-kl 0.3 --alpha 0"),
     Row("kl_1", "sweep", "CE + KL, lambda 1", ROBUST + " --lambda-kl 1 --alpha 0"),
     Row("kl", "main sweep cvpr", "CE + KL, published lambda", KL + " --alpha 0"),
-    *(Row(f"{match}_{a}", "sweep", f"CE + KL + HPDM, {match} matching, alpha {a}", f"{KL} --alpha {a} --match {match}")
-      for match in ("random", "same") for a in (0.1, 1, 5)),
+    *(
+        Row(
+            f"{match}_{a}", "sweep", f"CE + KL + HPDM, {match} matching, alpha {a}", f"{KL} --alpha {a} --match {match}"
+        )
+        for match in ("random", "same")
+        for a in (0.1, 1, 5)
+    ),
     Row("same", "main sweep", "CE + KL + HPDM, same matching, published alpha", HPDM + " --match same"),
     Row("hpdm", "main sweep cvpr", "CE + KL + HPDM, random matching, published alpha", HPDM),
     Row("prototypes", "ablation", "HPDM, published prototypes", HPDM + " --prototypes published"),
@@ -71,9 +110,13 @@ ROWS = [
     Row("unconditioned", "stage2", "student, not conditioned", STUDENT + UNTOLD, "student"),
     Row("untargeted", "stage2", "student, no targets", STUDENT + PLAIN, "student"),
     Row("student", "main stage2", "student", STUDENT, "student"),
-]  # fmt: skip
+]
 TRAIN = {row.name: row.train for row in ROWS if row.train.startswith("--")}
 PAPER = {  # full and mean of the 15 subsets in the CVPR 2026 version (DELIVER val, MiT-B0), as others read its tables
-    "kl": (61.34, 46.42), "variation": (59.71, 47.51), "hpdm": (60.11, 49.06), "both": (61.11, 48.63),
-    "dominant": (61.26, 49.10), "feedback": (61.85, 49.91),
-}  # fmt: skip
+    "kl": (61.34, 46.42),
+    "variation": (59.71, 47.51),
+    "hpdm": (60.11, 49.06),
+    "both": (61.11, 48.63),
+    "dominant": (61.26, 49.10),
+    "feedback": (61.85, 49.91),
+}

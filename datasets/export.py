@@ -2,6 +2,7 @@
 
 Called by `python data.py --export DIR --layout deliver|muses|mcubes|nyuv2|folder`. Not in the paper.
 """
+
 import struct
 import zlib
 from pathlib import Path
@@ -35,30 +36,57 @@ def scene_files(layout: str, split: str, index: int, scene: dict) -> dict[str, n
         key = f"{condition}/{split}/MAP_1_point{index % 3 + 1}{'' if case == 'none' else '_' + case}/{index:06d}"
         event = event[::2, ::2] if case == "eventlowres" else event
         red = np.dstack([label + 1, 0 * label, 0 * label])
-        return {f"img/{key}_rgb_front.png": rgb, f"hha/{key}_depth_front.png": depth,
-                f"depth/{key}_depth_front.png": depth[..., 0], f"event/{key}_event_front.png": event,
-                f"lidar/{key}_lidar_front.png": lidar, f"semantic/{key}_semantic_front.png": red}
+        return {
+            f"img/{key}_rgb_front.png": rgb,
+            f"hha/{key}_depth_front.png": depth,
+            f"depth/{key}_depth_front.png": depth[..., 0],
+            f"event/{key}_event_front.png": event,
+            f"lidar/{key}_lidar_front.png": lidar,
+            f"semantic/{key}_semantic_front.png": red,
+        }
     if layout == "muses":
         key = f"{split}/{MUSES_WEATHER[condition]}/REC{index % 3:04d}_frame_{index:06d}"
-        lidar = 15000 + 60 * lidar.astype(np.uint16)    # 0..255 as 0..102 metres
+        lidar = 15000 + 60 * lidar.astype(np.uint16)  # 0..255 as 0..102 metres
         radar = np.where(np.arange(lidar.shape[1])[:, None] % 4, 15000, lidar).astype(np.uint16)
         labels = {f"gt_semantic/{key}_gt_labelTrainIds.png": label} if split != "test" else {}
-        return {f"frame_camera/{key}_frame_camera.png": rgb, f"event_camera/{key}_event_camera.png": event,
-                f"lidar/{key}_lidar.png": lidar, f"radar/{key}_radar.png": radar, **labels}
+        return {
+            f"frame_camera/{key}_frame_camera.png": rgb,
+            f"event_camera/{key}_event_camera.png": event,
+            f"lidar/{key}_lidar.png": lidar,
+            f"radar/{key}_radar.png": radar,
+            **labels,
+        }
     if layout == "mcubes":
         key, angle = f"scene{index % 3}_{split}_{index:06d}", depth[..., 0] * np.float32(np.pi / 255)
-        files = {f"polL_color/{key}.png": rgb.astype(np.uint16) * 257, f"polL_aolp_sin/{key}.npy": np.sin(angle),
-                 f"polL_aolp_cos/{key}.npy": np.cos(angle), f"polL_dolp/{key}.npy": event[..., 0] / np.float32(255),
-                 f"NIR_warped/{key}.png": lidar[..., 2].astype(np.uint16) * 257, f"GT/{key}.png": label}
-        return {f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][:array.ndim])
-                for path, array in files.items()}
+        files = {
+            f"polL_color/{key}.png": rgb.astype(np.uint16) * 257,
+            f"polL_aolp_sin/{key}.npy": np.sin(angle),
+            f"polL_aolp_cos/{key}.npy": np.cos(angle),
+            f"polL_dolp/{key}.npy": event[..., 0] / np.float32(255),
+            f"NIR_warped/{key}.png": lidar[..., 2].astype(np.uint16) * 257,
+            f"GT/{key}.png": label,
+        }
+        return {
+            f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][: array.ndim])
+            for path, array in files.items()
+        }
     if layout == "nyuv2":
         key, thirteen = f"{split}{index:04d}", class_ids("nyuv2_13")[painted]
-        return {f"RGB/{key}.jpg": rgb, f"HHA/{key}.png": depth, f"Depth/{key}.png": depth[..., 0],
-                f"Label/{key}.png": label + 1, f"Label13/{key}.png": thirteen + 1}
+        return {
+            f"RGB/{key}.jpg": rgb,
+            f"HHA/{key}.png": depth,
+            f"Depth/{key}.png": depth[..., 0],
+            f"Label/{key}.png": label + 1,
+            f"Label13/{key}.png": thirteen + 1,
+        }
     key = f"{split}/{condition}/{case}/{index:06d}"
-    return {f"rgb/{key}.png": rgb, f"depth/{key}.png": depth[..., 0].astype(np.uint16) * 257, f"event/{key}.png": event,
-            f"lidar/{key}.npy": lidar / np.float32(255), f"labels/{key}.png": label}
+    return {
+        f"rgb/{key}.png": rgb,
+        f"depth/{key}.png": depth[..., 0].astype(np.uint16) * 257,
+        f"event/{key}.png": event,
+        f"lidar/{key}.npy": lidar / np.float32(255),
+        f"labels/{key}.png": label,
+    }
 
 
 def class_ids(layout: str) -> np.ndarray:
@@ -100,11 +128,11 @@ def write_file(path: Path, content: np.ndarray | str) -> None:
     elif path.suffix == ".npy":
         np.save(path, content)
     elif content.dtype == np.uint8:
-        Image.fromarray(content).save(path, quality=95)     # of JPEG
+        Image.fromarray(content).save(path, quality=95)  # of JPEG
     else:
         height, width = content.shape[:2]
-        rows = content.astype(">u2").reshape(height, -1).view(np.uint8)     # (H, 2 W C)
-        rows = np.pad(rows, ((0, 0), (1, 0)))                               # a row begins with its filter: none
+        rows = content.astype(">u2").reshape(height, -1).view(np.uint8)  # (H, 2 W C)
+        rows = np.pad(rows, ((0, 0), (1, 0)))  # a row begins with its filter: none
         header = struct.pack(">IIBBBBB", width, height, 16, 2 if content.ndim == 3 else 0, 0, 0, 0)
         chunks = b"IHDR" + header, b"IDAT" + zlib.compress(rows.tobytes()), b"IEND"
         chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]

@@ -3,6 +3,7 @@
 And the kind and range of each modality: learnt from training frames, kept in checkpoints, held wherever frames are
 read. Not in the paper. A missing, damaged or odd file is a FileNotFoundError or ValueError of one sentence.
 """
+
 import functools
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,17 +17,18 @@ from PIL import Image, ImageOps
 from datasets.derived import derive_event, derive_lidar
 
 IGNORED = 255
-LARGEST = 1e6       # a float beyond it is a mark for "nothing measured" rather than a measurement
-FEW_BITS = {"1": 1, "L;2": 85, "L;4": 17}   # what Pillow multiplies grey of 1, 2 and 4 bits by
+LARGEST = 1e6  # a float beyond it is a mark for "nothing measured" rather than a measurement
+FEW_BITS = {"1": 1, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey of 1, 2 and 4 bits by
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
 KINDS = {"uint8": "8 bit", "uint16": "16 bit", "float32": "float"}
 
 
 class Frame(NamedTuple):
     """One moment: its files in the order of the chosen modalities; `label` is None where none is published."""
+
     name: str
-    condition: str      # the weather, or "none"
-    case: str           # DELIVER's sensor failure, MUSES' day or night, or "none"
+    condition: str  # the weather, or "none"
+    case: str  # DELIVER's sensor failure, MUSES' day or night, or "none"
     images: tuple[Path, ...] = ()
     label: Path | None = None
 
@@ -54,7 +56,7 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             mode, tile = image.mode, image.tile[0]
             packing = str(tile[3])
-            if mode.startswith("I"):        # 16-bit grey
+            if mode.startswith("I"):  # 16-bit grey
                 return np.asarray(image).astype(np.uint16)
             if ids and packing in FEW_BITS:
                 return np.array(image).astype(np.uint8) // FEW_BITS[packing]
@@ -68,7 +70,7 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
         with Image.open(path, formats=("PNG",)) as image:
             image.tile = [(*tile[:3], packing.replace("16B", "16L"))]
             return (high.astype(np.uint16) << 8 | np.asarray(image))[..., :3]
-    except Exception as error:              # a decoder may raise anything on a damaged file
+    except Exception as error:  # a decoder may raise anything on a damaged file
         raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
@@ -81,10 +83,10 @@ def read_image(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is {image.dtype} {image.shape}; expected (H, W, 1 or 3) uint8, uint16 or float")
     if image.dtype.kind == "u":
         return image
-    with np.errstate(over="ignore"):        # what float32 cannot hold becomes infinite, and is found below
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is found below
         image = image.astype(np.float32)
     largest = np.abs(image).max()
-    if not largest <= LARGEST:              # NaN neither, whose comparisons are all false
+    if not largest <= LARGEST:  # NaN neither, whose comparisons are all false
         raise ValueError(f"{path} has NaN or infinite values, or some beyond {LARGEST:g} ({largest:g}); put 0 there")
     return image
 
@@ -113,7 +115,7 @@ def read_mcubes(path: Path) -> np.ndarray:
 def read_nyuv2(path: Path) -> np.ndarray:
     """A NYU Depth v2 file. Raw depth is metres / 10, at most 1: 16 bit hold millimetres, 8 bit 25.5 a metre."""
     image = read_image(path)
-    if image.dtype == np.uint8 or image.shape[2] == 3:      # colours, HHA
+    if image.dtype == np.uint8 or image.shape[2] == 3:  # colours, HHA
         return image
     return np.minimum(image / np.float32(10 if image.dtype == np.float32 else 10000), 1)
 
@@ -134,13 +136,13 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
 
     Broken frames are left out, since whoever reads them will be told. Without a sound one there are no ranges.
     """
-    seen, ranges = [], {}       # seen: (kind, minimum, maximum) of each modality, by frame
+    seen, ranges = [], {}  # seen: (kind, minimum, maximum) of each modality, by frame
     for frame in frames:
         with suppress(ValueError, OSError):
             images, _ = read_frame(name, modalities, frame, *codes)
             seen.append([(KINDS[image.dtype.name], float(image.min()), float(image.max())) for image in images])
     for modality, values in zip(modalities, zip(*seen, strict=True), strict=False):
-        kind = mode(kind for kind, _, _ in values)      # the most frequent: then it is the odd file that is refused
+        kind = mode(kind for kind, _, _ in values)  # the most frequent: then it is the odd file that is refused
         _, lows, highs = zip(*(value for value in values if value[0] == kind), strict=True)
         ranges[modality] = [kind, min(lows), max(highs)]
     return ranges
@@ -159,8 +161,10 @@ def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list
         low, high, width = image.min(), image.max(), most - least
         least, most = (0, 1) if modality == "rgb" else (least - width, most + width)
         if not least <= low <= high <= most:
-            raise ValueError(f"{path} has values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, "
-                             f"by the training split; correct the file or its unit")
+            raise ValueError(
+                f"{path} has values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, "
+                f"by the training split; correct the file or its unit"
+            )
     return scaled(image) if kind == "16 bit" else image
 
 
@@ -179,17 +183,21 @@ def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) ->
         classes = table.take(ids)
         right = (classes == IGNORED) | (palette[classes.clip(0, len(palette) - 1)] == colours).all(2)
         if not right.all() and (ids[..., None] != colours).any():
-            raise ValueError(f"{path} has a palette of other colours than the classes, so its indices may not be their "
-                             f"ids; save the ids as 8-bit grey PNG, or write the palette's colours into classes.txt")
+            raise ValueError(
+                f"{path} has a palette of other colours than the classes, so its indices may not be their "
+                f"ids; save the ids as 8-bit grey PNG, or write the palette's colours into classes.txt"
+            )
     ids = ids[..., 0] if name == "deliver" and ids.ndim == 3 else ids
     if ids.ndim != 2 or ids.dtype not in ("u1", "u2"):
         raise ValueError(f"{path} is no label map; expected class ids of 8 or 16 bit in one channel")
-    label = table.take(ids)                 # (H, W), in int16: no id can wrap around
+    label = table.take(ids)  # (H, W), in int16: no id can wrap around
     if label.min() < 0:
         known = np.flatnonzero(table >= 0)
-        raise ValueError(f"{path} holds the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2:][0]} and "
-                         f"{known[-1]}; correct the file, classes.txt or --label-map")
-    return label[:, 192 if name == "mcubes" else 0:].astype(np.uint8)
+        raise ValueError(
+            f"{path} holds the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2:][0]} and "
+            f"{known[-1]}; correct the file, classes.txt or --label-map"
+        )
+    return label[:, 192 if name == "mcubes" else 0 :].astype(np.uint8)
 
 
 def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -198,8 +206,14 @@ def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return pixels[rows][:, columns]
 
 
-def read_frame(name: str, modalities: list[str], frame: Frame, table: np.ndarray, palette: np.ndarray,
-               ranges: dict[str, list] | None = None) -> tuple[list[np.ndarray], np.ndarray]:
+def read_frame(
+    name: str,
+    modalities: list[str],
+    frame: Frame,
+    table: np.ndarray,
+    palette: np.ndarray,
+    ranges: dict[str, list] | None = None,
+) -> tuple[list[np.ndarray], np.ndarray]:
     """A frame of a data set: an image (H, W, 1 or 3) per modality, and its label (H, W) uint8 as of `read_label`.
 
     The images are uint8, uint16 or float32, as stored; with `ranges`, all are checked, and 16 bit are float32 in 0..1.
@@ -215,9 +229,12 @@ def read_frame(name: str, modalities: list[str], frame: Frame, table: np.ndarray
             image = read(path)
         label = np.full(image.shape[:2], IGNORED, np.uint8) if label is None else label
         if image.shape[:2] != label.shape:
-            if (name, modality) != ("deliver", "event"):    # whose eventlowres is of 512 x 512
-                raise ValueError("{} has {} rows of {} pixels, but {} has {} of {}; files of a frame must be aligned"
-                                 .format(path, *image.shape[:2], frame.label or frame.images[0], *label.shape))
+            if (name, modality) != ("deliver", "event"):  # whose eventlowres is of 512 x 512
+                raise ValueError(
+                    "{} has {} rows of {} pixels, but {} has {} of {}; files of a frame must be aligned".format(
+                        path, *image.shape[:2], frame.label or frame.images[0], *label.shape
+                    )
+                )
             image = nearest(image, label.shape)
         images.append(image if ranges is None else checked(image, modality, path, ranges))
     return images, label

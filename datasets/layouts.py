@@ -2,6 +2,7 @@
 
 Facts from the data sets' own pages and tools. `datasets/files.py` decodes the files.
 """
+
 import colorsys
 import os
 import re
@@ -17,13 +18,14 @@ from datasets.synthetic import CASES, SPLITS
 # ---- classes and layouts --------------------------------------------------------------------------------------------
 class Layout(NamedTuple):
     """Where a data set keeps its files: FOLDER/**/*ENDING. What ** and * stand for is the KEY, the name of a frame."""
+
     modalities: dict[str, str]
     label: str
-    split_level: int                # how many folders of KEY lie above train, val, test; -1: there are lists
-    inner: str = ""                 # the folder that all this lies in, where the root is its parent
-    raw_depth: str = ""             # what depth is read from instead of HHA
-    label_map: str = "shift:0"      # see `label_table`
-    unasked: tuple[str, ...] = ()   # modalities that are used only where they are named
+    split_level: int  # how many folders of KEY lie above train, val, test; -1: there are lists
+    inner: str = ""  # the folder that all this lies in, where the root is its parent
+    raw_depth: str = ""  # what depth is read from instead of HHA
+    label_map: str = "shift:0"  # see `label_table`
+    unasked: tuple[str, ...] = ()  # modalities that are used only where they are named
 
     def expected(self) -> str:
         """For people: the files that are looked for, and where to read more."""
@@ -34,24 +36,53 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "deliver": Layout(
-        {"rgb": "img/**/*_rgb_front.png", "depth": "hha/**/*_depth_front.png",
-         "event": "event/**/*_event_front.png", "lidar": "lidar/**/*_lidar_front.png"},
-        "semantic/**/*_semantic_front.png", 1, raw_depth="depth/**/*_depth_front.png", label_map="shift:-1"),
+        {
+            "rgb": "img/**/*_rgb_front.png",
+            "depth": "hha/**/*_depth_front.png",
+            "event": "event/**/*_event_front.png",
+            "lidar": "lidar/**/*_lidar_front.png",
+        },
+        "semantic/**/*_semantic_front.png",
+        1,
+        raw_depth="depth/**/*_depth_front.png",
+        label_map="shift:-1",
+    ),
     "muses": Layout(
-        {"rgb": "frame_camera/**/*_frame_camera.png", "event": "event_camera/**/*_event_camera.png",
-         "lidar": "lidar/**/*_lidar.png", "radar": "radar/**/*_radar.png"},
-        "gt_semantic/**/*_gt_labelTrainIds.png", 0, unasked=("radar",)),        # as in the papers' tables
+        {
+            "rgb": "frame_camera/**/*_frame_camera.png",
+            "event": "event_camera/**/*_event_camera.png",
+            "lidar": "lidar/**/*_lidar.png",
+            "radar": "radar/**/*_radar.png",
+        },
+        "gt_semantic/**/*_gt_labelTrainIds.png",
+        0,
+        unasked=("radar",),
+    ),  # as in the papers' tables
     "mcubes": Layout(
-        {"rgb": "polL_color/**/*.png", "aolp": "polL_aolp_sin/**/*.npy", "dolp": "polL_dolp/**/*.npy",
-         "nir": "NIR_warped/**/*.png"}, "GT/**/*.png", -1, inner="multimodal_dataset"),
-    "nyuv2": Layout(                        # event and lidar are derived from rgb and raw depth
+        {
+            "rgb": "polL_color/**/*.png",
+            "aolp": "polL_aolp_sin/**/*.npy",
+            "dolp": "polL_dolp/**/*.npy",
+            "nir": "NIR_warped/**/*.png",
+        },
+        "GT/**/*.png",
+        -1,
+        inner="multimodal_dataset",
+    ),
+    "nyuv2": Layout(  # event and lidar are derived from rgb and raw depth
         {"rgb": "RGB/**/*.jpg", "depth": "HHA/**/*.png", "event": "Depth/**/*.png", "lidar": "Depth/**/*.png"},
-        "Label/**/*.png", -1, "NYUDepthv2", "Depth/**/*.png", "shift:-1", unasked=("event", "lidar")),
-    "folder": Layout({"<modality>": "<modality>/**/*.png"}, "labels/**/*.png", 0),      # its own are found on disk
+        "Label/**/*.png",
+        -1,
+        "NYUDepthv2",
+        "Depth/**/*.png",
+        "shift:-1",
+        unasked=("event", "lidar"),
+    ),
+    "folder": Layout({"<modality>": "<modality>/**/*.png"}, "labels/**/*.png", 0),  # its own are found on disk
 }
 DATASETS = ("synthetic", *LAYOUTS)
-LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment", re.IGNORECASE)   # names of folders
-CLASSES = Path(__file__).parent / "classes"     # NAME.txt for each data set, in the format of a folder's classes.txt
+LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment", re.IGNORECASE)  # names of folders
+CLASSES = Path(__file__).parent / "classes"  # NAME.txt for each data set, in the format of a folder's classes.txt
 
 
 def spread(frames: list, count: int | None) -> list:
@@ -64,7 +95,7 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     """A classes.txt: the K names, label 0 in the first line, and the palette (K, 3); a missing colour is made up."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; write a class a line, 'name' or 'name r g b', in label order")
-    try:        # split, since splitlines would split at U+2028 as well
+    try:  # split, since splitlines would split at U+2028 as well
         lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no UTF-8 text; save it as such") from None
@@ -72,14 +103,16 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
         raise ValueError(f"{path} has {len(lines)} classes; expected 1 to 255, one a line")
     classes = {}
     for number, words in enumerate(lines):
-        hue, brightness = 0.618 * number % 1, 0.95 - 0.12 * (number % 5)        # golden ratio
+        hue, brightness = 0.618 * number % 1, 0.95 - 0.12 * (number % 5)  # golden ratio
         colour = [int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.7, brightness)]
         if len(words) > 3 and all(map(str.isdecimal, words[-3:])):
             words, colour = words[:-3], [int(word) for word in words[-3:]]
         name = " ".join(words)
         if name.startswith("#") or max(colour) > 255 or name in classes:
-            raise ValueError(f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line, "
-                             f"no name twice, and r, g, b in 0..255")
+            raise ValueError(
+                f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line, "
+                f"no name twice, and r, g, b in 0..255"
+            )
         classes[name] = colour
     return list(classes), np.array(list(classes.values()), np.uint8)
 
@@ -112,8 +145,9 @@ def label_table(label_map: str, num_classes: int) -> np.ndarray:
 
 
 # ---- frames ---------------------------------------------------------------------------------------------------------
-def open_layout(name: str, root: str | Path | None, depth: str, classes: int
-                ) -> tuple[Layout, Path | None, list[str], np.ndarray]:
+def open_layout(
+    name: str, root: str | Path | None, depth: str, classes: int
+) -> tuple[Layout, Path | None, list[str], np.ndarray]:
     """The layout as the options have it, the folder its paths begin at, the class names and the palette (K, 3)."""
     if name == "synthetic":
         layout = Layout(dict.fromkeys(("rgb", "depth", "event", "lidar"), ""), "", -1)
@@ -144,6 +178,7 @@ def find_files(root: Path, pattern: str, split_level: int, split: str) -> dict[s
     At `split_level` only the folder named `split` is entered; what is hidden is left out. Links are followed, but
     refused if they lead to the same folder twice: a loop, or val -> train. A folder that cannot be listed is refused.
     """
+
     def unreadable(error: OSError) -> None:
         raise ValueError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or remove it")
 
@@ -152,7 +187,7 @@ def find_files(root: Path, pattern: str, split_level: int, split: str) -> dict[s
     home = os.path.realpath(base)
     for folder, inner, files in os.walk(base, onerror=unreadable, followlinks=True) if base.is_dir() else ():
         parts, real = Path(folder).relative_to(base).parts, os.path.realpath(folder)
-        related = os.path.commonpath([home, real]) in (home, real)      # one of the two lies in the other
+        related = os.path.commonpath([home, real]) in (home, real)  # one of the two lies in the other
         if real in seen or related and real != os.path.join(home, *parts):
             raise ValueError(f"{folder} is a link, by which the frames in {real} are found twice; remove it")
         seen.add(real)
@@ -183,7 +218,7 @@ def listed(name: str, root: Path, split: str, hold_out: int) -> list[str]:
     part = split if name == "mcubes" or split != "val" else "train" if hold_out else "test"
     path = folder / f"{part}.txt"
     lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
-    files = [PureWindowsPath(line.split()[0]) for line in lines if line.strip()]        # its separators are / and \\
+    files = [PureWindowsPath(line.split()[0]) for line in lines if line.strip()]  # its separators are / and \\
     keys = sorted({file.stem if file.suffix.lower() in SUFFIXES else file.name for file in files})
     if not hold_out or part == "test":
         return keys
@@ -206,10 +241,10 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
         # A file that is not there keeps the path where it should be, so that reading the frame names it.
         *images, label = (indexed[pattern].get(key, root / pattern.replace("**/*", key)) for pattern in patterns)
         folders = key.split("/")[:-1]
-        if name == "deliver":   # condition/split/sequence; a failure is part of the sequence's name
+        if name == "deliver":  # condition/split/sequence; a failure is part of the sequence's name
             condition, case = folders[0], next((c for c in CASES if c in key.lower()), "none")
-        else:                   # split/condition/case, as far as there are such folders
+        else:  # split/condition/case, as far as there are such folders
             condition, case = (*folders[1:3], "none", "none")[:2]
-        unlabelled = split == "test" and not indexed[patterns[-1]]      # MUSES keeps its test labels to itself
+        unlabelled = split == "test" and not indexed[patterns[-1]]  # MUSES keeps its test labels to itself
         frames.append(Frame(key, condition, case, tuple(images), None if unlabelled else label))
     return frames

@@ -15,6 +15,7 @@ A condition or a failure changes a modality, never the scene: label and geometry
 Axes: u right and v down, 0..1 over the image (which is stretched to its size); x right and z forward, in metres.
 The focal length is one image width, so a thing of width x at distance z covers x / z of the image.
 """
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,9 +26,9 @@ SPLITS = ("train", "val", "test")
 CONDITIONS = ("cloud", "fog", "night", "rain", "sun")
 CASES = ("motionblur", "overexposure", "underexposure", "lidarjitter", "eventlowres")
 
-FAR = 70.0      # metres; only the skyline is there
-TEXELS = 64     # texture and scan lines are as fine as this at every image size
-REFLECTANCE = np.array([0, 0.45, 0.45, 0.25, 0.25, 0.25, 0.4, 0.95, 0.5, 0.5, 0.5, 0.5], np.float32)    # by class
+FAR = 70.0  # metres; only the skyline is there
+TEXELS = 64  # texture and scan lines are as fine as this at every image size
+REFLECTANCE = np.array([0, 0.45, 0.45, 0.25, 0.25, 0.25, 0.4, 0.95, 0.5, 0.5, 0.5, 0.5], np.float32)  # by class
 ROUGHNESS = np.array([0.02, 0.06, 0.2, 0.08, 0.06, 0.08, 0.05, 0.03, 0.05, 0.05, 0.05, 0.08], np.float32)
 
 # The background's surfaces by number; behind DASHED come BLOCKS blocks of the skyline and 2 * HOUSES house fronts.
@@ -46,23 +47,40 @@ PARTS = {
     "box": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0),),
     "plate": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0), (BOX, 0.3, 0.7, 0.35, 0.65, UPRIGHT, 1.6)),
     "disc": ((OVAL, 0, 1, 0, 1, UPRIGHT, 1.0), (OVAL, 0.3, 0.7, 0.3, 0.7, UPRIGHT, 1.6)),
-    "tree": ((BOX, 0.44, 0.56, 0, 0.5, UPRIGHT, (0.32, 0.25, 0.18)), (LEAVES, 0, 0.75, 0.35, 0.85, UPRIGHT, 0.85),
-             (LEAVES, 0.2, 1, 0.4, 1, UPRIGHT, 1.0)),
-    "person": ((BOX, 0.15, 0.45, 0, 0.5, UPRIGHT, 0.5), (BOX, 0.55, 0.85, 0, 0.5, UPRIGHT, 0.5),
-               (BOX, 0, 1, 0.42, 0.84, UPRIGHT, 1.0), (OVAL, 0.22, 0.78, 0.82, 1, UPRIGHT, SKIN)),
-    "side of a car": ((BOX, 0.18, 0.78, 0.55, 1, FLAT, 0.9), (BOX, 0.22, 0.74, 0.6, 0.92, SLOPE, GLASS),
-                      (BOX, 0, 1, 0.15, 0.53, UPRIGHT, 1.0), (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
-                      (OVAL, 0.1, 0.3, 0, 0.32, UPRIGHT, TYRE), (OVAL, 0.7, 0.9, 0, 0.32, UPRIGHT, TYRE)),
-    "back of a car": ((BOX, 0.05, 0.95, 0, 0.3, UPRIGHT, TYRE), (BOX, 0.1, 0.9, 0.55, 1, FLAT, 0.9),
-                      (BOX, 0.16, 0.84, 0.6, 0.92, SLOPE, GLASS), (BOX, 0, 1, 0.16, 0.53, UPRIGHT, 1.0),
-                      (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15), (BOX, 0.02, 0.18, 0.38, 0.5, UPRIGHT, LAMP),
-                      (BOX, 0.82, 0.98, 0.38, 0.5, UPRIGHT, LAMP)),
+    "tree": (
+        (BOX, 0.44, 0.56, 0, 0.5, UPRIGHT, (0.32, 0.25, 0.18)),
+        (LEAVES, 0, 0.75, 0.35, 0.85, UPRIGHT, 0.85),
+        (LEAVES, 0.2, 1, 0.4, 1, UPRIGHT, 1.0),
+    ),
+    "person": (
+        (BOX, 0.15, 0.45, 0, 0.5, UPRIGHT, 0.5),
+        (BOX, 0.55, 0.85, 0, 0.5, UPRIGHT, 0.5),
+        (BOX, 0, 1, 0.42, 0.84, UPRIGHT, 1.0),
+        (OVAL, 0.22, 0.78, 0.82, 1, UPRIGHT, SKIN),
+    ),
+    "side of a car": (
+        (BOX, 0.18, 0.78, 0.55, 1, FLAT, 0.9),
+        (BOX, 0.22, 0.74, 0.6, 0.92, SLOPE, GLASS),
+        (BOX, 0, 1, 0.15, 0.53, UPRIGHT, 1.0),
+        (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
+        (OVAL, 0.1, 0.3, 0, 0.32, UPRIGHT, TYRE),
+        (OVAL, 0.7, 0.9, 0, 0.32, UPRIGHT, TYRE),
+    ),
+    "back of a car": (
+        (BOX, 0.05, 0.95, 0, 0.3, UPRIGHT, TYRE),
+        (BOX, 0.1, 0.9, 0.55, 1, FLAT, 0.9),
+        (BOX, 0.16, 0.84, 0.6, 0.92, SLOPE, GLASS),
+        (BOX, 0, 1, 0.16, 0.53, UPRIGHT, 1.0),
+        (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
+        (BOX, 0.02, 0.18, 0.38, 0.5, UPRIGHT, LAMP),
+        (BOX, 0.82, 0.98, 0.38, 0.5, UPRIGHT, LAMP),
+    ),
 }
 
 
 def layout(seed: int, split: str, index: int) -> SimpleNamespace:
     """All that chance decides about a scene, in metres if not said otherwise. Arguments as in `paint`."""
-    key = (seed, SPLITS.index(split), index)                    # so the splits are separate random streams
+    key = (seed, SPLITS.index(split), index)  # so the splits are separate random streams
     rng = np.random.default_rng(key)
     draws = iter(rng.random(512).tolist())
 
@@ -79,17 +97,28 @@ def layout(seed: int, split: str, index: int) -> SimpleNamespace:
     curb, left, right = between(0.15, 0.3), between(-4.2, -1.8), between(1.8, 4.2)
     far_left, far_right = left - between(2, 5), right + between(2, 5)
     middle, line = left + (right - left) * between(0.35, 0.65), between(0.3, 0.5)
-    section = np.full(1024, GRASS)                              # surfaces by x, 16 to the metre, x = 0 at 512
-    for start, end, what in ((far_left, far_right, PAVEMENT), (left, right, ASPHALT), (middle, middle + line, DASHED),
-                             (left + between(0.2, 1.2), 0, MARK), (right - between(0.5, 1.5), 0, MARK)):
-        section[int(512 + 16 * start):int(512 + 16 * (end or start + line))] = what
+    section = np.full(1024, GRASS)  # surfaces by x, 16 to the metre, x = 0 at 512
+    for start, end, what in (
+        (far_left, far_right, PAVEMENT),
+        (left, right, ASPHALT),
+        (middle, middle + line, DASHED),
+        (left + between(0.2, 1.2), 0, MARK),
+        (right - between(0.5, 1.5), 0, MARK),
+    ):
+        section[int(512 + 16 * start) : int(512 + 16 * (end or start + line))] = what
 
     # Background surfaces: class, colour, angle. Road and sidewalk are of one grey.
     grey, green = (between(0.3, 0.5),) * 3, pick_colour(LEAF)
     parks = [one_of(True, False) for _ in range(BLOCKS)]
     white = (between(0.75, 0.95),) * 3
-    surfaces = [(SKY, (between(0.55, 0.75), between(0.68, 0.78), 0.85), 0), (ROAD, grey, FLAT), (LANE, white, FLAT),
-                (SIDEWALK, grey, FLAT), (VEGETATION, green, FLAT), (LANE, white, FLAT)]
+    surfaces = [
+        (SKY, (between(0.55, 0.75), between(0.68, 0.78), 0.85), 0),
+        (ROAD, grey, FLAT),
+        (LANE, white, FLAT),
+        (SIDEWALK, grey, FLAT),
+        (VEGETATION, green, FLAT),
+        (LANE, white, FLAT),
+    ]
     for park in parks + [False] * 2 * HOUSES:
         label, colour = (VEGETATION, green) if park else (BUILDING, pick_colour(PLASTER, between(0.3, 0.7)))
         surfaces.append((label, colour, UPRIGHT))
@@ -98,59 +127,74 @@ def layout(seed: int, split: str, index: int) -> SimpleNamespace:
 
     def place(kind, label, x, z, width, height, colour, speed=0.0, lift=0.0):
         """Put a thing of PARTS on the street; `speed` is sideways, in image widths between two frames."""
-        things.append(SimpleNamespace(kind=kind, label=label, x=x, z=z, width=width, height=height, colour=colour,
-                                      speed=speed, base=lift + (0.0 if left < x < right else curb)))
+        things.append(
+            SimpleNamespace(
+                kind=kind,
+                label=label,
+                x=x,
+                z=z,
+                width=width,
+                height=height,
+                colour=colour,
+                speed=speed,
+                base=lift + (0.0 if left < x < right else curb),
+            )
+        )
 
     for _ in range(one_of(1, 2, 3)):
         x = one_of(far_left - between(0, 2), far_right + between(0, 2))
         place("tree", VEGETATION, x, between(6, 24), between(2.5, 5), between(3.5, 7.5), pick_colour(LEAF))
-    for _ in range(one_of(1, 2, 3)):                            # hedges and low walls
+    for _ in range(one_of(1, 2, 3)):  # hedges and low walls
         x = one_of(far_left - between(0, 1), far_right + between(0, 1))
         label, colour = one_of((VEGETATION, pick_colour(LEAF)), (BUILDING, pick_colour(PLASTER, between(0.3, 0.7))))
         place("box", label, x, between(5, 20), between(2, 5), between(0.8, 1.7), colour)
-    for _ in range(one_of(3, 4, 5)):                            # posts: bare, with a sign, with the grey back of a sign
+    for _ in range(one_of(3, 4, 5)):  # posts: bare, with a sign, with the grey back of a sign
         x, z, height = one_of(left - between(0.3, 1.1), right + between(0.3, 1.1)), between(4.5, 12), between(2, 3.5)
         place("box", POLE, x, z, 0.36, height, STEEL)
         label, colour = one_of((None, STEEL), (POLE, STEEL), (SIGN, one_of(*SIGNS)), (SIGN, one_of(*SIGNS)))
         if label is not None:
             width = between(1, 1.4)
             place(one_of("plate", "disc"), label, x, z - 0.01, width, width, colour, lift=height - 0.4)
-    for _ in range(one_of(4, 5, 6)):                            # a third each: parked cars, moving cars, billboards
+    for _ in range(one_of(4, 5, 6)):  # a third each: parked cars, moving cars, billboards
         kind, width = one_of(("side of a car", between(3.4, 4.4)), ("back of a car", between(1.7, 2)))
         label, speed = one_of((PARKED, 0.0), (BILLBOARD, 0.0), (MOVING, one_of(-1, 1) * between(0.035, 0.07)))
         x, z, height = between(left - 1.5, right + 1.5), between(2.2, 4.3) ** 2, between(1.4, 1.8)
         place(kind, label, x, z, width, height, pick_colour(ANY), speed)
-    for _ in range(one_of(2, 3, 4)):                            # people, of whom half walk
+    for _ in range(one_of(2, 3, 4)):  # people, of whom half walk
         speed = one_of(0.0, one_of(-1, 1) * between(0.02, 0.04))
         x, z, width, height = between(far_left, far_right), between(4, 11), between(0.6, 0.8), between(1.5, 1.9)
         place("person", PEDESTRIAN, x, z, width, height, pick_colour(ANY), speed)
 
     return SimpleNamespace(
-        key=key, section=section, surfaces=surfaces,
-        curb=curb, tall=tall,                                   # heights: sidewalk and grass; houses, a gap the curb's
-        things=sorted(things, key=lambda thing: -thing.z),      # far to near
-        centre=(between(0.36, 0.64), between(0.36, 0.48)),      # (u, v) of the vanishing point
-        eye=between(1.5, 2),                                    # height of the camera
-        bend=between(-0.002, 0.002),                            # of the road: its x grows by bend * z**2
-        slabs=rng.random((2, 64), np.float32) * 0.3 + 0.85,     # seams in the ground by x and by z, without meaning
-        dash=(between(0.25, 0.45), between(0, 1)),              # dashes per metre, phase
-        crossing=between(4, 30),                                # z of a zebra crossing
-        walls=(far_left - between(0.5, 5.5), far_right + between(0.5, 5.5)),        # x of the house fronts
-        house=between(6, 12),                                   # length of a house
-        skyline=rng.random(BLOCKS, np.float32) * 0.1 + 0.01,    # height in v
-        texture=rng.random((TEXELS, TEXELS), np.float32) * 3.4 - 1.7,       # mean 0, deviation 1
-        ego=(between(0.1, 0.3), between(-0.004, 0.004)),        # between two frames: metres forward, turn in widths
-        shade=(far_left, between(left, right)),                 # the houses' shadow when the sun shines, from x to x
-        visibility=between(12, 24))                             # in fog
+        key=key,
+        section=section,
+        surfaces=surfaces,
+        curb=curb,
+        tall=tall,  # heights: sidewalk and grass; houses, a gap the curb's
+        things=sorted(things, key=lambda thing: -thing.z),  # far to near
+        centre=(between(0.36, 0.64), between(0.36, 0.48)),  # (u, v) of the vanishing point
+        eye=between(1.5, 2),  # height of the camera
+        bend=between(-0.002, 0.002),  # of the road: its x grows by bend * z**2
+        slabs=rng.random((2, 64), np.float32) * 0.3 + 0.85,  # seams in the ground by x and by z, without meaning
+        dash=(between(0.25, 0.45), between(0, 1)),  # dashes per metre, phase
+        crossing=between(4, 30),  # z of a zebra crossing
+        walls=(far_left - between(0.5, 5.5), far_right + between(0.5, 5.5)),  # x of the house fronts
+        house=between(6, 12),  # length of a house
+        skyline=rng.random(BLOCKS, np.float32) * 0.1 + 0.01,  # height in v
+        texture=rng.random((TEXELS, TEXELS), np.float32) * 3.4 - 1.7,  # mean 0, deviation 1
+        ego=(between(0.1, 0.3), between(-0.004, 0.004)),  # between two frames: metres forward, turn in widths
+        shade=(far_left, between(left, right)),  # the houses' shadow when the sun shines, from x to x
+        visibility=between(12, 24),
+    )  # in fog
 
 
 def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
     """The scene as the camera sees it, before any modality, condition or case: what each pixel shows, and how far."""
     (cu, cv), eye = scene.centre, scene.eye
-    u = (np.arange(W, dtype=np.float32) + 0.5) / W              # (W,) of the pixels' centres
-    v = ((np.arange(H, dtype=np.float32) + 0.5) / H)[:, None]   # (H, 1)
+    u = (np.arange(W, dtype=np.float32) + 0.5) / W  # (W,) of the pixels' centres
+    v = ((np.arange(H, dtype=np.float32) + 0.5) / H)[:, None]  # (H, 1)
     texture = scene.texture[(v[:, 0] * TEXELS).astype(np.intp)][:, (u * TEXELS).astype(np.intp)]
-    surface = np.full((H, W), VOID, np.intp)                    # the number of the surface that each pixel shows
+    surface = np.full((H, W), VOID, np.intp)  # the number of the surface that each pixel shows
     z = np.full((H, W), 1000, np.float32)
     light = np.repeat(1.1 - 0.3 * v, W, axis=1)
 
@@ -159,8 +203,8 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
     block = (u * BLOCKS).astype(np.intp)
     np.copyto(surface[:g], DASHED + 1 + block, where=v[:g] > cv - scene.skyline[block])
     z[:g][surface[:g] > VOID] = FAR
-    ahead = np.minimum(eye / (v[g:] - cv), FAR)         # (H - g, 1)
-    x = (u - cu) * ahead - scene.bend * ahead ** 2      # (H - g, W)
+    ahead = np.minimum(eye / (v[g:] - cv), FAR)  # (H - g, 1)
+    x = (u - cu) * ahead - scene.bend * ahead**2  # (H - g, W)
     ground = scene.section[(x * 16 + 512).clip(0, 1023).astype(np.intp)]
     ground[(ground == DASHED) & ((ahead * scene.dash[0] + scene.dash[1]) % 1 < 0.5)] = ASPHALT
     stripes = (np.abs(ahead - scene.crossing) < 1.5) & ((x * 1.2 + 64).astype(np.intp) & 1 == 0)
@@ -206,7 +250,7 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
                 np.copyto(surface[rows, columns], len(surfaces), where=radius < 1)
             angle = UPRIGHT if thing.label == BILLBOARD else angle
             colour = tint if type(tint) is tuple else [tint * c for c in thing.colour]
-            behind = 0.8 * (angle > UPRIGHT)                    # panes, roof and bonnet lie behind the bumper
+            behind = 0.8 * (angle > UPRIGHT)  # panes, roof and bonnet lie behind the bumper
             surfaces.append((thing.label, colour, angle, thing.z + behind))
     labels, colours, angles, distances = zip(*surfaces, strict=True)
     painted = surface >= len(scene.surfaces)
@@ -215,10 +259,15 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
     label = np.array(labels, np.uint8).take(surface)
     light *= 1 + ROUGHNESS[label] * texture
     return SimpleNamespace(
-        u=u, v=v, z=z, label=label, x=x,                        # x (H - g, W) of the ground, the lowest rows
-        angle=np.array(angles, np.uint8).take(surface),         # (H, W)
-        motion=motion,                                          # (H, W) sideways between two frames, in image widths
-        colour=np.array(colours, np.float32).T.take(surface, axis=1) * light)       # (3, H, W): faster than (H, W, 3)
+        u=u,
+        v=v,
+        z=z,
+        label=label,
+        x=x,  # x (H - g, W) of the ground, the lowest rows
+        angle=np.array(angles, np.uint8).take(surface),  # (H, W)
+        motion=motion,  # (H, W) sideways between two frames, in image widths
+        colour=np.array(colours, np.float32).T.take(surface, axis=1) * light,
+    )  # (3, H, W): faster than (H, W, 3)
 
 
 def _pixels(start: float, end: float, count: int) -> slice:
@@ -230,23 +279,23 @@ def _rgb(scene, view, condition: str, case: str, rng: np.random.Generator) -> np
     H, W = view.z.shape
     noise = rng.random((3, H, W), np.float32) - 0.5
     drops = rng.random((2, 60))
-    light, grain = view.colour, 0.07                            # (3, H, W)
-    if condition == "night":                                    # the car's own lamps, and little else
+    light, grain = view.colour, 0.07  # (3, H, W)
+    if condition == "night":  # the car's own lamps, and little else
         light, grain = light * (0.14 + 0.4 * np.exp(view.z / -10)), 0.12
     elif condition == "fog":
         clear = np.exp(view.z / -scene.visibility)
         light = light * clear + 0.7 * (1 - clear)
     elif condition == "rain":
         light, grain = 0.65 * light + 0.08, 0.1
-        rows = (drops[0] * H).astype(np.intp) + np.arange(max(2, H // 9))[:, None]      # (length, drops)
+        rows = (drops[0] * H).astype(np.intp) + np.arange(max(2, H // 9))[:, None]  # (length, drops)
         columns = (drops[1] * W).astype(np.intp) + (rows - rows[0]) // 4
         rows, columns = rows.clip(0, H - 1), columns.clip(0, W - 1)
         light[:, rows, columns] = 0.6 * light[:, rows, columns] + 0.3
     elif condition == "sun":
         light = light * np.float32([1.5, 1.42, 1.25])[:, None, None]
         shaded = (view.x > scene.shade[0]) & (view.x < scene.shade[1])
-        light[:, H - len(shaded):] *= np.where(shaded, np.float32(0.45), np.float32(1))
-    if case == "motionblur":                                    # a box filter along the rows
+        light[:, H - len(shaded) :] *= np.where(shaded, np.float32(0.45), np.float32(1))
+    if case == "motionblur":  # a box filter along the rows
         width = max(3, W // 20 * 2 + 1)
         total = np.cumsum(np.pad(light, ((0, 0), (0, 0), (width // 2 + 1, width // 2)), "edge"), axis=2)
         light = (total[..., width:] - total[..., :-width]) / width
@@ -254,7 +303,7 @@ def _rgb(scene, view, condition: str, case: str, rng: np.random.Generator) -> np
         light = light * 2.2 + 0.15
     elif case == "underexposure":
         light = light * 0.25
-    return np.dstack(((light + grain * noise) * 255).clip(0, 255).astype(np.uint8))     # (H, W, 3)
+    return np.dstack(((light + grain * noise) * 255).clip(0, 255).astype(np.uint8))  # (H, W, 3)
 
 
 def _distance_and_height(scene, z: np.ndarray, v: np.ndarray, third: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -267,8 +316,8 @@ def _distance_and_height(scene, z: np.ndarray, v: np.ndarray, third: np.ndarray,
 def _depth(scene, view, condition: str, case: str, rng: np.random.Generator) -> np.ndarray:
     chance = rng.random(view.z.shape, np.float32)
     seen = view.label != SKY
-    if condition == "fog":                                      # the farther, the more pixels without a measurement
-        seen &= chance < np.exp(-(view.z / (2 * scene.visibility)) ** 2)
+    if condition == "fog":  # the farther, the more pixels without a measurement
+        seen &= chance < np.exp(-((view.z / (2 * scene.visibility)) ** 2))
     return _distance_and_height(scene, view.z, view.v, view.angle, seen)
 
 
@@ -276,14 +325,14 @@ def _event(scene, view, condition: str, case: str, rng: np.random.Generator) -> 
     """Log brightness against the frame before, which is this one pulled back along ego motion and the things' own."""
     H, W = view.z.shape
     noise = rng.random((H, W), np.float32)
-    level = np.log((np.float32([0.3, 0.6, 0.1]) @ view.colour.reshape(3, -1)).clip(0) + 0.05)       # (H * W,)
+    level = np.log((np.float32([0.3, 0.6, 0.1]) @ view.colour.reshape(3, -1)).clip(0) + 0.05)  # (H * W,)
     (cu, cv), (forward, yaw) = scene.centre, scene.ego
     near = forward / view.z
     column = ((view.u - yaw - (view.u - cu) * near - view.motion) * W - 0.5).clip(0, W - 1.001)
     row = ((view.v - (view.v - cv) * near) * H - 0.5).clip(0, H - 1.001)
     left, top = column.astype(np.intp), row.astype(np.intp)
     du, dv, at = column - left.astype(np.float32), row - top.astype(np.float32), top * W + left
-    upper, lower = level[at], level[at + W]                     # bilinear
+    upper, lower = level[at], level[at + W]  # bilinear
     upper += (level[at + 1] - upper) * du
     lower += (level[at + W + 1] - lower) * du
     change = upper + (lower - upper) * dv - level.reshape(H, W)
@@ -297,7 +346,7 @@ def _event(scene, view, condition: str, case: str, rng: np.random.Generator) -> 
 def _lidar(scene, view, condition: str, case: str, rng: np.random.Generator) -> np.ndarray:
     H, W = view.z.shape
     texel = (view.v[:, 0] * TEXELS).astype(np.intp)
-    scan = np.flatnonzero(texel % 4 == 1)                       # every fourth row of texels
+    scan = np.flatnonzero(texel % 4 == 1)  # every fourth row of texels
     chance = rng.random((scan.size, W), np.float32)
     error = 0.98 + 0.04 * rng.random((scan.size, W), np.float32)
     shifts = ((rng.random(TEXELS) - 0.5) * W / 6).astype(np.intp)
@@ -324,8 +373,14 @@ def weather(index: int) -> tuple[str, str]:
     return CONDITIONS[index % 5], CASES[index // 30 % 5] if index // 5 % 6 == 5 else "none"
 
 
-def paint(seed: int, split: str, index: int, size: int | tuple[int, int] = 64, condition: str | None = None,
-          case: str | None = None) -> dict[str, np.ndarray | str]:
+def paint(
+    seed: int,
+    split: str,
+    index: int,
+    size: int | tuple[int, int] = 64,
+    condition: str | None = None,
+    case: str | None = None,
+) -> dict[str, np.ndarray | str]:
     """Scene `index` of a split in its four modalities; with another seed, another scene.
 
     seed and index are at least 0. size: H = W, or (H, W), in pixels, at least 8; the same scene at any size.

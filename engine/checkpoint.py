@@ -1,7 +1,7 @@
 """Checkpoints that nothing can ruin: atomic, checked, self-describing, and read without running any code.
 
-    save_model("student.pt", model, meta)          model, meta = load_model("student.pt", device)
-    write(folder / "last.pt", state)               state = load_last(folder)     # or the one before it, or None
+save_model("student.pt", model, meta)          model, meta = load_model("student.pt", device)
+write(folder / "last.pt", state)               state = load_last(folder)     # or the one before it, or None
 """
 
 import contextlib
@@ -17,8 +17,10 @@ from torch import nn
 from engine.files import replace
 from model import build_model, condition_on_modalities
 
-KEYS = {"model": {"format", "meta", "model"},
-        "training run": {"script", "phase", "step", "steps", "best", "logged", "meta", "parts"}}  # fmt: skip
+KEYS = {
+    "model": {"format", "meta", "model"},
+    "training run": {"script", "phase", "step", "steps", "best", "logged", "meta", "parts"},
+}
 # Of the options of its run, a model says these, ...
 OPTIONS = ("data", "root", "depth", "label_map", "hold_out", "size", "val_size", "drop_path", "dropout")
 SAYS = ("backbone", "classes", "modalities", "palette", "normalisation", *OPTIONS)
@@ -46,8 +48,10 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
                 raise ValueError(f"the checksum of {bad} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not KEYS[what] <= state.keys() or not isinstance(state["meta"], dict):
-        raise ValueError(f"{path} is not a {what} that this version of the project saved; a run's models are "
-                         "teacher.pt, robust.pt and student.pt, and published weights go through --pretrained.")
+        raise ValueError(
+            f"{path} is not a {what} that this version of the project saved; a run's models are "
+            "teacher.pt, robust.pt and student.pt, and published weights go through --pretrained."
+        )
     if lacking := [name for name in says if name not in state["meta"]]:
         raise ValueError(f"{path} does not say its {lacking[0]}: an older version wrote it; train again.")
     return state
@@ -111,8 +115,14 @@ def require(path: Path | str, found: dict, expect: dict) -> None:
 def describe(args, dataset, backbone: str | None) -> dict:
     """What a model's checkpoint says of itself."""
     names = [frame.name for frame in dataset.frames]
-    return {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes),
-            "palette": [[int(v) for v in colour] for colour in dataset.palette], "frames": len(dataset),
-            "frame names": f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})",
-            "normalisation": dataset.normalisation, "ranges": dataset.ranges,
-            **{name: getattr(args, name) for name in OPTIONS}}  # fmt: skip
+    return {
+        "backbone": backbone,
+        "modalities": list(dataset.modalities),
+        "classes": list(dataset.classes),
+        "palette": [[int(v) for v in colour] for colour in dataset.palette],
+        "frames": len(dataset),
+        "frame names": f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})",
+        "normalisation": dataset.normalisation,
+        "ranges": dataset.ranges,
+        **{name: getattr(args, name) for name in OPTIONS},
+    }

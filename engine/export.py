@@ -39,8 +39,13 @@ def export(model: nn.Module, meta: dict, modalities: list[str], size: int | tupl
     """Writes a torch.export program for any number of images of this size; `about.json` in it says what it takes. It is
     read back first, and compared with the model and its mask."""
     height, width = (size, size) if isinstance(size, int) else size
-    about = {"modalities": modalities, "size": [height, width], "normalisation": meta["normalisation"],
-             "classes": meta["classes"], "palette": meta["palette"]}
+    about = {
+        "modalities": modalities,
+        "size": [height, width],
+        "normalisation": meta["normalisation"],
+        "classes": meta["classes"],
+        "palette": meta["palette"],
+    }
     program, buffer = Program(model, modalities).eval(), io.BytesIO()
     images = torch.randn(3, len(model.modalities), 3, height, width)
     given = images[:, program.columns]

@@ -53,5 +53,7 @@ def replace(path: Path, content: bytes, previous: Path | None = None) -> None:
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror or error}); what was there before is still there. "
-                      f"{len(content) / 2**20:.1f} MB of free space are needed.") from error  # fmt: skip
+        raise OSError(
+            f"cannot write {path} ({error.strerror or error}); what was there before is still there. "
+            f"{len(content) / 2**20:.1f} MB of free space are needed."
+        ) from error

@@ -44,8 +44,14 @@ def quiet_worker(_: int) -> None:
 
 
 def loader(dataset, batches, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=quiet_worker,
-                                       pin_memory=device.type == "cuda", collate_fn=stack)  # fmt: skip
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        worker_init_fn=quiet_worker,
+        pin_memory=device.type == "cuda",
+        collate_fn=stack,
+    )
 
 
 def stack(samples: list[tuple[Tensor, Tensor, str]]) -> list:
@@ -69,8 +75,10 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
     parameters; norms that are stacked here, a row for each modality, are exempt, too."""
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
-              {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0}]  # fmt: skip
+    groups = [
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
@@ -111,8 +119,10 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
                 matrix += metrics.confusion(ids, wanted, k)
     matrices = run.reduce(matrices)
     if not matrices.any():
-        raise ValueError(f"not one pixel of the {len(dataset)} {dataset.split} frames has a label: choose another "
-                         "split or --root, or look with python data.py --check.")  # fmt: skip
+        raise ValueError(
+            f"not one pixel of the {len(dataset)} {dataset.split} frames has a label: choose another "
+            "split or --root, or look with python data.py --check."
+        )
     return [metrics.scores(matrix) for matrix in matrices]
 
 
@@ -149,5 +159,10 @@ def peak_memory(device: torch.device) -> float:
 
 
 def versions() -> dict:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "machine": platform.machine(), "threads": torch.get_num_threads()}  # fmt: skip
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }

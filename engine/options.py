@@ -10,25 +10,65 @@ import sys
 
 # As published (docs/paper_vs_code.md), where it is: the batch size is usual on DELIVER, alpha was chosen on real frames
 # (docs/results.md), and stage 2 has no published recipe at all. The synthetic recipe suits a short demo.
-REAL = dict(backbone="segformer_b0", size=1024, epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0,
-            student_epochs=120.0, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0,
-            lambda_kl=50 / 25, alpha=0.3, workers=min(4, os.cpu_count() or 1))  # fmt: skip
+REAL = dict(
+    backbone="segformer_b0",
+    size=1024,
+    epochs=200.0,
+    distill_epochs=120.0,
+    fsm_epochs=10.0,
+    student_epochs=120.0,
+    batch_size=8,
+    lr=6e-5,
+    warmup_epochs=10.0,
+    eval_every=10.0,
+    lambda_kl=50 / 25,
+    alpha=0.3,
+    workers=min(4, os.cpu_count() or 1),
+)
 RECIPES = {
-    "synthetic": dict(REAL, backbone="segformer_tiny", size=64, epochs=40.0, distill_epochs=20.0, fsm_epochs=2.0,
-                      student_epochs=20.0, batch_size=16, lr=2e-3, warmup_epochs=1.0, eval_every=5.0,
-                      lambda_kl=0.3, alpha=0.1, workers=0),
+    "synthetic": dict(
+        REAL,
+        backbone="segformer_tiny",
+        size=64,
+        epochs=40.0,
+        distill_epochs=20.0,
+        fsm_epochs=2.0,
+        student_epochs=20.0,
+        batch_size=16,
+        lr=2e-3,
+        warmup_epochs=1.0,
+        eval_every=5.0,
+        lambda_kl=0.3,
+        alpha=0.1,
+        workers=0,
+    ),
     "deliver": REAL,
     "muses": dict(REAL, lambda_kl=50 / 19),
     "mcubes": dict(REAL, size=512, lambda_kl=50 / 20),
     "nyuv2": dict(REAL, size=480, lambda_kl=50 / 40),
     "folder": dict(REAL, size=512, lambda_kl=1.0),
-}  # fmt: skip
+}
 ROOTS = {"deliver": "data/DELIVER", "muses": "data/MUSES", "mcubes": "data/MCubeS", "nyuv2": "data/NYUDepthv2"}
 # Options that may change when a run is continued: they do not change what it computes.
 FREE = {"resume", "config", "out", "root", "workers", "device", "max_minutes", "save_every"}
 # What stage 2 takes over from the run of stage 1 that it starts from.
-INHERITED = ("data", "root", "modalities", "depth", "label_map", "classes", "hold_out", "size", "val_size", "limit",
-             "skip_broken", "batch_size", "lr", "amp", "seed")  # fmt: skip
+INHERITED = (
+    "data",
+    "root",
+    "modalities",
+    "depth",
+    "label_map",
+    "classes",
+    "hold_out",
+    "size",
+    "val_size",
+    "limit",
+    "skip_broken",
+    "batch_size",
+    "lr",
+    "amp",
+    "seed",
+)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -149,8 +189,11 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         saved = {name: stage1[name] for name in INHERITED if name in stage1}
     if args.resume or args.config:
         file, own = saved_options(parser, args.resume or args.config, parser.prog)
-        own = {name: value for name, value in own.items()  # but for options that are gone and off, or were switches
-               if (isinstance(value, bool) == isinstance(getattr(args, name), bool) if name in args else value)}
+        own = {
+            name: value
+            for name, value in own.items()  # but for options that are gone and off, or were switches
+            if (isinstance(value, bool) == isinstance(getattr(args, name), bool) if name in args else value)
+        }
         saved |= own
         said = own.keys() | {word[2:].partition("=")[0].replace("-", "_") for word in plain}
         if gone := [argument(name, own[name]) for name in own if name not in args]:
@@ -169,8 +212,10 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
         args.out = str(file.parent)
         for name in sorted(own.keys() - FREE):
             if getattr(args, name) != own[name]:
-                parser.error(f"{argument(name, getattr(args, name))} contradicts {file}, which has "
-                             f"{argument(name, own[name])}: start a new run with --config {file} --out DIR.")
+                parser.error(
+                    f"{argument(name, getattr(args, name))} contradicts {file}, which has "
+                    f"{argument(name, own[name])}: start a new run with --config {file} --out DIR."
+                )
     args.root, args.val_size = args.root or ROOTS.get(args.data), args.val_size or args.size
     return args
 
@@ -227,8 +272,10 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     args = parse(parser, argv)
     args.out = args.out or args.stage1 or "runs/stage2"
     if args.stage1 and not saved_options(parser, args.stage1, "train_stage1.py")[1].get("distill_epochs", 1):
-        parser.error(f"{args.stage1} was trained with --distill-epochs 0 and has no robust model to select from; train "
-                     f"one with train_stage1.py --teacher {args.stage1}/teacher.pt, or evaluate.py {args.stage1}.")
+        parser.error(
+            f"{args.stage1} was trained with --distill-epochs 0 and has no robust model to select from; train "
+            f"one with train_stage1.py --teacher {args.stage1}/teacher.pt, or evaluate.py {args.stage1}."
+        )
     if bool(args.stage1) == bool(args.teacher or args.robust) or bool(args.teacher) != bool(args.robust):
         parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
     return args

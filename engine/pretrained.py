@@ -1,7 +1,7 @@
 """Reads weights into a model: as published, as the model hub has them, and this project's own.
 
-    report = load_pretrained(model, "mit_b0.pth")
-    print(report.source, len(report.loaded), report.missing, report.unexpected)
+report = load_pretrained(model, "mit_b0.pth")
+print(report.source, len(report.loaded), report.missing, report.unexpected)
 """
 
 import io
@@ -104,14 +104,18 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
         if tensors[name].ndim == 2 and found[name].shape[2:] == (1, 1):
             found[name] = found[name][:, :, 0, 0]  # a 1x1 convolution there, the linear layer that equals it here
         if tensors[name].shape != found[name].shape:
-            raise ValueError(f"{path} (taken for: {source}) has {name} with shape {tuple(found[name].shape)}, "
-                             f"but this model's has {tuple(tensors[name].shape)}.")  # fmt: skip
+            raise ValueError(
+                f"{path} (taken for: {source}) has {name} with shape {tuple(found[name].shape)}, "
+                f"but this model's has {tuple(tensors[name].shape)}."
+            )
     wanted = [name for name in tensors if name.startswith(parts)]
     missing, surplus = [name for name in wanted if name not in found], [name for name in found if name not in own]
     if missing or surplus:
         first = f"the first that is missing is {missing[0]}" if missing else f"but it has {surplus[0]}, too"
-        raise ValueError(f"{path} was taken for: {source}. {len(wanted) - len(missing)} of {len(wanted)} tensors of "
-                         f"the {part} fit, {first}. Is it of another model or size?")  # fmt: skip
+        raise ValueError(
+            f"{path} was taken for: {source}. {len(wanted) - len(missing)} of {len(wanted)} tensors of "
+            f"the {part} fit, {first}. Is it of another model or size?"
+        )
     if part == "encoder" and is_cmnext:
         for i, p in itertools.product(range(4), ("weight", "bias")):
             found[f"aux.{i}.embed.proj.{p}"] = found[f"stages.{i}.embed.proj.{p}"]

@@ -68,8 +68,11 @@ class Run:
         files = [f"{phase}.pt" for phase in phases] + ([] if follows else ["last.pt", "log.jsonl"])
         used = [name for name in files if (self.folder / name).exists()]
         if used and not (ours and args.resume):
-            what = f"a run of {state['script']}: continue it with --resume {self.folder}, or" if state else (
-                f"{used[0]}, but no last.pt to continue from:")
+            what = (
+                f"a run of {state['script']}: continue it with --resume {self.folder}, or"
+                if state
+                else (f"{used[0]}, but no last.pt to continue from:")
+            )
             raise ValueError(f"{self.folder} holds {what} choose another folder with --out.")
         self.meet()  # nobody writes before everybody has looked
         if self.rank == 0 and not ours:
@@ -161,8 +164,16 @@ class Phase:
         """last.pt, all that `--resume` continues from. Ends the run if a signal or the clock asked for that."""
         run, logged = self.run, self.log_file.stat().st_size if self.log_file.exists() else 0
         parts = {key: part.state_dict() for key, part in self.parts.items()}
-        state = {"script": run.script, "phase": self.name, "step": self.step, "steps": self.steps, "best": self.best,
-                 "logged": logged, "meta": self.meta, "parts": parts}
+        state = {
+            "script": run.script,
+            "phase": self.name,
+            "step": self.step,
+            "steps": self.steps,
+            "best": self.best,
+            "logged": logged,
+            "meta": self.meta,
+            "parts": parts,
+        }
         if run.rank == 0:
             write(run.folder / "last.pt", state, keep_previous=True)
         if run.stopping:
@@ -198,9 +209,11 @@ class Phase:
             what = " and ".join(name for name, flag in zip(values, bad, strict=True) if flag)
             # From random weights, each LayerNorm of an empty image's constant features multiplies the gradient by 316.
             first = "; a modality that is all zero can do this at the start: try --pretrained, or another --seed"
-            raise ValueError(f"{what} of phase {self.name}, step {self.step} is not finite; frames of the batch of "
-                             f"process {run.rank}: {', '.join(names)}. The weights were not updated"
-                             f"{first if self.step == 0 else ''}.")
+            raise ValueError(
+                f"{what} of phase {self.name}, step {self.step} is not finite; frames of the batch of "
+                f"process {run.rank}: {', '.join(names)}. The weights were not updated"
+                f"{first if self.step == 0 else ''}."
+            )
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
@@ -211,9 +224,14 @@ class Phase:
         """Logs the means since the last report."""
         run, seconds, steps = self.run, time.time() - self.began, self.step - self.reported
         means = run.reduce(torch.stack(list(self.sums.values()))) / (steps * run.world)
-        self.log(**dict(zip(self.sums, means.tolist(), strict=True)), lr=lr, data_wait=self.waited / seconds,
-                 images_per_second=steps * run.args.batch_size / seconds, peak_memory_mb=peak_memory(run.device),
-                 minutes_left=(self.steps - self.step) * seconds / steps / 60)
+        self.log(
+            **dict(zip(self.sums, means.tolist(), strict=True)),
+            lr=lr,
+            data_wait=self.waited / seconds,
+            images_per_second=steps * run.args.batch_size / seconds,
+            peak_memory_mb=peak_memory(run.device),
+            minutes_left=(self.steps - self.step) * seconds / steps / 60,
+        )
         self.sums, self.began, self.waited, self.reported = {}, time.time(), 0.0, self.step
 
     def log(self, **values: float) -> None:

@@ -38,8 +38,9 @@ def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def subset_outputs(model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None,
-                   with_fused: bool = True) -> Iterator[Output]:
+def subset_outputs(
+    model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None, with_fused: bool = True
+) -> Iterator[Output]:
     """Each subset's output, of MSegFormer without `per_modality`, and without `fused` if it is not asked for."""
     model.eval()
     if not isinstance(model, MSegFormer):
@@ -92,8 +93,9 @@ def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, p
     return logits.permute(0, 1, 4, 2, 3)
 
 
-def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list,
-                  degraded: Tensor | None = None) -> Iterator[Tensor]:
+def switch_logits(
+    teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None
+) -> Iterator[Tensor]:
     """The honest baseline: the teacher when all modalities are there, else the robust model."""
     incomplete = subset_logits(robust, images, [s for s in subsets if len(s) < images.shape[1]], degraded)
     for subset in subsets:
@@ -102,8 +104,16 @@ def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets
 
 
 @torch.no_grad()
-def selected_logits(fsm: FSM, teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list,
-                    degraded: Tensor | None = None, level: str = "both", rule: str | None = None) -> Iterator[Tensor]:
+def selected_logits(
+    fsm: FSM,
+    teacher: nn.Module,
+    robust: nn.Module,
+    images: Tensor,
+    subsets: list,
+    degraded: Tensor | None = None,
+    level: str = "both",
+    rule: str | None = None,
+) -> Iterator[Tensor]:
     """Teacher, robust model and the selection between them; with `degraded` the selection alone knows what works.
 
     level: see `fsm.ensemble_logits`; rule: another than in training.

@@ -18,8 +18,9 @@ from engine.subsets import load_fsm
 from fsm import FSM
 
 
-def load_models(path: Path, device: torch.device, same: Sequence[str] = SAME
-                ) -> tuple[dict[str, nn.Module], FSM | None, dict]:
+def load_models(
+    path: Path, device: torch.device, same: Sequence[str] = SAME
+) -> tuple[dict[str, nn.Module], FSM | None, dict]:
     """A model file, or all of a run folder in the order of training -> ({stem: model}, feature selection, first meta).
 
     Raises FileNotFoundError or ValueError with one sentence, also if the models differ in an entry `same` of meta.
@@ -98,8 +99,10 @@ def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]
         if not any(modality in files for files in frames.values()):
             raise ValueError(f"--input {modality}={path} holds no file that ends in {', '.join(SUFFIXES)}.")
     if len(given) > 1 and max(map(len, frames.values())) == 1:
-        raise ValueError(f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a "
-                         "stem in common; name a frame's files alike, and give files or folders for all modalities.")
+        raise ValueError(
+            f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a "
+            "stem in common; name a frame's files alike, and give files or folders for all modalities."
+        )
     decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # scenes have no files: 8 bit pictures do
     for name, files in sorted(frames.items()):
         frame, classes = Frame(name, "none", "none", tuple(files.values())), (meta["classes"], meta["palette"])
@@ -124,7 +127,9 @@ def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.nda
     metres = stored * np.float32(unit)
     middle = float(np.median(metres[metres > 0])) if (metres > 0).any() else 0.0
     if middle > 10:
-        raise ValueError(f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model knows up "
-                         "to 10 m; of 16 bit, give the file's own --depth-unit, e.g. 0.0001.")
+        raise ValueError(
+            f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model knows up "
+            "to 10 m; of 16 bit, give the file's own --depth-unit, e.g. 0.0001."
+        )
     print(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
     return np.minimum(metres / 10, 1)

@@ -119,8 +119,10 @@ def _wants_triton(tensor: Tensor) -> bool:
     runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     possible = runs and tensor.dtype in TRITON_DTYPES and prototype is not None
     if choice == "triton" and not possible:
-        raise ValueError("RMMSS_KERNELS=triton needs the package triton, features of 32 or 16 bits, and a GPU or "
-                         f"TRITON_INTERPRET=1; found {tensor.dtype} on {tensor.device}: unset it.")  # fmt: skip
+        raise ValueError(
+            "RMMSS_KERNELS=triton needs the package triton, features of 32 or 16 bits, and a GPU or "
+            f"TRITON_INTERPRET=1; found {tensor.dtype} on {tensor.device}: unset it."
+        )
     return choice == "triton" or (choice == "auto" and possible and tensor.is_cuda)
 
 

@@ -47,9 +47,24 @@ def pool_kernel(
     present_ptr,  # (B, M) bool, contiguous; read
     match_ptr,  # (B, M) int64, contiguous; read
     sums_ptr,  # (2, B, M, CHUNKS, K, C) float32, contiguous: student, teacher; written
-    B, M, C, P, K, chunk, x_stride_b, x_stride_m, x_stride_c, x_stride_p, labels_stride_b, labels_stride_p,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    B,
+    M,
+    C,
+    P,
+    K,
+    chunk,
+    x_stride_b,
+    x_stride_m,
+    x_stride_c,
+    x_stride_p,
+    labels_stride_b,
+    labels_stride_p,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Sums over the pixels of each class, of BLOCK_C channels and one chunk of pixels of one (b, m)."""
     pid_chunk = tl.program_id(0)
     pid_c = tl.program_id(1)
@@ -107,8 +122,13 @@ def distance_kernel(
     match_ptr,  # (B, M) int64, contiguous; read
     parts_ptr,  # (B*M, channel blocks) float32, contiguous: parts that add up to the sum of the KLs; written
     table_ptr,  # (B, M, K, C) float32, contiguous: that sum's gradient for one pixel of class k; written
-    B, M, C, K, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    B,
+    M,
+    C,
+    K,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Prototypes, masked softmax over the classes, KL, and the gradient's table, of one (b, m) and BLOCK_C channels."""
     pid_bm = tl.program_id(0)
     pid_c = tl.program_id(1)
@@ -143,9 +163,19 @@ def spread_kernel(
     scale_ptr,  # scalar float32, multiplies the table; read
     labels_ptr,  # (B, P) int64; read
     grad_ptr,  # (B, M, C, P): scale * table[b, m, label of the pixel, c], 0 for the ignored; written
-    M, C, P, K, labels_stride_b, labels_stride_p, grad_stride_b, grad_stride_m, grad_stride_c, grad_stride_p,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    M,
+    C,
+    P,
+    K,
+    labels_stride_b,
+    labels_stride_p,
+    grad_stride_b,
+    grad_stride_m,
+    grad_stride_c,
+    grad_stride_p,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """Backward of the pooling: each pixel gets its class's row of the table, which stays in the L1 cache."""
     pid_p = tl.program_id(0)
     pid_c = tl.program_id(1)
@@ -188,13 +218,43 @@ def distance_op(
     table = torch.empty((B, M, K, C), **like)
     with torch.cuda.device_of(student):  # Triton launches on the current device, whatever its arguments lie on
         pool_kernel[(chunks, channel_tiles, 2 * B * M)](
-            student, teacher, labels, present, match, sums, B, M, C, P, K, chunk,
-            *student.stride(), *labels.stride(), SPLIT=split, BLOCK_M=triton.next_power_of_2(M),
-            BLOCK_C=block_c, BLOCK_P=block_p, BLOCK_K=block_k, num_warps=4, num_stages=3,
-        )  # fmt: skip
+            student,
+            teacher,
+            labels,
+            present,
+            match,
+            sums,
+            B,
+            M,
+            C,
+            P,
+            K,
+            chunk,
+            *student.stride(),
+            *labels.stride(),
+            SPLIT=split,
+            BLOCK_M=triton.next_power_of_2(M),
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+            BLOCK_K=block_k,
+            num_warps=4,
+            num_stages=3,
+        )
         distance_kernel[(B * M, channel_blocks)](
-            sums.sum(3), counts, present, match, parts, table, B, M, C, K, BLOCK_C=8, BLOCK_K=block_k, num_warps=4,
-        )  # fmt: skip
+            sums.sum(3),
+            counts,
+            present,
+            match,
+            parts,
+            table,
+            B,
+            M,
+            C,
+            K,
+            BLOCK_C=8,
+            BLOCK_K=block_k,
+            num_warps=4,
+        )
     return parts.sum(), table
 
 
@@ -211,9 +271,20 @@ def spread_op(table: Tensor, scale: Tensor, labels: Tensor, like: Tensor) -> Ten
     grad = torch.empty_like(like)
     with torch.cuda.device_of(like):
         spread_kernel[(triton.cdiv(P, 128), triton.cdiv(C, 32), B * M)](
-            table, scale, labels, grad, M, C, P, table.shape[2], *labels.stride(), *grad.stride(),
-            BLOCK_C=32, BLOCK_P=128, num_warps=4,
-        )  # fmt: skip
+            table,
+            scale,
+            labels,
+            grad,
+            M,
+            C,
+            P,
+            table.shape[2],
+            *labels.stride(),
+            *grad.stride(),
+            BLOCK_C=32,
+            BLOCK_P=128,
+            num_warps=4,
+        )
     return grad
 
 

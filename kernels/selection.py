@@ -82,8 +82,18 @@ def load_features(x_ptr, offs_c, offs_p, mask_p, C, stride_c):
 
 
 @triton.jit
-def score_tile(x_ptr, weight_ptr, bias, offs_p, inside, C, x_stride_c,
-               BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):  # fmt: skip
+def score_tile(
+    x_ptr,
+    weight_ptr,
+    bias,
+    offs_p,
+    inside,
+    C,
+    x_stride_c,
+    BLOCK_C: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):
     """Scores (pixels,) of one source and sample, valid for own pixels; weight (C, 9)."""
     offs_t, mask_t = tap_offsets()
     acc_taps = tl.zeros((16, TILE_H * TILE_W), tl.float32)
@@ -113,15 +123,29 @@ def weigh(x_0, x_1, score_0, score_1, temperature, RULE: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    x_0_ptr, x_1_ptr,  # (B, C, H, W) each, of equal strides; read
+    x_0_ptr,
+    x_1_ptr,  # (B, C, H, W) each, of equal strides; read
     weight_ptr,  # (2, C, 9) float32, contiguous; read
     bias_ptr,  # (B, 2) float32, any strides; read
     scores_ptr,  # (2, B, H, W) float32, contiguous; written
     selected_ptr,  # (B, C, H, W), strides as the sources; written
-    B, C, H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x, bias_stride_b, bias_stride_s, temperature,
+    B,
+    C,
+    H,
+    W,
+    x_stride_b,
+    x_stride_c,
+    x_stride_y,
+    x_stride_x,
+    bias_stride_b,
+    bias_stride_s,
+    temperature,
     RULE: tl.constexpr,
-    HALO_X: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-):  # fmt: skip
+    HALO_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+):
     """Scores of a tile, then its selection."""
     HALF_C: tl.constexpr = BLOCK_C // 2  # where both sources take registers
     b = tl.program_id(2).to(tl.int64)
@@ -152,15 +176,32 @@ def select_kernel(
 
 @triton.jit
 def weight_backward_kernel(
-    x_0_ptr, x_1_ptr,  # (B, C, H, W) each, of equal strides; read
+    x_0_ptr,
+    x_1_ptr,  # (B, C, H, W) each, of equal strides; read
     scores_ptr,  # (2, B, H, W) float32, contiguous; read
     grad_ptr,  # (B, C, H, W) gradient of the selection, any strides; read
     grad_weight_ptr,  # (B, tiles, 2, C, 9) float32, contiguous: each tile's part; written
     grad_bias_ptr,  # (B, tiles, 2) float32, contiguous: each tile's part; written
-    B, C, H, W, x_stride_b, x_stride_c, x_stride_y, x_stride_x,
-    grad_stride_b, grad_stride_c, grad_stride_y, grad_stride_x, temperature, RULE: tl.constexpr,
-    HALO_X: tl.constexpr, BLOCK_C: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+    B,
+    C,
+    H,
+    W,
+    x_stride_b,
+    x_stride_c,
+    x_stride_y,
+    x_stride_x,
+    grad_stride_b,
+    grad_stride_c,
+    grad_stride_y,
+    grad_stride_x,
+    temperature,
+    RULE: tl.constexpr,
+    HALO_X: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
     """dz of a tile and its halo, and from that the tile's part of the gradients of weight and bias."""
     PIXELS: tl.constexpr = TILE_H * TILE_W
     HALF_C: tl.constexpr = BLOCK_C // 2  # where both sources take registers
@@ -234,9 +275,23 @@ def select_op(
     selected = torch.empty_like(x_0)
     with torch.cuda.device_of(x_0):  # Triton launches on the current device, whatever its arguments lie on
         select_kernel[grid](
-            x_0, x_1, weight, bias, scores, selected, B, C, H, W, *x_0.stride(), *bias.stride(), temperature,
-            RULE=rule, **blocks, num_stages=2,
-        )  # fmt: skip
+            x_0,
+            x_1,
+            weight,
+            bias,
+            scores,
+            selected,
+            B,
+            C,
+            H,
+            W,
+            *x_0.stride(),
+            *bias.stride(),
+            temperature,
+            RULE=rule,
+            **blocks,
+            num_stages=2,
+        )
     return selected, scores
 
 
@@ -257,9 +312,24 @@ def select_backward_op(
     grad_bias = torch.empty((B, grid[0] * grid[1], 2), device=grad.device, dtype=torch.float32)
     with torch.cuda.device_of(grad):
         weight_backward_kernel[grid](
-            x_0, x_1, scores, grad, grad_weight, grad_bias, B, C, H, W, *x_0.stride(), *grad.stride(),
-            temperature, RULE=rule, **blocks, GROUPS=blocks["num_warps"], num_stages=1,
-        )  # fmt: skip
+            x_0,
+            x_1,
+            scores,
+            grad,
+            grad_weight,
+            grad_bias,
+            B,
+            C,
+            H,
+            W,
+            *x_0.stride(),
+            *grad.stride(),
+            temperature,
+            RULE=rule,
+            **blocks,
+            GROUPS=blocks["num_warps"],
+            num_stages=1,
+        )
     return grad_weight.sum(0).unflatten(2, (3, 3)), grad_bias.sum(1)
 
 

@@ -1,4 +1,5 @@
 """What the tests of data sets share: small data sets to write, scenes to compare with, errors to expect."""
+
 import struct
 import zlib
 
@@ -8,7 +9,7 @@ import torch
 
 from datasets import synthetic
 
-SIZE = 64       # of the scenes of the fixture `exported`
+SIZE = 64  # of the scenes of the fixture `exported`
 
 
 def painted(split, index, size=SIZE):
@@ -54,6 +55,7 @@ def folder_dataset(root, count=4, height=40, width=60, classes=5, seed=0):
 
 def fails(kind, *parts):
     """Expect an error of one line that has all these parts."""
+
     class Check:
         def __enter__(self):
             self.raises = pytest.raises(kind)
@@ -64,4 +66,5 @@ def fails(kind, *parts):
             text = str(self.error.value)
             assert "\n" not in text and all(str(part) in text for part in parts), text
             return caught
+
     return Check()

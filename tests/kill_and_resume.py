@@ -91,11 +91,15 @@ def kill_and_resume(stage: int, start: list[str], kills: int, folder: pathlib.Pa
         unequal = differences(folder / f"whole{stage}", out)
         equal = ended[1] == 0 and not unequal
         if not equal:
-            print(f"stage {stage}, run {runs}: exit status {ended[1]}, {unequal[:5]}",
-                  *log.read_text().splitlines()[-5:],
-                  sep="\n")  # fmt: skip
-    print(f"stage {stage}: {done} kills, {runs} runs resumed to the end, "
-          f"{'all equal to the uninterrupted run, bit for bit' if equal else 'NOT equal'}")  # fmt: skip
+            print(
+                f"stage {stage}, run {runs}: exit status {ended[1]}, {unequal[:5]}",
+                *log.read_text().splitlines()[-5:],
+                sep="\n",
+            )
+    print(
+        f"stage {stage}: {done} kills, {runs} runs resumed to the end, "
+        f"{'all equal to the uninterrupted run, bit for bit' if equal else 'NOT equal'}"
+    )
     return equal
 
 

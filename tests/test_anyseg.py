@@ -45,8 +45,9 @@ def test_cross_modal_distillation_equals_its_loop():
             for m, n in itertools.product(there, there):
                 ours, theirs = (
                     sum(F.cosine_similarity(f[b, m, c].flatten(), f[b, n, c].flatten(), 0) for c in range(f.shape[2]))
-                    / f.shape[2] for f in (s, t)
-                )  # fmt: skip
+                    / f.shape[2]
+                    for f in (s, t)
+                )
                 slow = slow + (ours - theirs) ** 2 / (len(there) ** 2 * len(present))
     agree(anyseg.cmd_loss(student, teacher, present), slow, student)
 

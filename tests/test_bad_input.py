@@ -33,9 +33,11 @@ SIDE = 32
 
 def case(*expected):
     """Takes the function into the table: the parts of its sentence, or the one value that it returns."""
+
     def add(function):
         CASES.append(pytest.param(function, expected, id=function.__name__))
         return function
+
     return add
 
 
@@ -91,23 +93,41 @@ def folder(root, splits=SPLITS, **modalities):
 
 def few_bits(path, ids, bits, palette=None):
     """A PNG of 1, 2, 4 or 8 bits a pixel, grey, or with a palette."""
-    packed = np.packbits(np.unpackbits(ids[..., None], axis=2)[..., 8 - bits:].reshape(len(ids), -1), axis=1)
+    packed = np.packbits(np.unpackbits(ids[..., None], axis=2)[..., 8 - bits :].reshape(len(ids), -1), axis=1)
     rows = np.pad(packed, ((0, 0), (1, 0))).tobytes()
     head = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], bits, 0 if palette is None else 3, 0, 0, 0)
     colours = [] if palette is None else [b"PLTE" + np.array(palette, np.uint8).tobytes()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        for chunk in (b"IHDR" + head, *colours, b"IDAT" + zlib.compress(rows), b"IEND")))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+            for chunk in (b"IHDR" + head, *colours, b"IDAT" + zlib.compress(rows), b"IEND")
+        )
+    )
 
 
 def model_of(root, modalities=("rgb", "depth"), **meta):
     """A model with random weights that says it was trained on the folder data set at root."""
     train = open_dataset("folder", root, "train", list(modalities))
-    meta = {"backbone": "segformer_tiny", "modalities": list(modalities), "classes": train.classes,
-            "palette": train.palette.tolist(), "size": SIDE, "val_size": SIDE, "data": "folder", "root": str(root),
-            "depth": "hha", "label_map": None, "hold_out": 0, "normalisation": "rgb", "drop_path": 0.0, "dropout": 0.0,
-            "ranges": getattr(train, "ranges", {}), **meta}  # fmt: skip
+    meta = {
+        "backbone": "segformer_tiny",
+        "modalities": list(modalities),
+        "classes": train.classes,
+        "palette": train.palette.tolist(),
+        "size": SIDE,
+        "val_size": SIDE,
+        "data": "folder",
+        "root": str(root),
+        "depth": "hha",
+        "label_map": None,
+        "hold_out": 0,
+        "normalisation": "rgb",
+        "drop_path": 0.0,
+        "dropout": 0.0,
+        "ranges": getattr(train, "ranges", {}),
+        **meta,
+    }
     torch.manual_seed(0)
     save_model(root / "m.pt", build_model("segformer_tiny", 3, list(modalities), 0.0, 0.0), meta)
     return root / "m.pt"
@@ -207,7 +227,7 @@ def a_label_whose_palette_was_sorted_anew(root):
 def a_deliver_label_with_a_palette(root):
     path = root / "semantic/fog/val/MAP_1_point1/000000_semantic_front.png"
     write_file(Path(str(path).replace("semantic", "rgb").replace("/rgb/", "/img/")), np.zeros((8, 8, 3), np.uint8))
-    few_bits(path, np.full((8, 8), 2, np.uint8), 8, [(7, 0, 0), (3, 0, 0), (5, 0, 0)])     # red, and so the id, is 5
+    few_bits(path, np.full((8, 8), 2, np.uint8), 8, [(7, 0, 0), (3, 0, 0), (5, 0, 0)])  # red, and so the id, is 5
     open_dataset("deliver", root, "val", ["rgb"])[0]
 
 
@@ -301,7 +321,7 @@ def prediction_from_a_float_beyond_all_ranges(root):
 @case((1, 255))
 def a_jpeg_that_a_camera_turned_is_read_upright(root):
     picture = np.zeros((16, 32), np.uint8)
-    picture[:, 16:] = 255               # the right half is light; turned by 90 degrees clockwise, the lower one
+    picture[:, 16:] = 255  # the right half is light; turned by 90 degrees clockwise, the lower one
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.fromarray(picture).save(root / "a.jpg", exif=turned)
@@ -321,7 +341,7 @@ def a_folder_that_may_not_be_read(root, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", guarded)     # as root, every folder may be read
+    monkeypatch.setattr(os, "scandir", guarded)  # as root, every folder may be read
     open_dataset("folder", root, "val")
 
 
@@ -382,7 +402,7 @@ def classes_with_a_line_separator_of_unicode(root):
 def muses_ranges_in_npy_files_of_either_kind(root):
     np.save(root / "a.npy", np.full((4, 4), 20.0, np.float32))
     (root / "a.npy").rename(root / "A.NPY")
-    np.save(root / "b.npy", np.full((4, 4), (20 + 100) * 150, np.uint16))       # the encoding of the PNG files
+    np.save(root / "b.npy", np.full((4, 4), (20 + 100) * 150, np.uint16))  # the encoding of the PNG files
     return [float(files.read_muses_range(root / name).max()) for name in ("A.NPY", "b.npy")]
 
 

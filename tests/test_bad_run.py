@@ -214,8 +214,9 @@ def a_config_with(resume=False, **options):
 
 def held(at, folder, *argv):
     """Trains while another process holds the folder, and again after that one was killed."""
-    other = subprocess.Popen([sys.executable, "-c", HOLD, folder / "lock"], stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE)  # fmt: skip
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     with other:
         other.stdout.readline()
         told = at.train(1, *argv)
@@ -294,53 +295,65 @@ def label_map(text):
     return lambda at: pictures(at, "--label-map", text)
 
 
-@pytest.mark.parametrize("case, expected", [
-    (teacher_of(depth="raw"), "2: error: .*teacher.pt was trained with depth raw, but here it is hha"),
-    (teacher_of(label_map="shift:-1"), "2: error: .*teacher.pt was trained with label_map shift:-1, .* it is None"),
-    (teacher_of(data="folder"), "2: error: .*teacher.pt was trained with data folder, but here it is synthetic"),
-    (teacher_of(hold_out=3), "2: error: .*teacher.pt was trained with hold_out 3, but here it is 0"),
-    (teacher_of(normalisation="rgb"), "2: error: .*teacher.pt was trained with normalisation rgb, .* it is all"),
-    (robust_of(label_map="shift:-1"), "2: error: .*robust.pt was trained with label_map shift:-1, .* it is None"),
-    (robust_of(backbone="cmnext_tiny"), "2: error: .*robust.pt was trained with backbone cmnext_tiny, .*segformer_tin"),
-    (selection_of(depth="raw"), "2: error: .*fsm.pt was trained with depth raw, but here it is hha"),
-    (selection_of(backbone="segformer_b0"), "2: error: .*fsm.pt was trained with backbone segformer_b0, .*_tiny"),
-    (selection_of(widths=[1, 2, 3, 4]), "2: error: .*fsm.pt was trained with widths 1, 2, 3, 4, but here it is "),
-    (selection_of(drop=("widths",)), "2: error: .*fsm.pt does not say its widths"),
-    (a_teacher_trained_elsewhere, "^0:  5 0.3 elsewhere$"),
-    (model_without("palette"), "2: error: .*student.pt does not say its palette"),
-    (model_without("data"), "2: error: .*student.pt does not say its data"),
-    (weights_that_are_none, "2: error: .*student.pt does not hold the weights of a segformer_tiny"),
-    (classes_that_are_a_number, "2: error: .*student.pt"),
-    (a_run_without_its_optimizer, "2: error: .*last.pt does not hold the (optimizer|model) of this phase"),
-    (a_run_of_other_weights, "2: error: .*last.pt does not hold the (optimizer|model) of this phase"),
-    (a_pipe_as("--pretrained"), "2: error: .*pipe.pt does not exist, or is no file"),
-    (weights_to_start_from(meta=None), "^0: $"),
-    (weights_to_start_from(model=None), "2: error: .*teacher.pt"),
-    (a_pipe_as("--teacher"), "2: error: .*pipe.pt does not exist, or is no file"),
-    (a_config_of_somebody_else("[1, 2]"), "2: error: .*config.json .*--out"),
-    (a_config_of_somebody_else("not json"), "2: error: .*config.json .*--out"),
-    (a_config_of_somebody_else('{"model_type": "segformer"}'), "2: error: .*config.json .*--out"),
-    (a_config_with(lr=0), "2: train_stage1.py: error: .*lr"),
-    (a_config_with(epochs="many"), "2: train_stage1.py: error: .*epochs"),
-    (a_config_with(amp="fp8"), "2: train_stage1.py: error: .*amp"),
-    *((a_config_with(resume, teacher_subsets=old), "2: .* other options: give --teacher-subsets, too.$")
-      for resume in (False, True) for old in (None, False, True)),
-    (a_config_with(True, kl_teacher="full"), "2: .* other options: this has no --kl-teacher=full; go on with"),
-    (a_config_with(modalities=3), "2: error: .*modality '3' is unknown"),
-    (two_runs_in_one_folder, "2: error: another process .* Then 0: $"),
-    (resuming_a_run_that_runs, "2: error: another process .* Then 0: $"),
-    (a_closed_terminal_after_nohup, "^0: $"),
-    (a_terminal_that_is_gone, "^0: $"),
-    (a_log_that_a_loss_of_power_tore(b'{"phase": "teach'), "^0:  5 lines"),
-    (a_log_that_a_loss_of_power_tore(bytes(40)), "^0:  5 lines"),
-    (no_program_but_python, "^0: $"),
-    (labels_that_are_all_ignored, "2: error: not one pixel of the 8 frames of the train split"),
-    (label_map("shift:300"), "2: error: "),
-    (label_map("shift:-300"), "2: error: "),
-    (label_map("0=0,1=1,"), "2: error: label map .* is not understood"),
-    (lambda at: at.train(1, "--data"), "^2: train_stage1.py: error: argument --data: expected one argument$"),
-    (lambda at: at.train(1, *SHORT, "--epochs", "1e308"), "^2: train_stage1.py: error: argument --epochs: invalid "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "case, expected",
+    [
+        (teacher_of(depth="raw"), "2: error: .*teacher.pt was trained with depth raw, but here it is hha"),
+        (teacher_of(label_map="shift:-1"), "2: error: .*teacher.pt was trained with label_map shift:-1, .* it is None"),
+        (teacher_of(data="folder"), "2: error: .*teacher.pt was trained with data folder, but here it is synthetic"),
+        (teacher_of(hold_out=3), "2: error: .*teacher.pt was trained with hold_out 3, but here it is 0"),
+        (teacher_of(normalisation="rgb"), "2: error: .*teacher.pt was trained with normalisation rgb, .* it is all"),
+        (robust_of(label_map="shift:-1"), "2: error: .*robust.pt was trained with label_map shift:-1, .* it is None"),
+        (
+            robust_of(backbone="cmnext_tiny"),
+            "2: error: .*robust.pt was trained with backbone cmnext_tiny, .*segformer_tin",
+        ),
+        (selection_of(depth="raw"), "2: error: .*fsm.pt was trained with depth raw, but here it is hha"),
+        (selection_of(backbone="segformer_b0"), "2: error: .*fsm.pt was trained with backbone segformer_b0, .*_tiny"),
+        (selection_of(widths=[1, 2, 3, 4]), "2: error: .*fsm.pt was trained with widths 1, 2, 3, 4, but here it is "),
+        (selection_of(drop=("widths",)), "2: error: .*fsm.pt does not say its widths"),
+        (a_teacher_trained_elsewhere, "^0:  5 0.3 elsewhere$"),
+        (model_without("palette"), "2: error: .*student.pt does not say its palette"),
+        (model_without("data"), "2: error: .*student.pt does not say its data"),
+        (weights_that_are_none, "2: error: .*student.pt does not hold the weights of a segformer_tiny"),
+        (classes_that_are_a_number, "2: error: .*student.pt"),
+        (a_run_without_its_optimizer, "2: error: .*last.pt does not hold the (optimizer|model) of this phase"),
+        (a_run_of_other_weights, "2: error: .*last.pt does not hold the (optimizer|model) of this phase"),
+        (a_pipe_as("--pretrained"), "2: error: .*pipe.pt does not exist, or is no file"),
+        (weights_to_start_from(meta=None), "^0: $"),
+        (weights_to_start_from(model=None), "2: error: .*teacher.pt"),
+        (a_pipe_as("--teacher"), "2: error: .*pipe.pt does not exist, or is no file"),
+        (a_config_of_somebody_else("[1, 2]"), "2: error: .*config.json .*--out"),
+        (a_config_of_somebody_else("not json"), "2: error: .*config.json .*--out"),
+        (a_config_of_somebody_else('{"model_type": "segformer"}'), "2: error: .*config.json .*--out"),
+        (a_config_with(lr=0), "2: train_stage1.py: error: .*lr"),
+        (a_config_with(epochs="many"), "2: train_stage1.py: error: .*epochs"),
+        (a_config_with(amp="fp8"), "2: train_stage1.py: error: .*amp"),
+        *(
+            (a_config_with(resume, teacher_subsets=old), "2: .* other options: give --teacher-subsets, too.$")
+            for resume in (False, True)
+            for old in (None, False, True)
+        ),
+        (a_config_with(True, kl_teacher="full"), "2: .* other options: this has no --kl-teacher=full; go on with"),
+        (a_config_with(modalities=3), "2: error: .*modality '3' is unknown"),
+        (two_runs_in_one_folder, "2: error: another process .* Then 0: $"),
+        (resuming_a_run_that_runs, "2: error: another process .* Then 0: $"),
+        (a_closed_terminal_after_nohup, "^0: $"),
+        (a_terminal_that_is_gone, "^0: $"),
+        (a_log_that_a_loss_of_power_tore(b'{"phase": "teach'), "^0:  5 lines"),
+        (a_log_that_a_loss_of_power_tore(bytes(40)), "^0:  5 lines"),
+        (no_program_but_python, "^0: $"),
+        (labels_that_are_all_ignored, "2: error: not one pixel of the 8 frames of the train split"),
+        (label_map("shift:300"), "2: error: "),
+        (label_map("shift:-300"), "2: error: "),
+        (label_map("0=0,1=1,"), "2: error: label map .* is not understood"),
+        (lambda at: at.train(1, "--data"), "^2: train_stage1.py: error: argument --data: expected one argument$"),
+        (
+            lambda at: at.train(1, *SHORT, "--epochs", "1e308"),
+            "^2: train_stage1.py: error: argument --epochs: invalid ",
+        ),
+    ],
+)
 def test_what_is_wrong_ends_in_one_sentence_or_costs_nothing(place, case, expected):
     told = case(place)
     assert re.search(expected, told) and "Traceback" not in told and "\n" not in told, told

@@ -17,12 +17,19 @@ def test_every_level_of_both_operations_is_timed_beside_a_copy_and_summed(small)
     times = {what: ms for ms, unit, what in bench.kernel_rows(quick=True)}
     stages = [f"stage {i}" for i in range(1, 5)]
     levels = {"prototype_distance": stages, "feature_select": [*stages, "logits"]}
-    paths = {"prototype_distance": ["copy of the same bytes", "definition", "published loop"],
-             "feature_select": ["copy of the same bytes", "definition"]}  # fmt: skip
-    expected = {f"{name}, channels-last, {level}, {path}": 2.0
-                for name in levels for level in levels[name] for path in paths[name]}  # fmt: skip
-    sums = {f"{name}, channels-last, all levels, {path}": 2.0 * len(levels[name])
-            for name in levels for path in paths[name]}  # fmt: skip
+    paths = {
+        "prototype_distance": ["copy of the same bytes", "definition", "published loop"],
+        "feature_select": ["copy of the same bytes", "definition"],
+    }
+    expected = {
+        f"{name}, channels-last, {level}, {path}": 2.0
+        for name in levels
+        for level in levels[name]
+        for path in paths[name]
+    }
+    sums = {
+        f"{name}, channels-last, all levels, {path}": 2.0 * len(levels[name]) for name in levels for path in paths[name]
+    }
     assert times == {**expected, **sums}
 
 

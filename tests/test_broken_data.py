@@ -1,4 +1,5 @@
 """Files, labels, names and lists that are missing or wrong: one clear sentence for each."""
+
 import pathlib
 
 import numpy as np
@@ -12,12 +13,19 @@ from datasets import files, layouts
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("layout, expected", [
-    ("deliver", "img/**/*_rgb_front.png, hha/**/*_depth_front.png"), ("muses", "gt_semantic/**/*_gt_labelTrainIds.png"),
-    ("mcubes", "train.txt, test.txt, polL_color/**/*.png"), ("nyuv2", "RGB/**/*.jpg, HHA/**/*.png, Depth/**/*.png"),
-    ("folder", "<modality>/**/*.png, labels/**/*.png")])
+@pytest.mark.parametrize(
+    "layout, expected",
+    [
+        ("deliver", "img/**/*_rgb_front.png, hha/**/*_depth_front.png"),
+        ("muses", "gt_semantic/**/*_gt_labelTrainIds.png"),
+        ("mcubes", "train.txt, test.txt, polL_color/**/*.png"),
+        ("nyuv2", "RGB/**/*.jpg, HHA/**/*.png, Depth/**/*.png"),
+        ("folder", "<modality>/**/*.png, labels/**/*.png"),
+    ],
+)
 def test_a_data_set_that_is_not_there_is_answered_with_what_was_looked_for_and_where_to_read_more(
-        tmp_path, layout, expected):
+    tmp_path, layout, expected
+):
     with fails(FileNotFoundError, tmp_path / "nowhere", expected, "docs/data.md"):
         open_dataset(layout, tmp_path / "nowhere")
     with fails(FileNotFoundError, "--root", expected):
@@ -32,8 +40,13 @@ def test_a_data_set_that_is_not_there_is_answered_with_what_was_looked_for_and_w
 
 
 def test_a_missing_sensor_file_is_named(mini):
-    for layout, modality in (("deliver", "depth"), ("muses", "lidar"), ("mcubes", "dolp"), ("folder", "depth"),
-                             ("nyuv2", "depth")):
+    for layout, modality in (
+        ("deliver", "depth"),
+        ("muses", "lidar"),
+        ("mcubes", "dolp"),
+        ("folder", "depth"),
+        ("nyuv2", "depth"),
+    ):
         root = mini(layout)
         dataset = open_dataset(layout, root, "train")
         path = dataset.frames[1].images[dataset.modalities.index(modality)]
@@ -64,7 +77,7 @@ def test_truncated_and_damaged_pictures_are_named(mini):
         with fails(ValueError, path, "cannot be read"):
             files.read_image(path)
     for place in rng.integers(60, len(whole) - 20, 10):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1:])
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
         with fails(ValueError, path, "cannot be read"):
             files.read_image(path)
 
@@ -84,8 +97,9 @@ def test_sensor_and_label_of_different_size_are_named(mini):
         open_dataset("deliver", root, "val")[0]
 
 
-@pytest.mark.parametrize("layout, value", [("deliver", 26), ("muses", 19), ("mcubes", 20), ("nyuv2", 41),
-                                           ("folder", 12)])
+@pytest.mark.parametrize(
+    "layout, value", [("deliver", 26), ("muses", 19), ("mcubes", 20), ("nyuv2", 41), ("folder", 12)]
+)
 def test_a_label_out_of_range_is_named_with_its_value(mini, layout, value):
     root = mini(layout)
     path = open_dataset(layout, root, "val").frames[0].label
@@ -136,8 +150,9 @@ def test_nan_and_infinity_are_named(mini):
         np.save(path, values)
 
 
-@pytest.mark.parametrize("layout, listing", [("mcubes", "multimodal_dataset/list_folder/val.txt"),
-                                             ("nyuv2", "test.txt")])
+@pytest.mark.parametrize(
+    "layout, listing", [("mcubes", "multimodal_dataset/list_folder/val.txt"), ("nyuv2", "test.txt")]
+)
 def test_lists_cannot_lead_out_of_the_root(mini, layout, listing):
     root = mini(layout)
     (root / listing).write_text("../../secret\n/etc/passwd\n..\na\\b\n")
@@ -170,7 +185,7 @@ def test_classes_txt_is_checked(tmp_path):
 
 def test_label_maps_translate_a_folders_own_ids(tmp_path):
     root = folder_dataset(tmp_path / "d", classes=13)
-    ids = np.random.default_rng(0).integers(0, 14, (40, 60, 1), np.uint8)      # as NYUv2: 0 is unlabelled
+    ids = np.random.default_rng(0).integers(0, 14, (40, 60, 1), np.uint8)  # as NYUv2: 0 is unlabelled
     for i in range(4):
         png(root / f"labels/val/{i}.png", ids)
     expected = np.where(ids[..., 0] == 0, 255, ids[..., 0].astype(int) - 1)

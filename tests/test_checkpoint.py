@@ -19,9 +19,16 @@ CPU = torch.device("cpu")
 
 def state(step: int) -> dict:
     generator = torch.Generator().manual_seed(step)
-    return {"phase": "teacher", "step": step, "steps": 9, "best": 0.5 * step, "script": "train_stage1.py", "logged": 0,
-            "meta": {},
-            "parts": {f"layer{i}.weight": torch.randn(3, 5, generator=generator) for i in range(3)}}  # fmt: skip
+    return {
+        "phase": "teacher",
+        "step": step,
+        "steps": 9,
+        "best": 0.5 * step,
+        "script": "train_stage1.py",
+        "logged": 0,
+        "meta": {},
+        "parts": {f"layer{i}.weight": torch.randn(3, 5, generator=generator) for i in range(3)},
+    }
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -39,9 +46,23 @@ def folder(tmp_path):
 
 
 def meta(**changes) -> dict:
-    return {"backbone": "segformer_tiny", "classes": ["road", "car", "sky"], "modalities": ["rgb", "depth"],
-            "normalisation": "rgb", "drop_path": 0.0, "dropout": 0.0, "palette": [], "data": "deliver", "root": None,
-            "depth": "hha", "label_map": None, "hold_out": 0, "size": 64, "val_size": 64, **changes}  # fmt: skip
+    return {
+        "backbone": "segformer_tiny",
+        "classes": ["road", "car", "sky"],
+        "modalities": ["rgb", "depth"],
+        "normalisation": "rgb",
+        "drop_path": 0.0,
+        "dropout": 0.0,
+        "palette": [],
+        "data": "deliver",
+        "root": None,
+        "depth": "hha",
+        "label_map": None,
+        "hold_out": 0,
+        "size": 64,
+        "val_size": 64,
+        **changes,
+    }
 
 
 def test_the_newest_checkpoint_is_read_and_the_one_before_is_kept(folder):
@@ -202,11 +223,14 @@ def test_a_model_comes_back_as_it_was_saved(tmp_path, conditioned):
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name, here, sentence", [
-    ("classes", ["road", "sky"], "a.pt was trained with classes road, car, sky, but here it is road, sky"),
-    ("modalities", ["depth", "rgb"], "a.pt was trained with modalities rgb, depth, but here it is depth, rgb"),
-    ("backbone", "cmnext_tiny", "a.pt was trained with backbone segformer_tiny, but here it is cmnext_tiny"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, here, sentence",
+    [
+        ("classes", ["road", "sky"], "a.pt was trained with classes road, car, sky, but here it is road, sky"),
+        ("modalities", ["depth", "rgb"], "a.pt was trained with modalities rgb, depth, but here it is depth, rgb"),
+        ("backbone", "cmnext_tiny", "a.pt was trained with backbone segformer_tiny, but here it is cmnext_tiny"),
+    ],
+)
 def test_a_checkpoint_of_something_else_is_refused_with_both_descriptions(tmp_path, name, here, sentence):
     checkpoint.save_model(tmp_path / "a.pt", build_model("segformer_tiny", 3, ["rgb", "depth"]), meta())
     with pytest.raises(ValueError, match=sentence):

@@ -1,4 +1,5 @@
 """data.py: sizes and augmentation, modality dropping and corruptions, the two commands."""
+
 import pathlib
 import shutil
 import sys
@@ -23,14 +24,14 @@ def from_golden(size):
     assert len(dataset) == 2
     for images, label, name in dataset:
         frame, grey = f"{size}_{name[-6:]}", np.array([0.0175, 1 / 255, 1 / 255, 1 / 255])[:, None, None, None]
-        images = data.normalise(images[None], dataset.modalities, dataset.normalisation)[0]     # (M, 3, H, W)
+        images = data.normalise(images[None], dataset.modalities, dataset.normalisation)[0]  # (M, 3, H, W)
         assert label.shape == golden[f"label_{frame}"].shape
         wrong += (label.numpy() != golden[f"label_{frame}"]).sum()
         levels = max(levels, (np.abs(images.numpy()[:, :, ::3, ::3] - golden[f"images_{frame}"]) / grey).max())
     return levels, wrong
 
 
-@pytest.mark.parametrize("size, levels", [(128, 1), (100, 2)])     # 100 is resized twice: to 100, then to 128
+@pytest.mark.parametrize("size, levels", [(128, 1), (100, 2)])  # 100 is resized twice: to 100, then to 128
 def test_deliver_frames_are_what_the_published_loader_and_transform_give(size, levels):
     found, wrong = from_golden(size)
     assert found < 1.001 * levels and wrong == 0
@@ -45,10 +46,13 @@ def test_the_published_frames_tell_other_rules_apart(rule, monkeypatch):
     elif rule == "interpolation":
         monkeypatch.setattr(data, "resize", data.nearest)
     elif rule == "labels":
-        monkeypatch.setattr(data, "nearest", lambda pixels, size: pixels[centre(pixels.shape[0], size[0])][
-            :, centre(pixels.shape[1], size[1])])
+        monkeypatch.setattr(
+            data,
+            "nearest",
+            lambda pixels, size: pixels[centre(pixels.shape[0], size[0])][:, centre(pixels.shape[1], size[1])],
+        )
         levels, wrong = 1e9, 50
-    else:       # at once, without the step in between
+    else:  # at once, without the step in between
         monkeypatch.setattr(data, "resized_to", lambda shape, size: [(128, 128)])
     found = from_golden(100)
     assert found[0] > levels or found[1] > wrong
@@ -57,7 +61,7 @@ def test_the_published_frames_tell_other_rules_apart(rule, monkeypatch):
 def test_evaluation_sizes_are_multiples_of_32_and_labels_are_not_mixed(exported):
     dataset = open_dataset("muses", exported / "muses", "val", size=32)
     images, label, _ = dataset[0]
-    assert images.shape == (3, 3, 32, 64) and label.shape == (32, 64)       # 64 x 113, then 32 x 56
+    assert images.shape == (3, 3, 32, 64) and label.shape == (32, 64)  # 64 x 113, then 32 x 56
     assert set(label.unique().tolist()) <= set(open_dataset("muses", exported / "muses", "val")[0][1].unique().tolist())
     exact = open_dataset("muses", exported / "muses", "val", size=(48, 40))[0]
     assert exact[0].shape == (3, 3, 48, 40) and exact[1].shape == (48, 40)
@@ -83,7 +87,7 @@ def test_augmentation_moves_images_and_label_together_and_pads_right_and_below(t
         (image,), label, _ = dataset[3, i]
         assert image.shape == (3, 48, 48) and label.shape == (48, 48)
         inside = label != 255
-        assert torch.equal(inside, inside[:, :1] & inside[:1]) and inside[0, 0]     # a rectangle in the corner
+        assert torch.equal(inside, inside[:, :1] & inside[:1]) and inside[0, 0]  # a rectangle in the corner
         assert (image[2][inside] == 200).all() and not image[:, ~inside].any()
         column, row, band = image[0][inside] / 4, image[1][inside] / 6, label[inside].int()
         assert (column - band % 10 * 6 - 2.5).abs().max() < 4 and (row - band // 10 * 8 - 3.5).abs().max() < 5
@@ -96,7 +100,7 @@ def test_the_scale_is_relative_to_the_crop_and_flips_and_places_vary(tmp_path):
     starts, flips = set(), set()
     for i in range(len(dataset)):
         (image,), label, _ = dataset[1, i]
-        scale = np.random.default_rng([5, 1, i]).uniform(0.5, 2) * 30 / 40     # the documented source of chance
+        scale = np.random.default_rng([5, 1, i]).uniform(0.5, 2) * 30 / 40  # the documented source of chance
         height, width = (label != 255).sum(0).max(), (label != 255).sum(1).max()
         assert (height, width) == (min(30, round(40 * scale)), min(30, round(60 * scale)))
         across, down = image[0, 0, :width].double(), image[1, :height, 0].double()
@@ -110,6 +114,7 @@ def test_the_scale_is_relative_to_the_crop_and_flips_and_places_vary(tmp_path):
 
 class Chance:
     """A source of chance whose answers are known."""
+
     def __init__(self, draws, factors=()):
         self.draws, self.factors = np.array(draws), iter(factors)
 
@@ -132,7 +137,7 @@ def test_colour_jitter_is_brightness_then_contrast_then_saturation(top):
     values = grey(values) + 0.6 * (values - grey(values))
     given = image if top == 255 else image / np.float32(255)
     jittered = data.jitter(given, Chance([0, 1], (1.2, 0.7, 0.6)))
-    assert jittered.dtype == np.uint8 and np.abs(jittered - values).max() < 2.5     # rounded after each of the three
+    assert jittered.dtype == np.uint8 and np.abs(jittered - values).max() < 2.5  # rounded after each of the three
 
 
 def test_blur_has_a_deviation_of_0_8_pixels_and_nothing_happens_by_default():
@@ -151,7 +156,7 @@ def test_only_rgb_is_jittered(tmp_path):
     shutil.copytree(root / "event", root / "rgb")
     dataset = open_dataset("folder", root, size=48, augment=True)
     changed = [not torch.equal(*dataset[0, i][0]) for i in range(12)]
-    assert dataset.modalities == ["rgb", "event"] and 0 < sum(changed) < 12     # 36 % of the frames
+    assert dataset.modalities == ["rgb", "event"] and 0 < sum(changed) < 12  # 36 % of the frames
 
 
 @pytest.mark.parametrize("modalities", [["rgb"], ["rgb", "event"]])
@@ -163,7 +168,7 @@ def test_rgb_of_16_bit_has_one_range_whether_it_is_jittered_or_not(tmp_path, mod
     images = [dataset[0, i][0][0] for i in range(12)]
     assert {image.dtype for image in images} == {torch.float32} and max(image.max() for image in images) <= 1
     in_steps = [torch.allclose(image * 255, (image * 255).round(), atol=1e-3) for image in images]
-    assert 0 < sum(in_steps) < 12   # jittered ones are in steps of 8 bit, the others finer
+    assert 0 < sum(in_steps) < 12  # jittered ones are in steps of 8 bit, the others finer
 
 
 def test_items_depend_on_seed_epoch_and_index_only():
@@ -171,7 +176,7 @@ def test_items_depend_on_seed_epoch_and_index_only():
         dataset = open_dataset("synthetic", split="train", size=32, augment=True, seed=seed, limit=10)
         keys = [(epoch, i) for i in (3, 1, 9, 0, 4, 4)]
         loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=keys, num_workers=workers)
-        np.random.seed(workers)     # global state must not matter
+        np.random.seed(workers)  # global state must not matter
         torch.manual_seed(workers)
         return [torch.cat(parts) for parts in list(zip(*loader, strict=True))[:2]]
 
@@ -192,7 +197,7 @@ def test_limit_spreads_over_the_conditions(exported):
 @pytest.mark.parametrize("how", ["rgb", "all"])
 def test_normalise_gives_the_same_for_bytes_and_floats(how):
     images, modalities = torch.randint(0, 256, (2, 3, 3, 5, 7), dtype=torch.uint8), ["event", "rgb", "depth"]
-    expected = images.numpy() / 255                     # (B, M, 3, H, W)
+    expected = images.numpy() / 255  # (B, M, 3, H, W)
     for m in (0, 1, 2) if how == "all" else (1,):
         expected[:, m] -= np.reshape([0.485, 0.456, 0.406], (3, 1, 1))
         expected[:, m] /= np.reshape([0.229, 0.224, 0.225], (3, 1, 1))
@@ -246,13 +251,13 @@ def test_random_missing_zeroes_the_share_r_of_missing_modalities_only(r):
 def test_sensor_noise_has_the_stated_density_and_deviation(level, density, deviation):
     images, _, names = noise_inputs()
     images = images.clamp(-1, 1) * 0.5
-    images[:, :, 0, 0, 0], images[:, :, 0, 0, 1] = -2 - torch.rand(7, 3), 3 + torch.rand(7, 3)     # the extremes
+    images[:, :, 0, 0, 0], images[:, :, 0, 0, 1] = -2 - torch.rand(7, 3), 3 + torch.rand(7, 3)  # the extremes
     noisy = data.sensor_noise(images, level, names, ["rgb", "event", "depth"])
     events, clean = noisy[:, 1], images[:, 1]
     salt = events == clean.amax((1, 2, 3), keepdim=True)
     pepper = events == clean.amin((1, 2, 3), keepdim=True)
     assert abs(salt.float().mean() - density / 2) < 0.01 and abs(pepper.float().mean() - density / 2) < 0.01
-    assert torch.equal(events[~salt & ~pepper], clean[~salt & ~pepper])         # events get no Gaussian noise
+    assert torch.equal(events[~salt & ~pepper], clean[~salt & ~pepper])  # events get no Gaussian noise
     change = (noisy - images)[:, [0, 2]]
     untouched = change[change.abs() < 0.99 if deviation < 0.3 else change.abs() < 1.4]
     assert abs(untouched.std() - deviation) < 0.05 * deviation + 0.02
@@ -262,10 +267,15 @@ def test_corruptions_do_not_depend_on_the_batch():
     images, present, names = noise_inputs()
     order = [5, 0, 3]
     for whole, part in (
-            (data.random_missing(images, present, 0.5, names),
-             data.random_missing(images[order], present[order], 0.5, [names[i] for i in order])),
-            (data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"]),
-             data.sensor_noise(images[order], "mid", [names[i] for i in order], ["rgb", "depth", "event"]))):
+        (
+            data.random_missing(images, present, 0.5, names),
+            data.random_missing(images[order], present[order], 0.5, [names[i] for i in order]),
+        ),
+        (
+            data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"]),
+            data.sensor_noise(images[order], "mid", [names[i] for i in order], ["rgb", "depth", "event"]),
+        ),
+    ):
         assert torch.equal(whole[order], part)
     other = data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"], seed=1)
     assert not torch.equal(other, data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"]))
@@ -282,9 +292,12 @@ def test_check_counts_every_split_and_lists_the_broken(mini, monkeypatch, capsys
         root = mini(layout)
         status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
         assert status == 0
-        held = "6" if layout == "nyuv2" else "3"            # which has two lists
+        held = "6" if layout == "nyuv2" else "3"  # which has two lists
         assert [line.partition(": rgb (")[0] for line in printed.out.splitlines()] == [
-            f"{layout} train, 6 frames", f"{layout} val, {held} frames", f"{layout} test, {held} frames"]
+            f"{layout} train, 6 frames",
+            f"{layout} val, {held} frames",
+            f"{layout} test, {held} frames",
+        ]
         victim = open_dataset(layout, root, "train").frames[1].images[0]
         victim.write_bytes(victim.read_bytes()[:50])
         status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")

@@ -1,4 +1,5 @@
 """Derived event and lidar: they follow from the frame alone, and behave as such sensors do."""
+
 import io
 import time
 
@@ -10,8 +11,8 @@ from datasets import derived
 from datasets.derived import derive_event, derive_lidar
 
 RNG = np.random.default_rng(0)
-BLOCKS = RNG.integers(0, 256, (30, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)      # (240, 320, 3): many sharp edges
-SLOPE = np.linspace(8, 1, 240, dtype=np.float32)[:, None].repeat(320, 1)            # a floor: far above, near below
+BLOCKS = RNG.integers(0, 256, (30, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)  # (240, 320, 3): many sharp edges
+SLOPE = np.linspace(8, 1, 240, dtype=np.float32)[:, None].repeat(320, 1)  # a floor: far above, near below
 
 
 def fired(event):
@@ -47,7 +48,7 @@ def test_events_of_a_wall_are_the_frame_against_itself_shifted_sideways(monkeypa
     for name in "abcdef":
         event = derive_event(BLOCKS, np.full((240, 320), 2, np.float32), name)
         found = []
-        for shift in range(-13, 14):        # 0.81 * 320 * 0.1 / 2 = 13 pixels at most
+        for shift in range(-13, 14):  # 0.81 * 320 * 0.1 / 2 = 13 pixels at most
             inside = slice(max(-shift, 0), 320 - max(shift, 0))
             change = (level - np.roll(level, -shift, axis=1))[:, inside]
             expected = np.stack([change > 0.2, change < -0.2, np.zeros_like(change)], -1) * 255
@@ -58,7 +59,7 @@ def test_events_of_a_wall_are_the_frame_against_itself_shifted_sideways(monkeypa
 
 
 def test_near_things_fire_more_events_than_far_ones_and_forward_motion_spares_the_middle(monkeypatch):
-    share = np.mean([fired(derive_event(BLOCKS, SLOPE, str(i))) for i in range(40)], axis=0)     # (240, 320)
+    share = np.mean([fired(derive_event(BLOCKS, SLOPE, str(i))) for i in range(40)], axis=0)  # (240, 320)
     far, near = share[:120].mean(), share[120:].mean()
     assert near > 1.5 * far > 0, f"{near:.3f} of the near pixels fire, {far:.3f} of the far ones"
     move(monkeypatch, forward=0.05)
@@ -115,7 +116,7 @@ def test_the_lidar_lies_on_the_depth_along_a_fifth_of_the_rows():
     assert hit.any(1).sum() == 48 and 0.5 < hit[hit.any(1)].mean() < 0.9
     metres = 0.5 * np.exp((255 - lidar[..., 0][hit].astype(float)) / 80)
     error = np.abs(metres - depth[hit])
-    rounding = depth[hit] / 150             # half a level of the code: 1 / 160 of the range, and of the noise
+    rounding = depth[hit] / 150  # half a level of the code: 1 / 160 of the range, and of the noise
     assert (error < 0.03 + rounding).all() and error[depth[hit] < 1].max() > 0.02
 
 
@@ -146,5 +147,6 @@ def test_deriving_both_costs_less_than_twice_the_decoding():
             work()
             times.append(time.perf_counter() - start)
         return min(times)
+
     decoding, deriving = fastest(decode), fastest(derive)
     assert deriving < 2 * decoding, f"deriving takes {1e3 * deriving:.2f} ms, decoding {1e3 * decoding:.2f} ms"

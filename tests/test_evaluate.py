@@ -172,10 +172,21 @@ def random_results(seed, protocols=evaluate.PROTOCOLS):
     """Invented scores with the columns that `evaluate` gives."""
     g = torch.Generator().manual_seed(seed)
     names = [evaluate.subset_name(s, MODALITIES) for s in SUBSETS]
-    columns = {"any": names, "emm": names, "rmm": [f"{n} {r}" for r in evaluate.RMM_RATES for n in names],
-               "nm": ["low", "mid", "high"], "condition": ["fog", "sun"], "case": ["lidarjitter", "none"]}  # fmt: skip
-    return {p: {c: {rule: 100 * float(torch.rand((), generator=g)) for rule in ("miou_published", "miou_occurring")}
-                for c in columns[p]} for p in protocols}  # fmt: skip
+    columns = {
+        "any": names,
+        "emm": names,
+        "rmm": [f"{n} {r}" for r in evaluate.RMM_RATES for n in names],
+        "nm": ["low", "mid", "high"],
+        "condition": ["fog", "sun"],
+        "case": ["lidarjitter", "none"],
+    }
+    return {
+        p: {
+            c: {rule: 100 * float(torch.rand((), generator=g)) for rule in ("miou_published", "miou_occurring")}
+            for c in columns[p]
+        }
+        for p in protocols
+    }
 
 
 @pytest.mark.parametrize("p", evaluate.FAILURE_RATES)
@@ -223,8 +234,10 @@ def test_tables_hold_every_number_and_the_differences_to_the_first_row():
         found, (head, *rows) = cells_of(evaluate.tables(results, MODALITIES, [protocol]))
         assert title in found
         columns = [] if protocol == "rmm" else list(results["teacher"][protocol])
-        published, others = ({name: [score[rule] for score in scores[protocol].values()] for name, scores in
-                              results.items()} for rule in ("miou_published", "miou_occurring"))
+        published, others = (
+            {name: [score[rule] for score in scores[protocol].values()] for name, scores in results.items()}
+            for rule in ("miou_published", "miou_occurring")
+        )
         means = {name: evaluate.summary(protocol, published[name], MODALITIES) for name in results}
         assert head == ["", *columns, *means["teacher"], "mean, occurring"]
         for name, row in zip(results, rows, strict=True):
@@ -258,9 +271,22 @@ def test_a_weather_called_mean_and_a_modality_called_full_keep_their_columns():
 def run_folder(tmp_path):
     """A run folder with all four files."""
     dataset = open_dataset("synthetic", split="val", size=32, limit=1)
-    meta = {"backbone": "segformer_tiny", "modalities": MODALITIES, "classes": list(dataset.classes), "palette": [],
-            "size": 32, "val_size": 32, "data": "synthetic", "root": None, "depth": "hha", "label_map": None,
-            "normalisation": "all", "hold_out": 0, "drop_path": 0.1, "dropout": 0.1}  # fmt: skip
+    meta = {
+        "backbone": "segformer_tiny",
+        "modalities": MODALITIES,
+        "classes": list(dataset.classes),
+        "palette": [],
+        "size": 32,
+        "val_size": 32,
+        "data": "synthetic",
+        "root": None,
+        "depth": "hha",
+        "label_map": None,
+        "normalisation": "all",
+        "hold_out": 0,
+        "drop_path": 0.1,
+        "dropout": 0.1,
+    }
     folder = tmp_path / "demo"
     folder.mkdir()
     model = random_model("segformer_tiny")
@@ -283,8 +309,21 @@ def signals():
 
 
 def test_a_run_folder_gives_a_row_per_model_the_switch_and_the_ensemble(run_folder, tmp_path, capsys, signals):
-    args = evaluate.options([str(run_folder), "--limit", "3", "--protocol", "any,nm", "--device", "cpu",
-                          "--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")])  # fmt: skip
+    args = evaluate.options(
+        [
+            str(run_folder),
+            "--limit",
+            "3",
+            "--protocol",
+            "any,nm",
+            "--device",
+            "cpu",
+            "--json",
+            str(tmp_path / "out.json"),
+            "--markdown",
+            str(tmp_path / "out.md"),
+        ]
+    )
     evaluate.main(args)
     evaluate.main(args)  # what it wrote itself it may replace
     printed, stored = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
@@ -351,14 +390,17 @@ def test_models_that_were_trained_on_other_images_are_not_compared(run_folder, t
         evaluate.load_rows([str(tmp_path / "run")], CPU, [*SAME, "val_size"])
 
 
-@pytest.mark.parametrize("flag, name, sentence", [
-    ("--markdown", "student.pt", "must end in .md"),
-    ("--json", "", "must end in .json"),
-    ("--json", "nowhere/a.json", "its folder does not exist"),
-    ("--json", "config.json", "exists and is not marked as written by RMMSS"),
-    ("--markdown", "README.md", "exists and is not marked as written by RMMSS"),
-    ("--markdown", "folder.md", "is a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag, name, sentence",
+    [
+        ("--markdown", "student.pt", "must end in .md"),
+        ("--json", "", "must end in .json"),
+        ("--json", "nowhere/a.json", "its folder does not exist"),
+        ("--json", "config.json", "exists and is not marked as written by RMMSS"),
+        ("--markdown", "README.md", "exists and is not marked as written by RMMSS"),
+        ("--markdown", "folder.md", "is a folder"),
+    ],
+)
 def test_an_output_that_may_not_be_written_stops_before_any_work(tmp_path, flag, name, sentence):
     for foreign in ("config.json", "README.md"):
         (tmp_path / foreign).write_text("{}, not ours" * 50)

@@ -54,22 +54,31 @@ def test_lost_shows_the_mean_over_the_subsets_of_each_size(tmp_path, drawn):
 
 
 def test_curves_put_the_phases_of_a_run_one_after_the_other(tmp_path, drawn):
-    lines = [{"phase": "teacher", "step": 50, "epoch": 1.0, "ce": 2.0, "lr": 0.1, "data_wait": 9.0},
-             {"phase": "teacher", "step": 80, "epoch": 1.6, "miou": 40.0},
-             {"phase": "robust", "step": 50, "epoch": 1.0, "ce": 1.0, "kl": 0.5, "lr": 0.1, "data_wait": 9.0},
-             {"phase": "robust", "step": 60, "epoch": 1.2, "miou": 31.0, "miou_full": 45.0, "miou_missing": 30.0}]
+    lines = [
+        {"phase": "teacher", "step": 50, "epoch": 1.0, "ce": 2.0, "lr": 0.1, "data_wait": 9.0},
+        {"phase": "teacher", "step": 80, "epoch": 1.6, "miou": 40.0},
+        {"phase": "robust", "step": 50, "epoch": 1.0, "ce": 1.0, "kl": 0.5, "lr": 0.1, "data_wait": 9.0},
+        {"phase": "robust", "step": 60, "epoch": 1.2, "miou": 31.0, "miou_full": 45.0, "miou_missing": 30.0},
+    ]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     figures.curves(tmp_path / "log.jsonl")
     loss, miou = drawn.values()
     assert loss == {"teacher": [(50, [2.0])], "robust": [(130, [1.5])]}
-    assert miou == {"teacher, all": [(80, [40.0])], "robust, all": [(140, [45.0])],
-                    "robust, some missing": [(140, [30.0])]}  # fmt: skip
+    assert miou == {
+        "teacher, all": [(80, [40.0])],
+        "robust, all": [(140, [45.0])],
+        "robust, some missing": [(140, [30.0])],
+    }
 
 
 def test_the_sweep_shows_the_seeds_that_all_finished_rows_have(tmp_path, drawn):
     two, third = [{"full": 50.0, "missing": 30.0}, {"full": 52.0, "missing": 31.0}], {"full": 9.0, "missing": 9.0}
-    scores = {"kl": {"0": two[0], "1": two[1], "2": third}, "hpdm": {}, "feedback": {"2": third},
-              "random_1": {"1": {"full": 53.0, "missing": 32.0}, "0": {"full": 54.0, "missing": 33.0}}}  # fmt: skip
+    scores = {
+        "kl": {"0": two[0], "1": two[1], "2": third},
+        "hpdm": {},
+        "feedback": {"2": third},
+        "random_1": {"1": {"full": 53.0, "missing": 32.0}, "0": {"full": 54.0, "missing": 33.0}},
+    }
     figures.sweep(written(tmp_path, {"values": {"alpha": 20.8}, "scores": scores}))
     full, missing = drawn.values()
     assert full["random matching (the paper's)"] == [(0, [50.0, 52.0]), (2, [54.0, 53.0])]
@@ -122,21 +131,26 @@ def test_the_pipeline_of_the_docs_lies_inside_the_picture(tmp_path):
 
 
 def test_the_pipeline_draws_a_box_in_its_place_and_an_arrow_to_it(tmp_path):
-    (tmp_path / "table.txt").write_text("box | left | right | middle | colour | arrows from | title\n"
-                                        "a | 100 | 500 | 400 | loss |  | first\n"
-                                        "b | 1100 | 1500 | 400 | frozen | a | second | line\n")  # fmt: skip
+    (tmp_path / "table.txt").write_text(
+        "box | left | right | middle | colour | arrows from | title\n"
+        "a | 100 | 500 | 400 | loss |  | first\n"
+        "b | 1100 | 1500 | 400 | frozen | a | second | line\n"
+    )
     image = figures.pipeline(tmp_path / "table.txt")  # at half the size
     assert image.getpixel((60, 200)) == figures.FILLS["loss"] and image.getpixel((560, 200)) == figures.FILLS["frozen"]
     row = np.asarray(image)[200, 255:545].sum(1)  # between the boxes
     assert (row == sum(figures.INK)).all()
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    (["sweep", "wrong.json"], "the file does not hold these numbers"),
-    (["lost", "wrong.json"], "the file does not hold these numbers"),
-    (["selection", str(MODELS)], "give a run that has finished both stages"),
-    (["pipeline", "wrong.json"], "not marked as written by RMMSS"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["sweep", "wrong.json"], "the file does not hold these numbers"),
+        (["lost", "wrong.json"], "the file does not hold these numbers"),
+        (["selection", str(MODELS)], "give a run that has finished both stages"),
+        (["pipeline", "wrong.json"], "not marked as written by RMMSS"),
+    ],
+)
 def test_a_figure_that_cannot_be_drawn_says_why(argv, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wrong.json").write_text("{}")

@@ -33,10 +33,13 @@ def random_fsm(rule="score", conditioned=True, temperature=0.2):
 def random_outputs(seed=0, sources=2, samples=3):
     g = torch.Generator().manual_seed(seed)
     return [
-        Output(torch.randn(samples, K, 32, 40, generator=g),
-               tuple(torch.randn(samples, c, 8 >> i, 10 >> i, generator=g) for i, c in enumerate(WIDTHS)), ())
+        Output(
+            torch.randn(samples, K, 32, 40, generator=g),
+            tuple(torch.randn(samples, c, 8 >> i, 10 >> i, generator=g) for i, c in enumerate(WIDTHS)),
+            (),
+        )
         for _ in range(sources)
-    ]  # fmt: skip
+    ]
 
 
 PRESENT = torch.tensor([[True, True, True, True], [True, False, False, True], [False, False, True, False]])
@@ -234,8 +237,11 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
         decoder = teacher.decoder if present.all() else robust.decoder
         declared = present if degraded is None else torch.ones_like(present)  # nobody announces zero-filled modalities
         decoded = decoder(selected.fused, (45, 64), declared)
-        expected = {"logits": selected.logits, "features": decoded,
-                    "both": ((selected.logits.softmax(1) + decoded.softmax(1)) / 2).log()}[level]  # fmt: skip
+        expected = {
+            "logits": selected.logits,
+            "features": decoded,
+            "both": ((selected.logits.softmax(1) + decoded.softmax(1)) / 2).log(),
+        }[level]
         torch.testing.assert_close(answer.softmax(1), expected.softmax(1), rtol=1e-4, atol=1e-6)
         assert not torch.allclose(answer.softmax(1), teacher(*given).logits.softmax(1), atol=1e-3)
         assert not torch.allclose(answer.softmax(1), robust(*given).logits.softmax(1), atol=1e-3)
@@ -265,8 +271,14 @@ def test_the_switch_is_the_teacher_on_complete_inputs_and_else_the_robust_model(
 @pytest.mark.parametrize("conditioned", [True, False])
 def test_a_selection_comes_back_from_its_file_as_it_was(tmp_path: pathlib.Path, conditioned):
     fsm, outputs = random_fsm("candidate", conditioned, temperature=0.4), random_outputs(10)
-    meta = {"widths": list(WIDTHS), "classes": [str(c) for c in range(K)], "modalities": MODALITIES,
-            "rule": "candidate", "temperature": 0.4, "conditioned": conditioned}  # fmt: skip
+    meta = {
+        "widths": list(WIDTHS),
+        "classes": [str(c) for c in range(K)],
+        "modalities": MODALITIES,
+        "rule": "candidate",
+        "temperature": 0.4,
+        "conditioned": conditioned,
+    }
     checkpoint.save_model(tmp_path / "fsm.pt", fsm, meta)
     loaded = load_fsm(tmp_path / "fsm.pt", torch.device("cpu"))
     assert loaded.modality_bias.requires_grad == conditioned and not loaded.training

@@ -122,9 +122,11 @@ def slow_variation(student, teacher, labels, counted):
             places = [(r, c) for r, c in itertools.product(*map(range, y[b].shape)) if y[b, r, c] != 255]
             p, q = (
                 torch.stack([slow_cosine(f[:, r, c], centres[int(y[b, r, c])]) for r, c in places]).softmax(0)
-                if places else torch.ones(1)
-                for f in (t[b, m], s[b, m]) for centres in [slow_prototypes(f, y[b])]
-            )  # fmt: skip
+                if places
+                else torch.ones(1)
+                for f in (t[b, m], s[b, m])
+                for centres in [slow_prototypes(f, y[b])]
+            )
             total = total + slow_kl(p, q) / len(pairs)
     return total
 
@@ -136,12 +138,19 @@ def slow_cosine(a, b):
 def same_value_and_gradient(loss, slow, inputs):
     """Both values and their gradients; a loss that does not reach an input has a gradient of zero there."""
     torch.testing.assert_close(loss.double(), slow, rtol=1e-9, atol=1e-12)
-    ours, obvious = (torch.autograd.grad(x, inputs, allow_unused=True) if x.requires_grad else [None] * len(inputs)
-                     for x in (loss, slow))  # fmt: skip
+    ours, obvious = (
+        torch.autograd.grad(x, inputs, allow_unused=True) if x.requires_grad else [None] * len(inputs)
+        for x in (loss, slow)
+    )
     for i, (a, b, x) in enumerate(zip(ours, obvious, inputs, strict=True)):
         zeros = torch.zeros_like(x)
-        torch.testing.assert_close(zeros if a is None else a, zeros if b is None else b, rtol=1e-7, atol=1e-11,
-                                   msg=lambda text, i=i: f"gradient of input {i}: {text}")  # fmt: skip
+        torch.testing.assert_close(
+            zeros if a is None else a,
+            zeros if b is None else b,
+            rtol=1e-7,
+            atol=1e-11,
+            msg=lambda text, i=i: f"gradient of input {i}: {text}",
+        )
 
 
 @pytest.mark.parametrize("size", [(1042, 1042), (512, 768), (64, 64), (45, 70), (37, 33), (1080, 1920)])

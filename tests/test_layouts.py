@@ -1,4 +1,5 @@
 """The loaders against files in each data set's own layout and formats: what comes out is what was written."""
+
 import shutil
 
 import numpy as np
@@ -13,8 +14,12 @@ from datasets import derived, export, files, layouts, synthetic
 
 # ---- what comes out is what was written -----------------------------------------------------------------------------
 def test_class_lists_have_the_published_lengths_and_distinct_names():
-    for layout, count, first, last in (("deliver", 25, "Building", "Truck"), ("muses", 19, "road", "bicycle"),
-                                       ("mcubes", 20, "asphalt", "sky"), ("nyuv2", 40, "wall", "otherprop")):
+    for layout, count, first, last in (
+        ("deliver", 25, "Building", "Truck"),
+        ("muses", 19, "road", "bicycle"),
+        ("mcubes", 20, "asphalt", "sky"),
+        ("nyuv2", 40, "wall", "otherprop"),
+    ):
         names, palette = layouts.read_classes(layouts.CLASSES / f"{layout}.txt")
         assert (len(set(names)), names[0], names[-1]) == (count, first, last)
         assert palette.shape == (count, 3) and len(np.unique(palette, axis=0)) >= count - 1
@@ -68,7 +73,7 @@ def test_muses_files_come_back_in_16_bits_and_in_16_by_9(exported):
     for images, label, name in dataset:
         scene = painted("train", int(name[-6:]), (SIZE, SIZE * 16 // 9))
         assert images.shape == (4, 3, SIZE, SIZE * 16 // 9) and images.dtype == torch.float32
-        assert torch.allclose(images[0], chw(scene["lidar"], 0.004), atol=1e-7)     # 255 is 102 metres
+        assert torch.allclose(images[0], chw(scene["lidar"], 0.004), atol=1e-7)  # 255 is 102 metres
         assert torch.allclose(images[1], chw(scene["rgb"]) / 255, atol=1e-7)
         columns = torch.arange(images.shape[3]) % 4 == 0
         assert torch.equal(images[2], images[0] * columns)
@@ -96,7 +101,7 @@ def test_muses_ranges_have_more_than_256_values_and_read_from_projected_npz_too(
     stored = rng.integers(0, 65536, (SIZE, SIZE * 16 // 9, 3), np.uint16)
     png(frame.images[0], stored, rng.integers(0, 3, SIZE))
     image = open_dataset("muses", root, "val", ["lidar"], ranges={"lidar": ["float", -1, 3.4]})[0][0][0]
-    expected = (stored / 150 - 100) / 100       # float64
+    expected = (stored / 150 - 100) / 100  # float64
     assert len(image.unique()) > 5000
     assert np.abs(image.numpy().transpose(1, 2, 0) - expected).max() < 1e-6
 
@@ -109,7 +114,7 @@ def test_muses_ranges_have_more_than_256_values_and_read_from_projected_npz_too(
     assert again.frames[0].images[0] == moved.with_suffix(".npz")
     assert torch.allclose(again[0][0][0], image, atol=1e-6)
     moved.with_suffix(".npz").rename(moved.with_suffix(".old"))
-    np.save(moved.with_suffix(".npy"), np.full((SIZE, SIZE * 16 // 9, 3), 20.0))       # metres, as in .npz
+    np.save(moved.with_suffix(".npy"), np.full((SIZE, SIZE * 16 // 9, 3), 20.0))  # metres, as in .npz
     assert open_dataset("muses", root, "val", ["lidar"])[0][0].unique().tolist() == [np.float32(0.2)]
 
 
@@ -187,7 +192,7 @@ def test_nyuv2_files_come_back_with_either_list_of_classes(exported, classes):
     assert {(frame.condition, frame.case) for frame in dataset.frames} == {("none", "none")}
     for images, label, name in dataset:
         scene = of_frame(name)
-        assert (images[0].int() - chw(scene["rgb"]).int()).abs().float().mean() < 8      # through JPEG
+        assert (images[0].int() - chw(scene["rgb"]).int()).abs().float().mean() < 8  # through JPEG
         assert torch.equal(images[1], chw(scene["depth"]))
         expected = export.EXPORT_CLASSES["nyuv2" if classes == 40 else "nyuv2_13"].split(",")
         assert [dataset.classes[k] for k in label.ravel().tolist()] == [expected[k] for k in scene["label"].ravel()]
@@ -230,7 +235,8 @@ def test_nyuv2_lists_may_name_files_and_the_root_may_be_the_parent(mini, tmp_pat
     root.rename(tmp_path / "NYUDepthv2")
     found = open_dataset("nyuv2", tmp_path, "train").frames
     assert [frame.images[0].relative_to(tmp_path / "NYUDepthv2") for frame in found] == [
-        images[0].relative_to(root) for images in before]
+        images[0].relative_to(root) for images in before
+    ]
 
 
 def test_nyuv2_raw_depth_is_a_tenth_of_the_metres_and_event_and_lidar_are_derived_from_it(mini):
@@ -243,7 +249,7 @@ def test_nyuv2_raw_depth_is_a_tenth_of_the_metres_and_event_and_lidar_are_derive
     metres = eight / np.float32(25.5)
     assert torch.equal(images[0], chw(derived.derive_lidar(metres, frame.name)))
     assert torch.equal(images[3], chw(derived.derive_event(rgb, metres, frame.name)))
-    assert torch.equal(images[[0, 3]], open_dataset("nyuv2", root, "train", ["lidar", "event"])[1][0])   # never of HHA
+    assert torch.equal(images[[0, 3]], open_dataset("nyuv2", root, "train", ["lidar", "event"])[1][0])  # never of HHA
 
     millimetres = np.random.default_rng(0).integers(0, 12000, shape).astype(np.uint16)
     for path in (root / "Depth").iterdir():
@@ -252,7 +258,7 @@ def test_nyuv2_raw_depth_is_a_tenth_of_the_metres_and_event_and_lidar_are_derive
     assert np.abs(images[2].numpy() - (millimetres / 10000).clip(0, 1)).max() < 1e-6
     expected = derived.derive_lidar((millimetres / 1000).clip(0, 10).astype(np.float32), frame.name)
     apart = np.abs(images[0].numpy() * 255 - expected.transpose(2, 0, 1))
-    assert apart.max() < 1.01 and (apart > 0.01).mean() < 0.001         # the metres' last bit can turn a rounding
+    assert apart.max() < 1.01 and (apart > 0.01).mean() < 0.001  # the metres' last bit can turn a rounding
 
 
 def test_nyuv2_without_hha_asks_for_raw_depth(mini):

@@ -128,8 +128,9 @@ def test_conditioning_stays_float32_under_autocast():
         model.fusion_logits.copy_(torch.randn(6, 4))
     expected = model.decoder.scale_and_shift(present), model.fusion_weights(present)
     with torch.autocast("cpu", torch.bfloat16):
-        for ours, direct in zip((model.decoder.scale_and_shift(present), model.fusion_weights(present)), expected,
-                                strict=True):  # fmt: skip
+        for ours, direct in zip(
+            (model.decoder.scale_and_shift(present), model.fusion_weights(present)), expected, strict=True
+        ):
             assert torch.equal(ours, direct)
         out = model(torch.randn(5, 4, 3, 64, 64), present)
         assert out.logits.dtype == out.fused[0].dtype == torch.bfloat16
@@ -237,10 +238,15 @@ def test_several_answers_to_an_image_are_those_of_several_calls(backbone):
 
 
 @pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-@pytest.mark.parametrize("present, sentence", [
-    (torch.ones(3, 2) > 0, "must be bool"), (torch.ones(4, 1) > 0, "must be bool"), (torch.ones(4, 2), "must be bool"),
-    (torch.zeros(4, 2) > 0, "without any modality"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "present, sentence",
+    [
+        (torch.ones(3, 2) > 0, "must be bool"),
+        (torch.ones(4, 1) > 0, "must be bool"),
+        (torch.ones(4, 2), "must be bool"),
+        (torch.zeros(4, 2) > 0, "without any modality"),
+    ],
+)
 def test_what_is_present_must_be_told_for_whole_batches(backbone, present, sentence):
     model = build_model(backbone, 5, ["rgb", "depth"])
     with pytest.raises(ValueError, match=sentence):

@@ -43,9 +43,22 @@ def run(tmp_path_factory):
     for seed, name in enumerate(("teacher", "student")):
         torch.manual_seed(seed)
         model = spread_logits(build_model("segformer_tiny", len(CLASSES), MODALITIES, 0.0, 0.0))
-        meta = {"backbone": "segformer_tiny", "modalities": MODALITIES, "classes": CLASSES, "palette": PALETTE,
-                "size": 64, "val_size": 64, "data": "synthetic", "root": None, "depth": "hha", "label_map": None,
-                "hold_out": 0, "normalisation": "all", "drop_path": 0.0, "dropout": 0.0}  # fmt: skip
+        meta = {
+            "backbone": "segformer_tiny",
+            "modalities": MODALITIES,
+            "classes": CLASSES,
+            "palette": PALETTE,
+            "size": 64,
+            "val_size": 64,
+            "data": "synthetic",
+            "root": None,
+            "depth": "hha",
+            "label_map": None,
+            "hold_out": 0,
+            "normalisation": "all",
+            "drop_path": 0.0,
+            "dropout": 0.0,
+        }
         save_model(folder / f"{name}.pt", model, meta)
     return folder
 
@@ -134,14 +147,17 @@ def test_folders_are_matched_by_stem_and_a_frame_may_lack_a_sensor(run, tmp_path
     assert len(list((tmp_path / "out").iterdir())) == 6
 
 
-@pytest.mark.parametrize("inputs, sentence", [
-    (["thermal={}/a.png"], "has no modality thermal; it has rgb, depth, event, lidar"),
-    (["rgb={}/a.png", "depth={}/c.png"], "c.png has 40 rows of 50 pixels, but .*a.png has 64 of 96"),
-    (["rgb={}/a.png", "depth={}/other"], "give files or folders for all"),
-    (["rgb={}", "depth={}/other"], "have no .png.* file with a stem in common"),
-    (["rgb={}/text.png"], "text.png cannot be read"),
-    (["rgb={}/empty"], "empty holds no file that ends in .png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "inputs, sentence",
+    [
+        (["thermal={}/a.png"], "has no modality thermal; it has rgb, depth, event, lidar"),
+        (["rgb={}/a.png", "depth={}/c.png"], "c.png has 40 rows of 50 pixels, but .*a.png has 64 of 96"),
+        (["rgb={}/a.png", "depth={}/other"], "give files or folders for all"),
+        (["rgb={}", "depth={}/other"], "have no .png.* file with a stem in common"),
+        (["rgb={}/text.png"], "text.png cannot be read"),
+        (["rgb={}/empty"], "empty holds no file that ends in .png"),
+    ],
+)
 def test_bad_input_is_told_in_a_sentence_that_names_it(run, frame, inputs, sentence):
     folder, _, _ = frame
     write_file(folder / "c.png", np.zeros((40, 50), np.uint8))
@@ -152,14 +168,17 @@ def test_bad_input_is_told_in_a_sentence_that_names_it(run, frame, inputs, sente
         call(run, "--input", *(text.format(folder) for text in inputs), "--out", folder / "out")
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--input", "rgb"], "must be MODALITY=PATH"),
-    (["--input", "rgb=nowhere.png"], "'rgb=nowhere.png' must be MODALITY=PATH with a file or folder that exists"),
-    (["--input", "rgb=README.md", "rgb=Makefile"], "names a modality twice"),
-    (["--input", "rgb=README.md", "--data", "deliver"], "leave out --data"),
-    (["--input", "rgb=README.md", "--panel", "a.png"], "leave out --data, --root, --modalities and --panel"),
-    (["--size", "8"], "at least 32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--input", "rgb"], "must be MODALITY=PATH"),
+        (["--input", "rgb=nowhere.png"], "'rgb=nowhere.png' must be MODALITY=PATH with a file or folder that exists"),
+        (["--input", "rgb=README.md", "rgb=Makefile"], "names a modality twice"),
+        (["--input", "rgb=README.md", "--data", "deliver"], "leave out --data"),
+        (["--input", "rgb=README.md", "--panel", "a.png"], "leave out --data, --root, --modalities and --panel"),
+        (["--size", "8"], "at least 32"),
+    ],
+)
 def test_contradictory_options_stop_before_anything_is_read(capsys, arguments, sentence):
     with pytest.raises(SystemExit) as stop:
         predict.options(["nowhere.pt", *arguments])
@@ -218,8 +237,13 @@ def test_an_answer_that_is_not_finite_names_the_frame(run, frame, tmp_path):
 def indoor(run, tmp_path):
     """A model of nyuv2 with raw depth, and a frame of 64 x 96 with 8-bit and 16-bit depth in 1..4 m."""
     state = torch.load(run / "student.pt", weights_only=True)
-    state["meta"] |= {"data": "nyuv2", "depth": "raw", "normalisation": "rgb", "root": str(tmp_path),
-                      "ranges": {"rgb": ["8 bit", 0, 255], "depth": ["8 bit", 0, 255]}}  # fmt: skip
+    state["meta"] |= {
+        "data": "nyuv2",
+        "depth": "raw",
+        "normalisation": "rgb",
+        "root": str(tmp_path),
+        "ranges": {"rgb": ["8 bit", 0, 255], "depth": ["8 bit", 0, 255]},
+    }
     torch.save(state, tmp_path / "student.pt")
     metres = np.random.default_rng(6).uniform(1, 4, (64, 96))
     write_file(tmp_path / "millimetres.png", np.rint(1000 * metres).astype(np.uint16))

@@ -129,8 +129,10 @@ def test_the_head_of_a_fine_tuned_segformer_is_left_out_with_a_word(tmp_path):
     report = load_pretrained(build_model("segformer_b0", 25, MODALITIES), str(tmp_path / "segformer.bin"))
     assert report.source.endswith("its head left out") and report.unexpected == list(head)
     published = {f"backbone.{k}": v for k, v in mit_b0().items() if not k.startswith("head.")}
-    torch.save({"state_dict": published | {"decode_head.linear_c1.proj.weight": torch.randn(256, 32)}},
-               tmp_path / "segformer.pth")  # fmt: skip
+    torch.save(
+        {"state_dict": published | {"decode_head.linear_c1.proj.weight": torch.randn(256, 32)}},
+        tmp_path / "segformer.pth",
+    )
     report = load_pretrained(build_model("segformer_b0", 25, MODALITIES), str(tmp_path / "segformer.pth"))
     assert report.source == "MiT encoder, its head left out"
 
@@ -142,8 +144,13 @@ def test_a_damaged_safetensors_file_is_refused_by_name(tmp_path):
     moved = good[8 : 8 + length].replace(b"[0, 18816]", b"[-4,18812]")
     longer = good[8 : 8 + length].replace(b"[32, 3, 7, 7]", b"[32, 3, 7, 8]")
     assert moved != longer != good[8 : 8 + length]
-    for bad in (good[:-4], good[: length // 2], good[:8] + moved + good[8 + length :],
-                good[:8] + longer + good[8 + length :], good[:8] + good[8:].replace(b'"F32"', b'"F99"')):  # fmt: skip
+    for bad in (
+        good[:-4],
+        good[: length // 2],
+        good[:8] + moved + good[8 + length :],
+        good[:8] + longer + good[8 + length :],
+        good[:8] + good[8:].replace(b'"F32"', b'"F99"'),
+    ):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"x.safetensors is not a readable checkpoint"):
             load_pretrained(model, str(path))

@@ -46,11 +46,17 @@ def test_every_command_is_understood_by_its_script(data):
 def test_a_row_waits_for_its_run_and_that_for_all_it_starts_from():
     jobs = reproduce.plan(reproduce.parse(["--rows", "student", "--seeds", "1"]))
     assert [pathlib.Path(job.done).name for job in jobs] == [
-        "teacher.done", "hpdm.done", "student.done", "student-test.json",
-    ]  # fmt: skip
+        "teacher.done",
+        "hpdm.done",
+        "student.done",
+        "student-test.json",
+    ]
     assert [[need.name for need in job.needs] for job in jobs] == [
-        [], ["teacher.done"], ["teacher.done", "hpdm.done"], ["student.done"],
-    ]  # fmt: skip
+        [],
+        ["teacher.done"],
+        ["teacher.done", "hpdm.done"],
+        ["student.done"],
+    ]
 
 
 def test_every_seed_trains_its_own_models():
@@ -69,9 +75,13 @@ def test_a_model_that_no_other_of_the_project_gives_starts_as_its_backbone_from_
         if job.command[0] == "train_stage1.py":
             args = options.stage1_options("", job.command[1:])
             given[job.done.stem] = args.backbone, args.pretrained and pathlib.Path(args.pretrained).name
-    assert given == {"teacher": ("segformer_b2", "mit_b2.pth"), "once": ("segformer_b2", "mit_b2.pth"),
-                     "longer": ("segformer_b2", "teacher.pt"), "start": (None, "mit_b2.pth"),
-                     "hpdm": (None, None)}  # fmt: skip
+    assert given == {
+        "teacher": ("segformer_b2", "mit_b2.pth"),
+        "once": ("segformer_b2", "mit_b2.pth"),
+        "longer": ("segformer_b2", "teacher.pt"),
+        "start": (None, "mit_b2.pth"),
+        "hpdm": (None, None),
+    }
 
 
 def test_the_main_rows_of_every_seed_come_before_the_sweep():
@@ -110,10 +120,12 @@ def test_what_needs_a_failed_run_does_not_begin(capsys):
     args = reproduce.parse(["--jobs", "2", "--device", "cpu"])
     write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('')"
     path = pathlib.Path.cwd()
-    jobs = [Job(path / "bad.done", [], ["-c", "raise SystemExit(3)"], "x"),
-            Job(path / "after.done", [path / "bad.done"], ["-c", write, "after"], "x"),
-            Job(path / "good.done", [], ["-c", write, "good"], "text"),
-            Job(path / "last.json", [path / "good.done"], ["-c", write, "last"])]  # fmt: skip
+    jobs = [
+        Job(path / "bad.done", [], ["-c", "raise SystemExit(3)"], "x"),
+        Job(path / "after.done", [path / "bad.done"], ["-c", write, "after"], "x"),
+        Job(path / "good.done", [], ["-c", write, "good"], "text"),
+        Job(path / "last.json", [path / "good.done"], ["-c", write, "last"]),
+    ]
     assert reproduce.work(jobs, args) == 1
     assert "ended with 3" in capsys.readouterr().err
     assert not (path / "after").exists() and (path / "last").exists()
@@ -139,10 +151,14 @@ def test_epochs_are_three_numbers_and_other_options_go_on():
     assert args.values["all"] == 7 and args.values["fsm"] == 1 and args.flags[-2:] == ["--amp", "bf16"]
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    (["--rows", "teacher,techer"], "--rows techer is unknown"),
-    (["--seeds", "three"], "--seeds"), (["--epochs", "1,2"], "--epochs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--rows", "teacher,techer"], "--rows techer is unknown"),
+        (["--seeds", "three"], "--seeds"),
+        (["--epochs", "1,2"], "--epochs"),
+    ],
+)
 def test_a_wrong_option_is_named(argv, sentence, capsys):
     with pytest.raises(SystemExit):
         reproduce.parse(argv)

@@ -25,10 +25,15 @@ PHASES = {"teacher": 1, "robust": 1, "fsm": 2, "student": 2}
 # ---- continuing ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase, number, status", [
-    ("teacher", signal.SIGTERM, 143), ("robust", signal.SIGINT, 130), ("fsm", signal.SIGUSR1, 0),
-    ("student", signal.SIGHUP, 129),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "phase, number, status",
+    [
+        ("teacher", signal.SIGTERM, 143),
+        ("robust", signal.SIGINT, 130),
+        ("fsm", signal.SIGUSR1, 0),
+        ("student", signal.SIGHUP, 129),
+    ],
+)
 def test_a_signal_saves_at_the_next_step_and_the_resumed_run_equals_the_uninterrupted_one(
     whole, tmp_path, monkeypatch, phase, number, status
 ):
@@ -119,8 +124,9 @@ def test_a_corrupt_last_checkpoint_costs_only_the_steps_since_the_one_before(who
     (tmp_path / "last.pt").write_bytes(data)
     capfd.readouterr()
     assert train(1, ["--resume", str(tmp_path)]) == 0
-    assert re.match(r"warning: .*last.pt is corrupt, or .* Continuing from .*last.previous.pt, step 2\.\n$",
-                    capfd.readouterr().err)  # fmt: skip
+    assert re.match(
+        r"warning: .*last.pt is corrupt, or .* Continuing from .*last.previous.pt, step 2\.\n$", capfd.readouterr().err
+    )
     assert differences(whole / "1", tmp_path) == []
 
 
@@ -160,8 +166,12 @@ def test_stage_two_goes_on_in_the_folder_of_stage_one_and_stage_one_then_refuses
     out = str(tmp_path / "run")
     assert train(2, [*SMALL, *STAGE2, "--stage1", out]) == 0
     assert differences(whole / "2", tmp_path / "run")[:1] != ["fsm.pt is in one folder only"]
-    assert torch.equal(*(torch.load(f / "student.pt", weights_only=True)["model"]["decoder.classify.weight"]
-                         for f in (whole / "2", tmp_path / "run")))  # fmt: skip
+    assert torch.equal(
+        *(
+            torch.load(f / "student.pt", weights_only=True)["model"]["decoder.classify.weight"]
+            for f in (whole / "2", tmp_path / "run")
+        )
+    )
     capfd.readouterr()
     assert train(1, ["--resume", out]) == 2
     assert "holds a run of train_stage2.py" in said(capfd)
@@ -174,10 +184,13 @@ def test_a_folder_whose_checkpoint_was_deleted_is_not_trained_again(whole, tmp_p
     assert "holds teacher.pt, but no last.pt to continue from" in said(capfd)
 
 
-@pytest.mark.parametrize("phase, step, sentence", [
-    ("robust", 1, "is not complete (step 1 of 4 of phase robust): finish it with train_stage1.py --resume"),
-    ("teacher", 4, "is not complete (step 4 of 4 of phase teacher): finish it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "phase, step, sentence",
+    [
+        ("robust", 1, "is not complete (step 1 of 4 of phase robust): finish it with train_stage1.py --resume"),
+        ("teacher", 4, "is not complete (step 4 of 4 of phase teacher): finish it"),
+    ],
+)
 def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(whole, tmp_path, capfd, phase, step, sentence):
     shutil.copytree(whole / "1", tmp_path / "run")
     last = tmp_path / "run/last.pt"

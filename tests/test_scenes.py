@@ -1,4 +1,5 @@
 """The synthetic scenes: repeatable, one street under all conditions, and modalities that complement each other."""
+
 import time
 from types import SimpleNamespace
 
@@ -26,9 +27,11 @@ def with_label(scene, old, new, **changes):
 @pytest.fixture
 def render(monkeypatch):
     """A function that paints a scene of the test's own making."""
+
     def rendered(scene):
         monkeypatch.setattr(synthetic, "layout", lambda *_: scene)
         return paint(0, "val", 0, condition="cloud", case="none")
+
     return rendered
 
 
@@ -71,11 +74,20 @@ def test_conditions_and_cases_are_spread_evenly():
     assert len(pairs) == len(CONDITIONS) * (len(CASES) + 1)
 
 
-@pytest.mark.parametrize("change, expected", [
-    ({"condition": "night"}, {"rgb"}), ({"condition": "fog"}, {"rgb", "depth", "lidar"}),
-    ({"condition": "rain"}, {"rgb", "lidar"}), ({"condition": "sun"}, {"rgb"}), ({"case": "motionblur"}, {"rgb"}),
-    ({"case": "overexposure"}, {"rgb"}), ({"case": "underexposure"}, {"rgb"}), ({"case": "lidarjitter"}, {"lidar"}),
-    ({"case": "eventlowres"}, {"event"})])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"condition": "night"}, {"rgb"}),
+        ({"condition": "fog"}, {"rgb", "depth", "lidar"}),
+        ({"condition": "rain"}, {"rgb", "lidar"}),
+        ({"condition": "sun"}, {"rgb"}),
+        ({"case": "motionblur"}, {"rgb"}),
+        ({"case": "overexposure"}, {"rgb"}),
+        ({"case": "underexposure"}, {"rgb"}),
+        ({"case": "lidarjitter"}, {"lidar"}),
+        ({"case": "eventlowres"}, {"event"}),
+    ],
+)
 def test_a_condition_or_case_changes_its_own_modalities_and_nothing_else(change, expected):
     for index in range(5):
         plain = paint(1, "test", index, condition="cloud", case="none")
@@ -86,11 +98,13 @@ def test_a_condition_or_case_changes_its_own_modalities_and_nothing_else(change,
 def test_night_is_dark_fog_hides_the_distance_and_rain_thins_the_lidar():
     def mean(name, condition, measure):
         return np.mean([measure(paint(0, "val", i, condition=condition, case="none")[name]) for i in range(20)])
+
     assert mean("rgb", "night", np.mean) < 0.5 * mean("rgb", "cloud", np.mean)
     assert mean("rgb", "sun", np.mean) > mean("rgb", "cloud", np.mean)
 
     def returns(image):
         return (image > 0).any(-1).mean()
+
     assert mean("depth", "fog", returns) < 0.95 * mean("depth", "cloud", returns)
     assert mean("lidar", "rain", returns) < 0.7 * mean("lidar", "cloud", returns)
 
@@ -127,9 +141,16 @@ def test_a_larger_image_is_the_same_scene_drawn_finer():
         assert max((small == large[i::2, j::2]).mean() for i in (0, 1) for j in (0, 1)) > 0.92
 
 
-@pytest.mark.parametrize("arguments, word", [
-    ((0, "training", 1), "training"), ((0, "val", 1, 64, "snow"), "snow"), ((0, "val", 1, 64, "sun", "blur"), "blur"),
-    ((0, "val", -1), "-1"), ((0, "val", 1, (4, 64)), "4 x 64")])
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ((0, "training", 1), "training"),
+        ((0, "val", 1, 64, "snow"), "snow"),
+        ((0, "val", 1, 64, "sun", "blur"), "blur"),
+        ((0, "val", -1), "-1"),
+        ((0, "val", 1, (4, 64)), "4 x 64"),
+    ],
+)
 def test_a_wrong_argument_is_named_in_the_error(arguments, word):
     with pytest.raises(ValueError, match=word):
         paint(*arguments)
@@ -142,4 +163,4 @@ def test_painting_is_far_from_slow():
         start = time.perf_counter()
         paint(0, "train", index)
         times.append(time.perf_counter() - start)
-    assert np.median(times) < 0.05      # 2 ms on an idle core; the slack is for busy machines
+    assert np.median(times) < 0.05  # 2 ms on an idle core; the slack is for busy machines

@@ -69,8 +69,22 @@ def test_evaluation_of_a_run_prints_a_row_per_model(run_folder, tmp_path):
 def test_both_stages_and_all_protocols_run_on_every_layout(layout, tmp_path):
     script("data.py", "--export", tmp_path / "data", "--layout", layout, "--count", 24, "--size", 64)
     backbone = "cmnext_tiny" if layout == "muses" else "segformer_tiny"
-    script("train_stage1.py", "--data", layout, "--root", tmp_path / "data", "--backbone", backbone, "--size", 64,
-           "--limit", 4, "--out", tmp_path / "run", *TINY)  # fmt: skip
+    script(
+        "train_stage1.py",
+        "--data",
+        layout,
+        "--root",
+        tmp_path / "data",
+        "--backbone",
+        backbone,
+        "--size",
+        64,
+        "--limit",
+        4,
+        "--out",
+        tmp_path / "run",
+        *TINY,
+    )
     script("train_stage2.py", "--stage1", tmp_path / "run", "--fsm-epochs", 1, "--student-epochs", 1, "--workers", 0)
     text = script("evaluate.py", tmp_path / "run/student.pt", "--limit", 2, "--protocol", "all")
     for title in ("any-modality", "EMM", "RMM", "NM", "weather", "sensor failure"):

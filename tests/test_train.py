@@ -35,13 +35,16 @@ def free_port() -> int:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options, losses", [
-    ("--losses anyseg", "ce mad umd cmd"),
-    ("--lambda-kl 0 --alpha 0 --complete 0.5 --conditioned", "ce"),
-    ("--beta 12 --variation all --match same", "ce kl hpdm variation"),
-    ("--feedback 12", "ce kl hpdm teacher_ce teacher_variation"),
-    ("--prototypes published", "ce kl hpdm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, losses",
+    [
+        ("--losses anyseg", "ce mad umd cmd"),
+        ("--lambda-kl 0 --alpha 0 --complete 0.5 --conditioned", "ce"),
+        ("--beta 12 --variation all --match same", "ce kl hpdm variation"),
+        ("--feedback 12", "ce kl hpdm teacher_ce teacher_variation"),
+        ("--prototypes published", "ce kl hpdm"),
+    ],
+)
 def test_every_row_of_the_comparison_trains_by_its_losses(whole, tmp_path, options, losses):
     teacher = ["--teacher", str(whole / "1/teacher.pt"), "--distill-epochs", "1", "--eval-every", "9"]
     assert train(1, start(1, whole, tmp_path, *teacher, *options.split())) == 0
@@ -77,28 +80,31 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("stage, argv, sentence", [
-    (1, ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
-    (1, ["--batch-size", "0"], "argument --batch-size: invalid int from 1 to 1e+09 value: '0'"),
-    (1, ["--lr", "nan"], "argument --lr: invalid float from 1e-09 to 1e+09 value: 'nan'"),
-    (1, ["--epochs", "inf"], "argument --epochs: invalid float from 1e-09 to 1e+09 value: 'inf'"),
-    (1, ["--out", ""], "--out= is empty; is a variable of the shell not set?"),
-    (1, ["--teacher", " "], "--teacher= is empty"),
-    (1, ["--epochs", "1e308"], "argument --epochs: invalid float from 1e-09 to 1e+09 value: '1e308'"),
-    (1, ["--device", "gpu"], "argument --device: invalid choice: 'gpu' (choose from "),
-    (1, ["--size", "16"], "argument --size: invalid int from 32 to 1e+09 value: '16'"),
-    (1, ["--teacher", "a.pt", "--pretrained", "b.pth"], "--teacher and --pretrained contradict"),
-    (1, ["--resume", "nowhere"], "nowhere/config.json holds no options of train_stage1.py"),
-    (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr=0.5 contradicts WHOLE/1/config.json, which has --lr=0.002: "),
-    (1, ["--resume", "WHOLE/1", "--out", "elsewhere"], "give neither --out nor --config"),
-    (2, ["--resume", "WHOLE/1"], "WHOLE/1/config.json holds no options of train_stage2.py"),
-    (1, ["--conditioned", "--distill-epochs", "0"], "which --distill-epochs 0 leaves out"),
-    (1, ["--teacher", "a.pt", "--distill-epochs", "0"], "--teacher a.pt with --distill-epochs 0 trains nothing"),
-    (1, ["--drop-path", "1"], "argument --drop-path: invalid float from 0 to 0.99 value: '1'"),
-    (2, [], "give either --stage1 RUN, or both --teacher FILE and --robust FILE"),
-    (2, ["--teacher", "a.pt"], "give either --stage1 RUN, or both"),
-    (2, ["--stage1", "WHOLE/1", "--robust", "a.pt"], "give either --stage1 RUN, or both"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, argv, sentence",
+    [
+        (1, ["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (1, ["--batch-size", "0"], "argument --batch-size: invalid int from 1 to 1e+09 value: '0'"),
+        (1, ["--lr", "nan"], "argument --lr: invalid float from 1e-09 to 1e+09 value: 'nan'"),
+        (1, ["--epochs", "inf"], "argument --epochs: invalid float from 1e-09 to 1e+09 value: 'inf'"),
+        (1, ["--out", ""], "--out= is empty; is a variable of the shell not set?"),
+        (1, ["--teacher", " "], "--teacher= is empty"),
+        (1, ["--epochs", "1e308"], "argument --epochs: invalid float from 1e-09 to 1e+09 value: '1e308'"),
+        (1, ["--device", "gpu"], "argument --device: invalid choice: 'gpu' (choose from "),
+        (1, ["--size", "16"], "argument --size: invalid int from 32 to 1e+09 value: '16'"),
+        (1, ["--teacher", "a.pt", "--pretrained", "b.pth"], "--teacher and --pretrained contradict"),
+        (1, ["--resume", "nowhere"], "nowhere/config.json holds no options of train_stage1.py"),
+        (1, ["--resume", "WHOLE/1", "--lr", "0.5"], "--lr=0.5 contradicts WHOLE/1/config.json, which has --lr=0.002: "),
+        (1, ["--resume", "WHOLE/1", "--out", "elsewhere"], "give neither --out nor --config"),
+        (2, ["--resume", "WHOLE/1"], "WHOLE/1/config.json holds no options of train_stage2.py"),
+        (1, ["--conditioned", "--distill-epochs", "0"], "which --distill-epochs 0 leaves out"),
+        (1, ["--teacher", "a.pt", "--distill-epochs", "0"], "--teacher a.pt with --distill-epochs 0 trains nothing"),
+        (1, ["--drop-path", "1"], "argument --drop-path: invalid float from 0 to 0.99 value: '1'"),
+        (2, [], "give either --stage1 RUN, or both --teacher FILE and --robust FILE"),
+        (2, ["--teacher", "a.pt"], "give either --stage1 RUN, or both"),
+        (2, ["--stage1", "WHOLE/1", "--robust", "a.pt"], "give either --stage1 RUN, or both"),
+    ],
+)
 def test_wrong_or_contradictory_options_end_with_one_sentence(whole, capsys, stage, argv, sentence):
     with pytest.raises(SystemExit, match="2"):
         (options.stage1_options, options.stage2_options)[stage - 1]("", [a.replace("WHOLE", str(whole)) for a in argv])
@@ -106,13 +112,28 @@ def test_wrong_or_contradictory_options_end_with_one_sentence(whole, capsys, sta
     assert sentence.replace("WHOLE", str(whole)) in text.splitlines()[-1] and "Traceback" not in text
 
 
-@pytest.mark.parametrize("argv, sentence", [
-    (["--modalities", "rgb,depth"], "with modalities rgb, depth, lidar, but here it is rgb, depth"),
-    (["--backbone", "cmnext_tiny"], "with backbone segformer_tiny, but here it is cmnext_tiny"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--modalities", "rgb,depth"], "with modalities rgb, depth, lidar, but here it is rgb, depth"),
+        (["--backbone", "cmnext_tiny"], "with backbone segformer_tiny, but here it is cmnext_tiny"),
+    ],
+)
 def test_a_teacher_of_another_kind_is_refused_with_both_descriptions(whole, tmp_path, capfd, argv, sentence):
-    assert train(1, [*start(1, whole, tmp_path / "x")[:-4], "--out", str(tmp_path / "x"), *argv,
-                     "--teacher", str(whole / "1/teacher.pt")]) == 2  # fmt: skip
+    assert (
+        train(
+            1,
+            [
+                *start(1, whole, tmp_path / "x")[:-4],
+                "--out",
+                str(tmp_path / "x"),
+                *argv,
+                "--teacher",
+                str(whole / "1/teacher.pt"),
+            ],
+        )
+        == 2
+    )
     assert sentence in said(capfd)
 
 
@@ -127,8 +148,7 @@ def pictures(tmp_path):
 
 
 def folder_run(pictures: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
-    return [*SMALL, *STAGE1, "--data", "folder", "--root", str(pictures), "--workers", "0", "--out", str(out),
-            *more]  # fmt: skip
+    return [*SMALL, *STAGE1, "--data", "folder", "--root", str(pictures), "--workers", "0", "--out", str(out), *more]
 
 
 def plant(pictures: pathlib.Path, value: float) -> str:
@@ -188,9 +208,21 @@ def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd)
             Image.fromarray(array).save(file)
     (tmp_path / "data/classes.txt").write_text("\n".join(meta["classes"]))
     model = build_model("segformer_tiny", 2, ["rgb"])
-    about = {"backbone": "segformer_tiny", "drop_path": 0.1, "dropout": 0.1, "size": 64, "val_size": 64,
-             "data": "folder", "root": str(tmp_path / "data"), "depth": "hha", "label_map": None,
-             "normalisation": "all", "hold_out": 0, "palette": [], **meta}  # fmt: skip
+    about = {
+        "backbone": "segformer_tiny",
+        "drop_path": 0.1,
+        "dropout": 0.1,
+        "size": 64,
+        "val_size": 64,
+        "data": "folder",
+        "root": str(tmp_path / "data"),
+        "depth": "hha",
+        "label_map": None,
+        "normalisation": "all",
+        "hold_out": 0,
+        "palette": [],
+        **meta,
+    }
     runs.save_model(tmp_path / "a.pt", model, about)
     for workers in "0", "2":
         assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--workers", workers])) == 2

@@ -56,7 +56,11 @@ class FrameDataset(torch.utils.data.Dataset):
     ) -> None:
         self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
         self.size, self.augment, self.seed, self.table, self.split = size, augment, seed, table, split
-        self.normalisation = "all" if name == "synthetic" else "rgb"  # see `normalise`
+        chosen = [name == "synthetic" or modality == "rgb" for modality in modalities]
+        self.normalisation = [  # mean and deviation of each modality, see `normalise`
+            [list(IMAGENET_MEAN) if c else [0.0] * 3 for c in chosen],
+            [list(IMAGENET_STD) if c else [1.0] * 3 for c in chosen],
+        ]
         self.ranges: dict[str, list] = {}  # of each modality, see `learn_ranges`
         self.broken, self.cache = [], {}
 
@@ -254,21 +258,16 @@ def open_dataset(
 
 
 # ---- on the device: normalisation, modality dropping, corruptions ---------------------------------------------------
-def normalise(images: Tensor, modalities: list[str], how: str) -> Tensor:
-    """(..., M, 3, H, W) uint8, or float about 0..1, to float32 as the network takes it.
+def normalise(images: Tensor, mean: list, deviation: list) -> Tensor:
+    """(..., M, 3, H, W) uint8, or float about 0..1, to float32 as the network takes it: (x - mean) / deviation.
 
-    how: "rgb", as published: rgb by ImageNet's mean and deviation, the others in 0..1, so that zeros are an empty
-    image. "all": every modality by ImageNet's; not in the paper: better on the synthetic scenes from random weights.
+    mean, deviation: (M, 3) numbers, of each modality and channel of values in 0..1; a data set's `normalisation`.
     """
-    if how not in ("rgb", "all"):
-        raise ValueError(f"normalisation {how!r} is unknown; choose rgb or all")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}; give uint8, or float: 16 bit divided by 65535")
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    chosen = [how == "all" or modality == "rgb" for modality in modalities]
-    mean = torch.tensor([IMAGENET_MEAN if c else (0, 0, 0) for c in chosen], device=images.device)  # (M, 3)
-    deviation = torch.tensor([IMAGENET_STD if c else (1, 1, 1) for c in chosen], device=images.device)
-    return (images - mean[..., None, None]) / deviation[..., None, None]
+    mean, deviation = (torch.tensor(x, device=images.device)[..., None, None] for x in (mean, deviation))
+    return (images - mean) / deviation
 
 
 def draw_present(batch_size: int, modalities: int, generator: torch.Generator, complete: float = 0.0) -> Tensor:
@@ -279,6 +278,17 @@ def draw_present(batch_size: int, modalities: int, generator: torch.Generator, c
     number = torch.randint(1, modalities + 1, (batch_size, 1), generator=generator)
     rank = torch.rand(batch_size, modalities, generator=generator).argsort(1).argsort(1)  # (B, M) permutations
     return (rank < number) | (torch.rand(batch_size, 1, generator=generator) < complete)
+
+
+def incomplete(images: Tensor, present: Tensor, absent: str) -> tuple[Tensor, Tensor]:
+    """What a model is given of normalised images (B, M, 3, H, W) and present (B, M) -> images, present.
+
+    absent: "skip", absent modalities are left out; "zero", as in the authors' zero-filling scripts: they are zero
+    images, encoded and matched like any other.
+    """
+    if absent == "skip":
+        return images, present
+    return images * present.to(images.device)[:, :, None, None, None], torch.ones_like(present)
 
 
 def random_missing(images: Tensor, present: Tensor, r: float, names: list[str], seed: int = 0) -> Tensor:

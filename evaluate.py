@@ -27,10 +27,10 @@ import metrics
 from data import IGNORED, FrameDataset, random_missing, sensor_noise
 from engine import loop, runs
 from engine.checkpoint import require
-from engine.files import MARK, check_output, write_output
+from engine.inference import load_models, open_data, titles
 from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, Parser, names
+from engine.output import MARK, check_output, write_output
 from engine.subsets import all_subsets, selected_logits, subset_logits, switch_logits
-from engine.trained import load_models, open_data, titles
 
 PROTOCOLS = {  # paper, section 5
     "any": "any-modality: every subset, the other modalities left out",

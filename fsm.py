@@ -15,15 +15,14 @@ That is rule "hard", as published. An arg-max over frozen features gives the sco
 Not in the paper: conditioning. 3x3 pixels do not show which modalities the input had, but that is known. So each score
 has a learned bias for each present modality, one for complete and one for incomplete input.
 
-Axes: B samples, S = 2 sources (T, R), C channels, K classes, M modalities, h w stage.
+Axes: B samples, S = 2 sources (T, R), C channels, K classes, M modalities, h w stage; 5 levels: four stages, logits.
 """
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from model import Output, ScorePredictor
-from segformer import modality_indicators
+from segformer import Output
 
 
 class FSM(nn.Module):
@@ -43,18 +42,22 @@ class FSM(nn.Module):
     ):
         super().__init__()
         self.rule, self.temperature = rule, temperature
-        self.scores = nn.ModuleList(ScorePredictor(c, 2) for c in (*widths, num_classes))  # `select` folds its weights
+        levels = (*widths, num_classes)  # channels; all weights start as those of nn.Conv2d, by fan-in
+        self.depthwise = nn.ParameterList(torch.empty(2, c, 3, 3).uniform_(-1 / 3, 1 / 3) for c in levels)
+        self.depthwise_bias = nn.ParameterList(torch.empty(2, c).uniform_(-1 / 3, 1 / 3) for c in levels)
+        self.pointwise = nn.ParameterList(torch.empty(2, c).uniform_(-(c**-0.5), c**-0.5) for c in levels)
+        self.pointwise_bias = nn.ParameterList(torch.empty(2).uniform_(-(c**-0.5), c**-0.5) for c in levels)
         self.modality_bias = nn.Parameter(torch.zeros(5, 2, modalities + 2), requires_grad=conditioned)
         if conditioned and rule == "score":  # starts as the switch: T has weight 0.98 if all are present, else 0.02
             self.modality_bias.data[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
 
     def select(self, sources: list[Tensor], i: int, present: Tensor, rule: str) -> Tensor:
         """S x (B, C, h, w), of stage i or the logits -> selected (B, C, h, w)."""
-        nets = list(zip(self.scores[i].depthwise, self.scores[i].pointwise, strict=True))
         # nothing non-linear stands between the two convolutions, so they are one: 3x3, C -> 1
-        weight = torch.stack([pw.weight[0] * dw.weight[:, 0] for dw, pw in nets])  # (S, C, 3, 3)
-        bias = torch.stack([pw.bias[0] + (pw.weight[0, :, 0, 0] * dw.bias).sum() for dw, pw in nets])  # (S,)
-        indicators = modality_indicators(present).to(self.modality_bias, non_blocking=True)  # (B, M + 2)
+        weight = self.pointwise[i][:, :, None, None] * self.depthwise[i]  # (S, C, 3, 3)
+        bias = self.pointwise_bias[i] + (self.pointwise[i] * self.depthwise_bias[i]).sum(1)  # (S,)
+        complete = present.all(1, keepdim=True)  # (B, 1)
+        indicators = torch.cat((present, complete, ~complete), 1).to(bias, non_blocking=True)  # (B, M + 2) of 0 and 1
         bias = bias + (indicators[:, None] * self.modality_bias[i]).sum(2)  # (B, S)
         return kernels.feature_select(sources, weight, bias, rule, self.temperature)
 
@@ -78,27 +81,25 @@ def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) 
     return distance
 
 
-def decode(selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor, declared: Tensor | None = None):
+def decode(selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor) -> Tensor:
     """Logits of the selected features (B, K, H, W): by the teacher's decoder where the input is complete, else by the
-    robust model's. present (B, M) bool, on the CPU; declared: what conditioned decoders are told, if not `present`
-    (evaluate.py: failures that nobody announces)."""
-    declared = present if declared is None else declared
+    robust model's. present (B, M) bool, on the CPU."""
     complete, size = present.all(1), selected.logits.shape[-2:]
     if complete.all() or not complete.any():
-        return (teacher if complete.all() else robust).decoder(selected.fused, size, declared)
-    by_teacher, by_robust = (model.decoder(selected.fused, size, declared) for model in (teacher, robust))
+        return (teacher if complete.all() else robust).decoder(selected.fused, size)
+    by_teacher, by_robust = (model.decoder(selected.fused, size) for model in (teacher, robust))
     return torch.where(complete.to(by_teacher.device)[:, None, None, None], by_teacher, by_robust)
 
 
 def ensemble_logits(
-    selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both", declared=None
+    selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both"
 ) -> Tensor:
     """The ensemble's logits. level: "logits" as selected; "features" decoded; "both": log of their summed softmax."""
     if level not in ("logits", "features", "both"):
         raise ValueError(f"level {level!r} is unknown; choose logits, features or both.")
     if level == "logits":
         return selected.logits
-    decoded = decode(selected, teacher, robust, present, declared)
+    decoded = decode(selected, teacher, robust, present)
     if level == "features":
         return decoded
     return (selected.logits.float().softmax(1) + decoded.float().softmax(1)).clamp(min=1e-12).log()

@@ -1,111 +1,38 @@
-"""The two backbones of RMMSS (arXiv 2505.12861 v2, section 4): MSegFormer and CMNeXt.
+"""CMNeXt (DELIVER, arXiv 2303.01480), the second backbone of RMMSS, and `build_model` for either.
 
-    model = build_model("segformer_b0", num_classes=25, modalities=["rgb", "depth", "event", "lidar"])
+    model = build_model("cmnext_b2", num_classes=25, modalities=["rgb", "depth", "event", "lidar"])
     logits = model(images, present).logits  # images (B, M, 3, H, W), present (B, M) bool or None -> (B, K, H, W)
 
-MSegFormer (AnySeg, arXiv 2411.17141): one MiT encoder shared by all modalities, the features of those present averaged
-at each stage, a SegFormer head. CMNeXt (DELIVER, arXiv 2303.01480): a MiT for RGB and a light branch for all others,
-joined at each stage by the FRM and FFM of CMX (arXiv 2203.04838). MiT and the head are in segformer.py.
+A MiT for RGB and a light branch for all other modalities, joined at each stage by the FRM and FFM of CMX
+(arXiv 2203.04838). MiT, the head and M-SegFormer are in segformer.py.
 
 Axes: B batch, M modalities, N present (sample, modality) pairs, K classes, C channels, H W image, h w stage.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segformer import MIN_SIDE, PRESETS, Decoder, DropPath, MixFFN, Preset, drop_rates, mit_stages, modality_indicators
-
-
-class Output(NamedTuple):
-    logits: Tensor  # (B, K, H, W); V B rows where `present` has V B, V answers to each image
-    fused: tuple[Tensor, ...]  # 4 x (B, C_i, h_i, w_i), rows as the logits
-    per_modality: tuple[Tensor, ...]  # 4 x (B, M, C_i, h_i, w_i), zeros where absent
-
-
-def present_rows(present: Tensor | None, device: torch.device) -> Tensor | None:
-    """Positions of the present (sample, modality) pairs -> (N,) int64; None when all are present."""
-    if present is None or bool(present.all()):  # `present` should lie on the CPU: a GPU would have to be waited for
-        return None
-    return present.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-
-
-def gather(x: Tensor, rows: Tensor | None) -> Tensor:
-    """(B M, ...) -> (N, ...): only present pairs are computed, so an absent modality costs nothing."""
-    return x if rows is None else x.index_select(0, rows)
-
-
-def scatter(x: Tensor, rows: Tensor | None, total: int) -> Tensor:
-    """(N, ...) -> (total = B M, ...), zeros where absent."""
-    return x if rows is None else x.new_zeros(total, *x.shape[1:]).index_copy(0, rows, x)
-
-
-def check_input(images: Tensor, present: Tensor | None, modalities: list[str]) -> None:
-    expected = f"(B, {len(modalities)}, 3, H, W) for {', '.join(modalities)}"
-    if images.ndim != 5 or images.shape[1] != len(modalities) or images.shape[2] != 3:
-        raise ValueError(f"images have shape {tuple(images.shape)}, this model needs {expected}.")
-    if min(images.shape[-2:]) < MIN_SIDE:
-        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels, both sides must be at least {MIN_SIDE}.")
-    if present is not None:
-        views, rest = divmod(len(present), len(images))  # V B rows: V answers to each image
-        if views < 1 or rest or present.shape[1:] != images.shape[1:2] or present.dtype != torch.bool:
-            raise ValueError(f"present is {present.dtype} {tuple(present.shape)}, it must be bool (B, M), or (V B, M).")
-        if not bool(present.any(1).all()):
-            raise ValueError("present has a row without any modality; each sample needs at least one.")
-
-
-class MSegFormer(nn.Module):
-    """One MiT for all modalities, the mean of their features at each stage, a SegFormer head."""
-
-    def __init__(self, p: Preset, num_classes: int, modalities: list[str], drop_path: float, dropout: float):
-        super().__init__()
-        self.modalities = list(modalities)
-        self.widths = p.widths
-        self.stages = mit_stages(p, eps=1e-6, drop_path=drop_path)
-        self.register_parameter("fusion_logits", None)  # or (M + 2, M), see `condition_on_modalities`
-        self.decoder = Decoder(p.widths, p.embed, num_classes, dropout)
-
-    def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(B, M, 3, H, W) -> 4 x (B, M, C_i, h_i, w_i), each modality on its own, zeros where no answer needs it."""
-        check_input(images, present, self.modalities)
-        b, m = images.shape[:2]
-        rows = present_rows(None if present is None else present.unflatten(0, (-1, b)).any(0), images.device)
-        x = gather(images.flatten(0, 1), rows)  # (N, 3, H, W)
-        features = []
-        for stage in self.stages:
-            y = stage(x)  # (N, h, w, C)
-            features.append(scatter(y, rows, b * m).unflatten(0, (b, m)).permute(0, 1, 4, 2, 3))
-            x = y.permute(0, 3, 1, 2)
-        return tuple(features)
-
-    def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
-        """present (V B, M) gives V answers to each image, all from one pass of the encoder."""
-        per_modality = self.encode(images, present)
-        present = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
-        weights = self.fusion_weights(present).unflatten(0, (-1, len(images)))  # (V, B, M)
-        fused = []
-        for f in per_modality:
-            f = f.permute(0, 1, 3, 4, 2)  # (B, M, h, w, C), the order in memory, so that the mean keeps it
-            mean = (weights[..., None, None, None] * f).sum(2).flatten(0, 1).to(f.dtype)  # (V B, h, w, C)
-            fused.append(mean.permute(0, 3, 1, 2))
-        return Output(self.decoder(fused, images.shape[-2:], present), tuple(fused), per_modality)
-
-    def fusion_weights(self, present: Tensor) -> Tensor:
-        """Each modality's weight in the mean, (B, M) bool -> (B, M), a row sums to 1: equal, unless conditioned."""
-        there = present.to(self.decoder.bn.weight, non_blocking=True)
-        if self.fusion_logits is None:
-            return there / there.sum(1, keepdim=True)
-        logits = (modality_indicators(there.bool())[:, :, None] * self.fusion_logits).sum(1)  # (B, M)
-        return logits.masked_fill(there == 0, -torch.inf).softmax(1)
+from segformer import (
+    PRESETS,
+    Decoder,
+    DropPath,
+    MixFFN,
+    MSegFormer,
+    Output,
+    Preset,
+    check_input,
+    drop_rates,
+    gather,
+    init_weights,
+    mit_stages,
+    present_rows,
+    scatter,
+)
 
 
 class ScorePredictor(nn.Module):
-    """A score map for each source, sigmoid(conv1x1(depthwise3x3(x))), with weights of its own for each.
-
-    The self-query hub rates the auxiliary modalities with it, the feature selection (fsm.py) the two models.
-    """
+    """The self-query hub's score maps: sigmoid(conv1x1(depthwise3x3(x))), own weights for each modality."""
 
     def __init__(self, channels: int, sources: int):
         super().__init__()
@@ -216,16 +143,16 @@ class CMNeXt(nn.Module):
     on, and it travels in checkpoints. From scratch it is off.
     """
 
-    def __init__(self, p: Preset, num_classes: int, modalities: list[str], drop_path: float, dropout: float):
+    def __init__(self, p: Preset, num_classes: int, modalities: list[str]):
         super().__init__()
         if len(modalities) < 2:
             raise ValueError("CMNeXt needs RGB and at least one more modality; use segformer_* for a single one.")
         self.modalities = list(modalities)
         self.widths = p.widths
         self.published_layout = False
-        self.stages = mit_stages(p, eps=1e-5, drop_path=drop_path)
+        self.stages = mit_stages(p, eps=1e-5)
         self.aux = nn.ModuleList()  # what each stage adds to the RGB branch
-        for i, (c, drops) in enumerate(zip(p.widths, drop_rates(p.depths, drop_path), strict=True)):
+        for i, (c, drops) in enumerate(zip(p.widths, drop_rates(p.depths), strict=True)):
             self.aux.append(extra := nn.Module())
             extra.embed = AuxEmbed(3 if i == 0 else p.widths[i - 1], c, i == 0, len(modalities) - 1)
             extra.hub = ScorePredictor(c, len(modalities) - 1) if len(modalities) > 2 else None
@@ -233,7 +160,8 @@ class CMNeXt(nn.Module):
             extra.norm = nn.LayerNorm(c, eps=1e-6)
             extra.frm = FRM(c)
             extra.ffm = FFM(c, p.heads[i])
-        self.decoder = Decoder(p.widths, p.cmnext_embed, num_classes, dropout)
+        self.aux.apply(init_weights)
+        self.decoder = Decoder(p.widths, p.cmnext_embed, num_classes)
 
     def get_extra_state(self) -> dict:
         return {"published_layout": self.published_layout}
@@ -242,10 +170,8 @@ class CMNeXt(nn.Module):
         self.published_layout = bool(state["published_layout"])
 
     def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
-        """present may be (V B, M), as for an MSegFormer; but the modalities mix in the encoder, which runs V times."""
+        """images (B, M, 3, H, W) normalised; present (B, M) bool, best on the CPU, None: all."""
         check_input(images, present, self.modalities)
-        if present is not None and len(present) > len(images):
-            images = images.repeat(len(present) // len(images), 1, 1, 1, 1)
         b, m = images.shape[:2]
         parts = (None, None) if present is None else (present[:, 0], present[:, 1:])
         rgb_rows, aux_rows = (present_rows(part, images.device) for part in parts)
@@ -272,47 +198,21 @@ class CMNeXt(nn.Module):
                 x = x.contiguous().view(b, m - 1, *x.shape[3:], x.shape[2]).permute(0, 1, 4, 2, 3)
             x = f[:, None] if extra.hub is None else x + f[:, None]
             aux = gather(x.flatten(0, 1), aux_rows)
-        return Output(self.decoder(tuple(fused), images.shape[-2:], present), tuple(fused), tuple(per_modality))
-
-
-def condition_on_modalities(model: nn.Module) -> None:
-    """Tells the model which modalities are present; until it is trained further, it answers as before.
-
-    FiLM (arXiv 1709.07871): after the head's BatchNorm each channel is scaled and shifted by learned amounts, one for
-    each present modality and one for "all are there" or "some are missing". An MSegFormer's weights of the mean are
-    learned in the same way. Not in the paper, which leaves its final student open.
-    """
-    m, like = len(model.modalities), model.decoder.bn.weight
-    if model.decoder.film is None:
-        model.decoder.film = nn.Parameter(like.new_zeros(2, m + 2, len(like)))
-        if isinstance(model, MSegFormer):
-            model.fusion_logits = nn.Parameter(like.new_zeros(m + 2, m))
-
-
-def init_weights(module: nn.Module) -> None:
-    """As SegFormer: linear layers from a normal of 0.02, convolutions by their fan-out, biases zero."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+        return Output(self.decoder(fused, images.shape[-2:]), tuple(fused), tuple(per_modality))
 
 
 BACKBONES = [f"{family}_{size}" for family in ("segformer", "cmnext") for size in "tiny b0 b1 b2 b3 b4 b5".split()]
 
 
-def build_model(backbone: str, num_classes: int, modalities: list[str], drop_path: float = 0.1, dropout: float = 0.1):
+def build_model(backbone: str, num_classes: int, modalities: list[str]) -> MSegFormer | CMNeXt:
     """A freshly initialised MSegFormer or CMNeXt.
 
-    backbone: one of BACKBONES; modalities: names in the order of the images' M axis, for CMNeXt RGB first; drop_path:
-    rate of the last block, dropout: of the head's channels, both from 0 on and below 1. ValueError for an unknown
-    backbone.
+    backbone: one of BACKBONES; modalities: names in the order of the images' M axis, for CMNeXt RGB first.
+    Raises ValueError for an unknown backbone.
     """
     family, _, size = backbone.partition("_")
-    if backbone not in BACKBONES:
+    preset = PRESETS.get(backbone if size == "tiny" else size)
+    if family not in ("segformer", "cmnext") or preset is None:
         raise ValueError(f"unknown backbone '{backbone}'; choose one of {', '.join(BACKBONES)}.")
     build = MSegFormer if family == "segformer" else CMNeXt
-    model = build(PRESETS[backbone if size == "tiny" else size], num_classes, modalities, drop_path, dropout)
-    return model.apply(init_weights)
+    return build(preset, num_classes, modalities)

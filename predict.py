@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import metrics
 from data import IGNORED
 from engine import pictures, runs
-from engine.export import export
-from engine.files import check_output, write_picture
+from engine.inference import input_frames, load_models, open_data, samples, titles
 from engine.options import COUNT, RATE, RECIPES, Parser, names
-from engine.trained import input_frames, load_models, open_data, samples, titles
+from engine.output import check_output, write_picture
+from engine.program import export
 from segformer import upsample
 
 
@@ -66,7 +66,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         help="frames by row; modalities, ground truth, and what each model says from "
         "all modalities and from --modalities (None: without the first, and the first two)",
     )
-    add("--export", metavar="FILE.pt2", help="torch.export program of the model for --modalities (engine/export.py)")
+    add("--export", metavar="FILE.pt2", help="torch.export program of the model for --modalities (engine/program.py)")
     args = parser.parse_args(argv)
     if args.input and (args.data or args.root or args.modalities or args.panel):
         parser.error("--input has its own frames and modalities: leave out --data, --root, --modalities and --panel.")

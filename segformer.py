@@ -1,10 +1,17 @@
-"""SegFormer (arXiv 2105.15203): the MiT encoder of section 3.1 and the all-MLP head of section 3.2.
+"""SegFormer (arXiv 2105.15203) and M-SegFormer (AnySeg, arXiv 2411.17141), the first backbone of RMMSS.
 
-Axes: N images, M modalities, C channels, H W image, h w stage, E the head's width, K classes.
-Features live in memory as (N, h, w, C), so that linear layers, LayerNorms and convolutions all read them in place;
-`.permute(0, 3, 1, 2)` gives the convolutions their (N, C, h, w) view of it (channels-last), without a copy.
+    model = MSegFormer(PRESETS["b0"], num_classes=25, modalities=["rgb", "depth", "event", "lidar"])
+    logits = model(images, present).logits  # images (B, M, 3, H, W), present (B, M) bool or None -> (B, K, H, W)
+
+The MiT encoder (SegFormer, section 3.1) and the all-MLP head (section 3.2); then M-SegFormer, which shares one MiT
+among all modalities, averages the features of those present at each stage, and decodes them with one head.
+
+Axes: B samples, M modalities, N images or present (sample, modality) pairs, C channels, H W image, h w stage, E the
+head's width, K classes. Features live in memory as (N, h, w, C), so that linear layers, LayerNorms and convolutions all
+read them in place; `.permute(0, 3, 1, 2)` gives the convolutions their (N, C, h, w) view without a copy.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +26,7 @@ class Preset(NamedTuple):
     embed: int  # E, the decoder's width in MSegFormer
     cmnext_embed: int  # the same in CMNeXt
     heads: tuple[int, ...] = (1, 2, 5, 8)  # attention heads
+    stages: Callable | None = None  # builds another encoder than MiT, called as `mit_stages`
 
 
 PRESETS = {
@@ -32,6 +40,7 @@ PRESETS = {
     "b5": Preset((64, 128, 320, 512), (3, 6, 40, 3), 768, 512),
 }
 REDUCTIONS = (8, 4, 2, 1)  # keys and values are taken on a grid this much coarser, per stage
+DROP_PATH, DROPOUT = 0.1, 0.1  # published: rate of the last block; of the head's channels
 MIN_SIDE = 32  # the coarsest key grid must keep one cell: 32 / 4 / 8 = 1
 
 
@@ -126,15 +135,33 @@ class Stage(nn.Module):
         return self.norm(self.blocks(self.embed(x)))
 
 
-def drop_rates(depths: tuple[int, ...], last: float) -> list[list[float]]:
-    """DropPath rises linearly over the blocks from 0 to `last`."""
-    rates = iter(torch.linspace(0, last, sum(depths)).tolist())
+def init_weights(module: nn.Module) -> None:
+    """SegFormer's rule for an encoder: linear layers from a normal of 0.02, convolutions by fan-out, biases zero.
+
+    But the bias of a convolution that reads images keeps PyTorch's default: an all-zero image would else give the first
+    LayerNorm a constant, and four stages of that an infinite gradient.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+        if getattr(module, "in_channels", 0) != 3:
+            nn.init.zeros_(module.bias)
+
+
+def drop_rates(depths: tuple[int, ...]) -> list[list[float]]:
+    """DropPath rises linearly over the blocks from 0 to DROP_PATH."""
+    rates = iter(torch.linspace(0, DROP_PATH, sum(depths)).tolist())
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
-def mit_stages(p: Preset, eps: float, drop_path: float) -> nn.ModuleList:
-    ins, drops = (3, *p.widths), drop_rates(p.depths, drop_path)
-    return nn.ModuleList(Stage(ins[i], p.widths[i], i == 0, p.heads[i], REDUCTIONS[i], drops[i], eps) for i in range(4))
+def mit_stages(p: Preset, eps: float) -> nn.ModuleList:
+    """The four stages of a MiT, from chance; eps: of the LayerNorms in blocks and after stages."""
+    ins, drops = (3, *p.widths), drop_rates(p.depths)
+    stages = (Stage(ins[i], p.widths[i], i == 0, p.heads[i], REDUCTIONS[i], drops[i], eps) for i in range(4))
+    return nn.ModuleList(stages).apply(init_weights)
 
 
 class Decoder(nn.Module):
@@ -145,13 +172,12 @@ class Decoder(nn.Module):
         F cat_i(up(W_i x_i + b_i)) = sum_i up(F_i (W_i x_i + b_i)) = sum_i up((F_i W_i) x_i + F_i b_i)
     """
 
-    def __init__(self, widths: tuple[int, ...], width: int, num_classes: int, dropout: float):
+    def __init__(self, widths: tuple[int, ...], width: int, num_classes: int):
         super().__init__()
         self.linear = nn.ModuleList(nn.Linear(c, width) for c in widths)
         self.fuse = nn.Conv2d(4 * width, width, 1, bias=False)
+        init_weights(self.fuse)  # by fan-out, as published (mmcv's ConvModule); the others keep PyTorch's defaults
         self.bn = nn.BatchNorm2d(width)
-        self.register_parameter("film", None)  # or (2, M + 2, E), see `model.condition_on_modalities`
-        self.dropout = dropout
         self.classify = nn.Conv2d(width, num_classes, 1)
 
     def folded(self) -> list[tuple[Tensor, Tensor]]:
@@ -159,25 +185,15 @@ class Decoder(nn.Module):
         fuse = self.fuse.weight[:, :, 0, 0].chunk(4, 1)[::-1]  # F_1..F_4, each (E, E)
         return [(f @ linear.weight, f @ linear.bias) for f, linear in zip(fuse, self.linear, strict=True)]
 
-    def forward(self, features: tuple[Tensor, ...], size: tuple[int, int], present: Tensor) -> Tensor:
-        """Logits (N, K, *size) of features 4 x (N, C_i, h_i, w_i) of the modalities `present`, (N, M) bool."""
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Fused features 4 x (N, C_i, h_i, w_i) -> logits (N, K, *size)."""
         pairs = zip(features, self.folded(), strict=True)
         maps = [F.linear(x.permute(0, 2, 3, 1), *layer).permute(0, 3, 1, 2) for x, layer in pairs]  # (N, E, h_i, w_i)
         mixed = upsample(maps[3], maps[0].shape[-2:])
         for x in maps[2::-1]:
             mixed += upsample(x, mixed.shape[-2:])
-        hidden = self.bn(mixed)
-        if self.film is not None:
-            scale, shift = self.scale_and_shift(present)[..., None, None]
-            hidden = (scale * hidden + shift).to(hidden.dtype)
-        hidden = F.dropout2d(F.relu_(hidden), self.dropout, self.training)
+        hidden = F.dropout2d(F.relu_(self.bn(mixed)), DROPOUT, self.training)
         return upsample(self.classify(hidden), size)
-
-    def scale_and_shift(self, present: Tensor) -> Tensor:
-        """FiLM: what BatchNorm's output is multiplied by and shifted by, (N, M) bool -> (2, N, E)."""
-        indicators = modality_indicators(present).to(self.film, non_blocking=True)  # (N, M + 2)
-        scale, shift = (indicators[:, :, None] * self.film[:, None]).sum(2)  # not a matmul: autocast would round it
-        return torch.stack((1 + scale, shift))
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -185,7 +201,79 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if same else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def modality_indicators(present: Tensor) -> Tensor:
-    """(N, M) bool -> (N, M + 2) of 0 and 1: each modality is there, all are there, some are missing."""
-    complete = present.all(1, keepdim=True)
-    return torch.cat((present, complete, ~complete), 1).float()
+# ---- M-SegFormer ----------------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (B, K, H, W)
+    fused: tuple[Tensor, ...]  # 4 x (B, C_i, h_i, w_i)
+    per_modality: tuple[Tensor, ...]  # 4 x (B, M, C_i, h_i, w_i), zeros where absent
+
+
+def present_rows(present: Tensor | None, device: torch.device) -> Tensor | None:
+    """Positions of the present (sample, modality) pairs -> (N,) int64; None when all are present."""
+    if present is None or bool(present.all()):  # `present` should lie on the CPU: a GPU would have to be waited for
+        return None
+    return present.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+
+
+def gather(x: Tensor, rows: Tensor | None) -> Tensor:
+    """(B M, ...) -> (N, ...): only present pairs are computed, so an absent modality costs nothing."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def scatter(x: Tensor, rows: Tensor | None, total: int) -> Tensor:
+    """(N, ...) -> (total = B M, ...), zeros where absent."""
+    return x if rows is None else x.new_zeros(total, *x.shape[1:]).index_copy(0, rows, x)
+
+
+def check_input(images: Tensor, present: Tensor | None, modalities: list[str]) -> None:
+    expected = f"(B, {len(modalities)}, 3, H, W) for {', '.join(modalities)}"
+    if images.ndim != 5 or images.shape[1] != len(modalities) or images.shape[2] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}, this model needs {expected}.")
+    if min(images.shape[-2:]) < MIN_SIDE:
+        raise ValueError(f"images are {tuple(images.shape[-2:])} pixels, both sides must be at least {MIN_SIDE}.")
+    if present is not None:
+        if present.shape != images.shape[:2] or present.dtype != torch.bool:
+            raise ValueError(f"present is {present.dtype} {tuple(present.shape)}, it must be bool (B, M).")
+        if not bool(present.any(1).all()):
+            raise ValueError("present has a row without any modality; each sample needs at least one.")
+
+
+class MSegFormer(nn.Module):
+    """One MiT for all modalities, the mean of their features at each stage, a SegFormer head."""
+
+    def __init__(self, p: Preset, num_classes: int, modalities: list[str]):
+        super().__init__()
+        self.modalities = list(modalities)
+        self.widths = p.widths
+        self.stages = (p.stages or mit_stages)(p, eps=1e-6)
+        self.decoder = Decoder(p.widths, p.embed, num_classes)
+
+    def encode(self, images: Tensor, present: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(B, M, 3, H, W) -> 4 x (B, M, C_i, h_i, w_i): each modality on its own, zeros where absent."""
+        check_input(images, present, self.modalities)
+        b, m = images.shape[:2]
+        rows = present_rows(present, images.device)
+        x = gather(images.flatten(0, 1), rows)  # (N, 3, H, W)
+        features = []
+        for stage in self.stages:
+            y = stage(x)  # (N, h, w, C)
+            features.append(scatter(y, rows, b * m).unflatten(0, (b, m)).permute(0, 1, 4, 2, 3))
+            x = y.permute(0, 3, 1, 2)
+        return tuple(features)
+
+    def answer(self, per_modality: tuple[Tensor, ...], present: Tensor | None, size: tuple[int, int]) -> Output:
+        """Features of `encode`, and which of them count, (B, M) bool -> logits of this size, from their mean."""
+        present = torch.ones(per_modality[0].shape[:2], dtype=torch.bool) if present is None else present
+        weights = present.to(per_modality[0].device, torch.float32, non_blocking=True)
+        weights = (weights / weights.sum(1, keepdim=True))[..., None, None, None]  # (B, M, 1, 1, 1)
+        fused = []
+        for f in per_modality:
+            f = f.permute(0, 1, 3, 4, 2)  # (B, M, h, w, C), the order in memory, so that the mean keeps it
+            fused.append((weights * f).sum(1).to(f.dtype).permute(0, 3, 1, 2))
+        return Output(self.decoder(fused, size), tuple(fused), per_modality)
+
+    def forward(self, images: Tensor, present: Tensor | None = None) -> Output:
+        """images (B, M, 3, H, W) normalised; present (B, M) bool, best on the CPU, None: all."""
+        return self.answer(self.encode(images, present), present, images.shape[-2:])

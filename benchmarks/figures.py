@@ -23,12 +23,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import kernels
 from data import normalise
-from engine.files import check_output, write_picture
+from engine.inference import load_models, open_data
 from engine.options import Parser
+from engine.output import check_output, write_picture
 from engine.pictures import Cell, draw, photograph
 from engine.runs import guarded
 from engine.subsets import all_subsets, present_of, subset_outputs
-from engine.trained import load_models, open_data
 from hpdm import labels_at
 
 INK, PALE, GRID = (40, 40, 40), (110, 110, 110), (225, 225, 225)
@@ -145,7 +145,7 @@ def prototypes(run: Path) -> Image.Image:
     for model_name, model in models.items():
         sums, counts = [0.0] * 4, [0.0] * 4
         for image, label, _ in dataset:
-            features = model(normalise(image[None], names, dataset.normalisation)).per_modality  # 4 x (1, M, C, h, w)
+            features = model(normalise(image[None], *dataset.normalisation)).per_modality  # 4 x (1, M, C, h, w)
             for i, f in enumerate(features):
                 y = labels_at(label[None].long(), f.shape[-2:])
                 mean, count = kernels.prototype_pool(f, y, len(dataset.classes))  # (1, M, K, C), (1, K)
@@ -172,7 +172,7 @@ def selection(run: Path) -> Image.Image:
     dataset = open_data(meta, None, None, "val", meta["val_size"], limit=1)
     names, (image, _, frame), grid, sides = dataset.modalities, dataset[0], [], []
     scene = photograph(image[0].permute(1, 2, 0).numpy())
-    images, every = normalise(image[None], names, dataset.normalisation), tuple(range(len(names)))
+    images, every = normalise(image[None], *dataset.normalisation), tuple(range(len(names)))
     for rule, subset in itertools.product(dict.fromkeys((fsm.rule, "hard")), (every, every[1:])):
         sources = [next(subset_outputs(models[name], images, [subset])) for name in ("teacher", "robust")]
         selected = fsm(sources, present_of(subset, images.shape[:2]), rule)

@@ -14,16 +14,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.files import replace
-from model import build_model, condition_on_modalities
+from engine.output import replace
+from model import build_model
 
 KEYS = {
     "model": {"format", "meta", "model"},
     "training run": {"script", "phase", "step", "steps", "best", "logged", "meta", "parts"},
 }
-# Of the options of its run, a model says these, ...
-OPTIONS = ("data", "root", "depth", "label_map", "hold_out", "size", "val_size", "drop_path", "dropout")
-SAYS = ("backbone", "classes", "modalities", "palette", "normalisation", *OPTIONS)
+# Options that may change when a run is continued: they do not change what it computes.
+FREE = {"resume", "out", "root", "workers", "device", "max_minutes", "save_every"}
+FILES = {"stage1", "teacher", "robust"}  # where a run's models came from: may be renamed
+# Of the options of its run, a model says these by themselves, ...
+OPTIONS = ("data", "root", "depth", "label_map", "hold_out", "size", "val_size", "absent")
+SAYS = ("backbone", "classes", "modalities", "palette", "normalisation", "options", *OPTIONS)
 # ... and these must be equal in models that work together, or that continue one another.
 SAME = ("data", "classes", "modalities", "normalisation", "depth", "label_map", "hold_out")
 
@@ -75,21 +78,20 @@ def save_model(path: Path, model: nn.Module, meta: dict) -> None:
     write(path, {"format": "rmmss 1", "meta": meta, "model": model.state_dict()})
 
 
-def load_model(path: Path | str, device: torch.device, expect: dict | None = None, **drops) -> tuple[nn.Module, dict]:
+def load_model(path: Path | str, device: torch.device, expect: dict | None = None) -> tuple[nn.Module, dict]:
     """Rebuilds a model from its checkpoint -> (model in eval mode, meta).
 
+    `model.absent` says what an absent modality is to the model: left out ("skip"), or a zero image ("zero").
+
     expect: entries of meta that must agree (see SAME), else ValueError with both descriptions.
-    drops: drop_path and dropout for training on, instead of the checkpoint's.
     """
     state = read(Path(path), says=SAYS)
     meta = state["meta"]
     require(path, meta, expect or {})
     with fitting(f"{path} does not hold the weights of a {meta['backbone']}"):
-        drops = {"drop_path": meta["drop_path"], "dropout": meta["dropout"], **drops}
-        model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"], **drops)
-        if "decoder.film" in state["model"]:
-            condition_on_modalities(model)
+        model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"])
         model.load_state_dict(state["model"])
+    model.absent = meta["absent"]
     return model.to(device).eval(), meta
 
 
@@ -124,5 +126,6 @@ def describe(args, dataset, backbone: str | None) -> dict:
         "frame names": f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})",
         "normalisation": dataset.normalisation,
         "ranges": dataset.ranges,
+        "options": {name: value for name, value in vars(args).items() if name not in FREE | FILES},
         **{name: getattr(args, name) for name in OPTIONS},
     }

@@ -11,6 +11,7 @@ import functools
 import platform
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import metrics
 from data import normalise
 
-PHASES = ("teacher", "robust", "fsm", "student")
+PHASES = ("teacher", "robust", "fsm", "student", "single")
 # What stops a training run after its step, with all saved; SIGALRM is the clock of --max-minutes.
 EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0, signal.SIGALRM: 0}
 
@@ -70,13 +71,13 @@ def seed_step(seed: int, phase: str, step: int, rank: int) -> torch.Generator:
     return torch.Generator().manual_seed(shared)
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays the weights of linear layers and convolutions alone. As published, which exempts 1-D
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """AdamW that decays the weights of linear layers and convolutions alone, by 0.01. As published, which exempts 1-D
     parameters; norms that are stacked here, a row for each modality, are exempt, too."""
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": 0.01},
         {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
@@ -88,7 +89,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, w
     if step < warmup:
         rate = peak * (0.1 + 0.9 * step / warmup)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("scale", 1.0)
+        group["lr"] = rate
     return rate
 
 
@@ -111,8 +112,13 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
     k, starts = len(dataset.classes), range(0, len(dataset), batch_size)[run.rank :: run.world]
     shard = [list(range(i, min(i + batch_size, len(dataset)))) for i in starts]
     matrices = torch.zeros(columns, k, k, dtype=torch.int64, device=run.device)
-    for images, labels, names in loader(dataset, shard, run.args.workers, run.device):
-        images = normalise(images.to(run.device, non_blocking=True), dataset.modalities, dataset.normalisation)
+    begun = told = time.monotonic()
+    for done, (images, labels, names) in enumerate(loader(dataset, shard, run.args.workers, run.device)):
+        if done and time.monotonic() - told > 60:
+            told = time.monotonic()
+            left = (told - begun) / done * (len(shard) - done) / 60
+            run.say(f"{done * batch_size * run.world} of {len(dataset)} frames, about {left:.0f} min left")
+        images = normalise(images.to(run.device, non_blocking=True), *dataset.normalisation)
         labels = labels.to(run.device, non_blocking=True).long()
         with autocast(run.device, run.args.amp):
             for matrix, (ids, wanted) in zip(matrices, answers(images, labels, names), strict=True):

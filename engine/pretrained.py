@@ -15,13 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint import fitting, require
+from model import build_model
 
 
 class LoadReport(NamedTuple):
+    """What `load_pretrained` did; as text, one line."""
+
     source: str  # what kind of file it was
     loaded: list[str]  # names in this model
     missing: list[str]  # names in this model that such a file does not give: they keep their values
     unexpected: list[str]  # names in the file that nothing in this model takes, such as another head
+
+    def __str__(self) -> str:
+        counts = len(self.loaded), len(self.missing), len(self.unexpected)
+        return f"{self.source}; {counts[0]} tensors loaded, {counts[1]} start fresh, {counts[2]} unused"
 
 
 # What a name in the file contains -> what kind of file it is. All others are taken for this project's.
@@ -77,16 +84,16 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     and this project's checkpoints fill the whole model; published CMNeXt weights switch `published_layout` on.
     Raises FileNotFoundError, or ValueError if the file cannot be read or does not fit; then nothing is loaded.
     """
-    state = read_file(Path(path))
+    state = read_weights(Path(path))
     meta = state["meta"] if isinstance(state.get("meta"), dict) else {}
     for key in ("model", "state_dict", "model_state_dict"):
         state = state[key] if isinstance(state.get(key), dict) else state
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
     source = next((kind for mark, kind in KINDS.items() if any(mark in name for name in state)), "this project")
     part = "encoder" if source.endswith("encoder") else "model"
-    parts = ("stages.",) if part == "encoder" else ("stages.", "aux.", "decoder.", "fusion_logits", "_extra_state")
+    parts = ("stages.",) if part == "encoder" else ("stages.", "aux.", "decoder.", "_extra_state")
     own, is_cmnext = model.state_dict(), hasattr(model, "aux")
-    if "modalities" in meta and (is_cmnext or "decoder.film" in state):  # with weights of its own for each modality
+    if "modalities" in meta and is_cmnext:  # with weights of its own for each modality
         require(path, meta, {"modalities": model.modalities})
     found, unexpected = {}, []
     for name in sorted(state, key=lambda name: (len(name), name)):  # part 10 after part 9
@@ -127,7 +134,17 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     return LoadReport(source, sorted(found), [name for name in tensors if name not in found], unexpected)
 
 
-def read_file(path: Path) -> dict:
+def start_model(run, meta: dict) -> nn.Module:
+    """What a run starts from: --pretrained, or chance; the same at each call and on each process."""
+    torch.manual_seed(run.args.seed)
+    model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"]).to(run.device)
+    model.absent = meta["absent"]
+    if run.args.pretrained:
+        run.say(f"{run.args.pretrained}: {load_pretrained(model, run.args.pretrained)}")
+    return model
+
+
+def read_weights(path: Path) -> dict:
     """The dictionary in a file of torch.save or a .safetensors, told apart by their first bytes; runs no code in it."""
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist, or is no file.")

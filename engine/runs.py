@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data import normalise, open_dataset
-from engine.checkpoint import SAME, fitting, load_last, require, save_model, write
-from engine.files import replace
-from engine.loop import EXIT_STATUS, batch_keys, keep_freed_memory, loader, peak_memory, versions
-from engine.options import read_config
+from engine import loop
+from engine.checkpoint import FREE, SAME, fitting, load_last, require, save_model, write
+from engine.output import replace
+
+SCRIPTS = {"train_stage1.py", "train_stage2.py", "train_single.py"}
 
 
 class Run:
@@ -37,9 +39,9 @@ class Run:
         self.device = torch.device(own if cuda else "cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # but see `claim`
         else:
-            keep_freed_memory()
+            loop.keep_freed_memory()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
 
@@ -51,7 +53,6 @@ class Run:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        config = read_config(self.folder / "config.json")
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a")  # locked until this process ends, however it ends
@@ -75,14 +76,27 @@ class Run:
             )
             raise ValueError(f"{self.folder} holds {what} choose another folder with --out.")
         self.meet()  # nobody writes before everybody has looked
-        if self.rank == 0 and not ours:
-            config[self.script] = {"options": vars(args), "versions": versions()}
-            replace(self.folder / "config.json", f"{json.dumps(config, indent=1)}\n".encode())
-        for number in EXIT_STATUS:  # from here on there is something to save
+        if self.device.type == "cuda":  # the published code: TF32 in convolutions, not in linear layers
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.record(ours)
+        for number in loop.EXIT_STATUS:  # from here on there is something to save
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.on_signal)
         signal.setitimer(signal.ITIMER_REAL, 60 * (args.max_minutes or 0))  # SIGALRM, or never
         return state if ours else None
+
+    def record(self, resumed: bool) -> None:
+        """config.json, for people. The options that count are in the checkpoints, so an edited one is refused."""
+        file, mine = self.folder / "config.json", {"options": vars(self.args), "versions": loop.versions()}
+        with fitting(f"{file} was not written by this program; choose another folder with --out"):
+            config = json.loads(file.read_text()) if file.is_file() else {}
+            found = config.get(self.script, mine)["options"]
+            if config.keys() - SCRIPTS:
+                raise ValueError("it has other entries")
+        if resumed:
+            require(file, found, {name: value for name, value in vars(self.args).items() if name not in FREE})
+        elif self.rank == 0:
+            replace(file, f"{json.dumps({**config, self.script: mine}, indent=1)}\n".encode())
 
     def on_signal(self, number: int, _frame) -> None:
         """Stops the run after its step; a second Ctrl-C stops it at once."""
@@ -100,12 +114,12 @@ class Run:
         return train, val
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model as the loop calls it: compiled if asked for, its gradients averaged over the processes."""
+        """The model as the loop calls it: its gradients, and on GPUs BatchNorm's statistics, are over all processes."""
         if self.world > 1:
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # a remark on speed
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if self.device.type == "cuda" else model
             model = nn.parallel.DistributedDataParallel(model)
-        return torch.compile(model) if self.args.compile else model
+        return model
 
     def reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         """Sum (or another `op`) over the processes, which all get the result."""
@@ -132,107 +146,153 @@ class Run:
 
 
 class Phase:
-    """Where a phase of a run stands: its step, its best score, and all that has a state.
+    """A phase of a run: one model that learns, its step, its best score, and all that has a state.
 
-    meta: what its models say of themselves (`checkpoint.describe`); state: what to continue from, or None; parts:
-    model, optimizer, scaler and whatever else must come back, by name.
+    meta: what its model says of itself (`checkpoint.describe`); state: what to continue from, or None; calls: a
+    module around the model that the loop calls instead of it. A loop reads
+
+        for images, labels in phase.batches(train):
+            ...                             # draws from phase.generator; under phase.autocast(), calls phase.model
+            phase.learn(losses)
+            phase.keep(predict, val, subsets)
     """
 
-    def __init__(self, run: Run, name: str, epochs: float, meta: dict, state: dict | None, **parts):
+    def __init__(
+        self, run: Run, name: str, model: nn.Module, epochs: float, meta: dict, state: dict | None, calls=None
+    ):
         args, self.log_file = run.args, run.folder / "log.jsonl"
-        self.run, self.name, self.meta, self.parts = run, name, meta, parts
+        self.run, self.name, self.meta, self.learner = run, name, meta, model
+        self.model = run.parallel(calls or model)
+        self.optimizer, self.scaler = loop.adamw(model, args.lr), loop.grad_scaler(run.device, args.amp)
+        self.parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.per_epoch = meta["frames"] / args.batch_size  # steps, a fraction too: the stream of frames has no gap
         self.steps = max(1, math.ceil(epochs * self.per_epoch))
         self.warmup = min(round(args.warmup_epochs * self.per_epoch), self.steps // 2)
         self.eval_steps = max(1, round(args.eval_every * self.per_epoch))
         self.step, self.best = 0, -1.0
         if state:
-            last = run.folder / "last.pt"
-            require(last, state["meta"], {key: meta[key] for key in ("backbone", "frames", "frame names", *SAME)})
-            for key, part in parts.items():
-                with fitting(f"{last} does not hold the {key} of this phase"):
-                    part.load_state_dict(state["parts"][key])
-            self.step, self.best = state["step"], state["best"]
-            if run.rank == 0 and self.log_file.exists():  # what was logged since will be logged again
-                lines = self.log_file.read_bytes()[: state["logged"]].splitlines(keepends=True)
-                replace(self.log_file, b"".join(line for line in lines if line.endswith(b"}\n")))  # a crash tears lines
+            self.restore(run.folder / "last.pt", state)
         else:
             self.save()  # a folder without a checkpoint has done nothing, and too full a disk shows now
-        self.sums, self.began, self.waited, self.reported = {}, time.time(), 0.0, self.step
+        self.sums, self.began, self.waited, self.reported = {}, time.monotonic(), 0.0, self.step
+
+    def restore(self, file: Path, state: dict) -> None:
+        """Continues from the last checkpoint, without what was logged since: that will be logged again."""
+        run, meta = self.run, self.meta
+        require(file, state["meta"], {key: meta[key] for key in ("backbone", "frames", "frame names", *SAME)})
+        for key, part in self.parts.items():
+            with fitting(f"{file} does not hold the {key} of this phase"):
+                part.load_state_dict(state["parts"][key])
+        self.step, self.best = state["step"], state["best"]
+        run.say(f"continuing {self.name} at step {self.step} of {self.steps}")
+        if state["threads"] != torch.get_num_threads():
+            run.say(
+                f"note: the run had {state['threads']} threads and now has {torch.get_num_threads()}, so its "
+                "numbers will not be equal to the last bit"
+            )
+        if run.rank == 0 and self.log_file.exists():
+            lines = self.log_file.read_bytes()[: state["logged"]].splitlines(keepends=True)
+            replace(self.log_file, b"".join(line for line in lines if line.endswith(b"}\n")))  # a crash tears lines
 
     def save(self) -> None:
         """last.pt, all that `--resume` continues from. Ends the run if a signal or the clock asked for that."""
         run, logged = self.run, self.log_file.stat().st_size if self.log_file.exists() else 0
         parts = {key: part.state_dict() for key, part in self.parts.items()}
-        state = {
-            "script": run.script,
-            "phase": self.name,
-            "step": self.step,
-            "steps": self.steps,
-            "best": self.best,
-            "logged": logged,
-            "meta": self.meta,
-            "parts": parts,
-        }
+        state = {"script": run.script, "phase": self.name, "step": self.step, "steps": self.steps, "best": self.best}
+        state |= {"logged": logged, "meta": self.meta, "parts": parts, "options": vars(run.args)}
         if run.rank == 0:
-            write(run.folder / "last.pt", state, keep_previous=True)
+            write(run.folder / "last.pt", {**state, "threads": torch.get_num_threads()}, keep_previous=True)
         if run.stopping:
             run.meet()  # torchrun ends the others soon after the first has left
             name = signal.Signals(run.stopping).name
             run.say(f"stopped by {name} after step {self.step}; continue with --resume {run.folder}")
-            raise SystemExit(EXIT_STATUS[run.stopping])
+            raise SystemExit(loop.EXIT_STATUS[run.stopping])
 
-    def batches(self, dataset) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        """From this step on: images (B, M, 3, H, W) normalised and labels (B, H, W) int64, on the device, and names."""
-        run, args, asked = self.run, self.run.args, time.time()
-        keys = batch_keys(len(dataset), args.batch_size, args.seed, range(self.step, self.steps), run.share)
-        for images, labels, names in loader(dataset, keys, args.workers, run.device):
-            self.waited += time.time() - asked
+    def batches(self, dataset) -> Iterator[tuple[Tensor, Tensor]]:
+        """From this step on: images (B, M, 3, H, W) normalised and labels (B, H, W) int64, on the device.
+
+        Before each batch the learning rate is set and all chance is seeded by the step: torch's own (dropout, drop
+        path), and `generator`, which is equal on all processes.
+        """
+        run, args, asked = self.run, self.run.args, time.monotonic()
+        keys = loop.batch_keys(len(dataset), args.batch_size, args.seed, range(self.step, self.steps), run.share)
+        for images, labels, self.names in loop.loader(dataset, keys, args.workers, run.device):
+            self.waited += time.monotonic() - asked
+            self.lr = loop.set_learning_rate(self.optimizer, self.step, self.steps, self.warmup, args.lr)
+            self.generator = loop.seed_step(args.seed, self.name, self.step, run.rank)
+            self.model.train()
             images = images.to(run.device, non_blocking=True)
             labels = labels.to(run.device, non_blocking=True).long()
-            yield normalise(images, dataset.modalities, dataset.normalisation), labels, names
-            asked = time.time()
+            yield normalise(images, *dataset.normalisation), labels
+            asked = time.monotonic()
 
-    def check(self, losses: dict[str, Tensor], names: list[str], *models: nn.Module) -> None:
+    def autocast(self) -> AbstractContextManager:
+        return loop.autocast(self.run.device, self.run.args.amp)
+
+    def learn(self, losses: dict[str, Tensor]) -> None:
+        """One step of the optimizer on the sum of the losses, unless it or the gradient is not finite."""
+        self.scaler.scale(sum(losses.values())).backward()
+        self.check(losses)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+    def check(self, losses: dict[str, Tensor]) -> None:
         """After backward: a loss or gradient that is not finite ends the run before it reaches the weights; else the
-        losses enter the next report. The one read of the device in a step: by it the processes also agree to stop.
+        losses enter the next report. Here the host reads from the device, and the processes agree to stop.
         """
         run = self.run
         values = {name: value.detach() for name, value in losses.items()}
         if run.args.amp != "fp16":  # its scaler skips steps whose gradients overflow: so it finds the scale
-            gradients = [p.grad for model in models for p in model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
             values["the gradient"] = torch.nn.utils.get_total_norm(gradients)
         flags = [~value.isfinite() for value in values.values()]
         stop = torch.tensor(int(run.signalled), device=run.device)
         *bad, run.stopping = run.reduce(torch.stack([*flags, stop]).int(), dist.ReduceOp.MAX).tolist()
         if any(bad):
             what = " and ".join(name for name, flag in zip(values, bad, strict=True) if flag)
-            # From random weights, each LayerNorm of an empty image's constant features multiplies the gradient by 316.
-            first = "; a modality that is all zero can do this at the start: try --pretrained, or another --seed"
             raise ValueError(
-                f"{what} of phase {self.name}, step {self.step} is not finite; frames of the batch of "
-                f"process {run.rank}: {', '.join(names)}. The weights were not updated"
-                f"{first if self.step == 0 else ''}."
+                f"{what} of phase {self.name}, step {self.step} is not finite; frames of the batch of process "
+                f"{run.rank}: {', '.join(self.names)}. The weights were not updated; try a smaller --lr."
             )
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
+    def keep(self, predict: Callable, dataset, subsets: list[tuple[int, ...]]) -> None:
+        """After a step, when each is due: a report, a validation, the best model, and last.pt; then the run may end.
+
+        predict(images, subsets) yields the logits of each subset, as for `loop.validate`.
+        """
+        run = self.run
+        if self.due(50) or run.stopping:
+            self.report()
+        if self.due(self.eval_steps):
+            scores = loop.validate(predict, dataset, subsets, run)
+            self.log(**scores)
+            if scores["miou"] > self.best:
+                self.best = scores["miou"]
+                run.save_model(self.name, self.learner, self.meta)
+        if self.due(run.args.save_every) or run.stopping:
+            self.save()
+
     def due(self, steps: int) -> bool:
         return self.step % steps == 0 or self.step == self.steps
 
-    def report(self, lr: float) -> None:
+    def report(self) -> None:
         """Logs the means since the last report."""
-        run, seconds, steps = self.run, time.time() - self.began, self.step - self.reported
+        run, steps = self.run, self.step - self.reported
+        seconds = max(time.monotonic() - self.began, 1e-9)
         means = run.reduce(torch.stack(list(self.sums.values()))) / (steps * run.world)
         self.log(
             **dict(zip(self.sums, means.tolist(), strict=True)),
-            lr=lr,
+            lr=self.lr,
             data_wait=self.waited / seconds,
             images_per_second=steps * run.args.batch_size / seconds,
-            peak_memory_mb=peak_memory(run.device),
+            peak_memory_mb=loop.peak_memory(run.device),
             minutes_left=(self.steps - self.step) * seconds / steps / 60,
         )
-        self.sums, self.began, self.waited, self.reported = {}, time.time(), 0.0, self.step
+        self.sums, self.began, self.waited, self.reported = {}, time.monotonic(), 0.0, self.step
 
     def log(self, **values: float) -> None:
         """A line of log.jsonl, and one to read."""
@@ -254,7 +314,7 @@ def guarded(main: Callable, *arguments) -> int:
     except SystemExit as end:
         return end.code
     except KeyboardInterrupt:
-        return EXIT_STATUS[signal.SIGINT]
+        return loop.EXIT_STATUS[signal.SIGINT]
     except Exception as error:
         mendable, text = isinstance(error, (ValueError, OSError)), str(error).strip()
         if text.startswith("Caught "):  # a loader worker sends a traceback, the sentence in its last line

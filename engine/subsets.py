@@ -1,4 +1,4 @@
-"""Many subsets of the modalities answered at once: one model, the feature selection, the switch.
+"""Many subsets of the modalities of one batch, at little more than the cost of one.
 
     for logits in subset_logits(model, images, all_subsets(4)):    # 15 x (B, K, H, W)
 
@@ -7,7 +7,8 @@ linear up to its ReLU (BatchNorm too, in eval mode), so that part, too, is compu
 cost 2 to 3 times one on a CPU. A CMNeXt runs once for each. The models are put into eval mode; nothing gives gradients.
 
 A subset is a tuple of positions in `model.modalities`. degraded (B or 1, M, 3, H, W) is what the modalities outside it
-deliver instead, without the models being told; None leaves them out.
+deliver instead, without the models being told; None leaves them out, but of a model that was trained with
+`--absent zero`, whose absent modalities are zero images.
 Axes: B samples, M modalities, N maps to take means of (M, or 2 M with `degraded`), S subsets, E the decoder's width.
 """
 
@@ -43,21 +44,22 @@ def subset_outputs(
 ) -> Iterator[Output]:
     """Each subset's output, of MSegFormer without `per_modality`, and without `fused` if it is not asked for."""
     model.eval()
+    if degraded is None and getattr(model, "absent", "skip") == "zero":
+        degraded = torch.zeros_like(images[:1])
     if not isinstance(model, MSegFormer):
         for subset in subsets:
             present = present_of(subset, images.shape[:2])
-            there = present[:, :, None, None, None].to(images.device)
-            yield model(images, present) if degraded is None else model(torch.where(there, images, degraded))
+            mask = present[:, :, None, None, None].to(images.device)
+            yield model(images, present) if degraded is None else model(torch.where(mask, images, degraded))
         return
-    present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets])  # (S, M)
-    declared = present if degraded is None else torch.ones_like(present)  # what the model is told
-    share = model.fusion_weights(declared).cpu()  # before the encoder is queued: nothing waits for it
+    present = torch.stack([present_of(subset, images.shape[1:2]) for subset in subsets]).float()  # (S, M)
+    weights = present / present.sum(1, keepdim=True)
     features = model.encode(images)  # 4 x (B, M, C_i, h_i, w_i)
     if degraded is not None:
         broken = model.encode(degraded)
         features = tuple(torch.cat((f, g.expand_as(f)), 1) for f, g in zip(features, broken, strict=True))
-        share = torch.cat((share * present, share * ~present), 1)  # (S, N)
-    for row, logits in zip(share.tolist(), mean_logits(model.decoder, features, share, declared), strict=True):
+        weights = torch.cat((present, 1 - present), 1) / images.shape[1]  # (S, N)
+    for row, logits in zip(weights.tolist(), mean_logits(model.decoder, features, weights), strict=True):
         fused = tuple(sum(w * f[:, i] for i, w in enumerate(row) if w) for f in (features if with_fused else ()))
         yield Output(upsample(logits, images.shape[-2:]), fused, ())
 
@@ -67,19 +69,18 @@ def subset_logits(model: nn.Module, images: Tensor, subsets: list, degraded: Ten
     return (out.logits for out in subset_outputs(model, images, subsets, degraded, with_fused=False))
 
 
-def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, present: Tensor) -> Tensor:
+def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], weights: Tensor) -> Tensor:
     """The decoder's logits, not yet upsampled, for many means of the same maps -> (S, B, K, h_1, w_1).
 
-    features 4 x (B, N, C_i, h_i, w_i); share (S, N), a row sums to 1; present (S, M), for FiLM. BatchNorm goes into the
+    features 4 x (B, N, C_i, h_i, w_i); weights (S, N) on the CPU, a row sums to 1. BatchNorm goes into the decoder's
     weights. The means are taken a few rows at a time, to stay in a CPU's cache and within a GPU's memory.
     """
     b, _, _, h, w = features[0].shape
-    share, few = share.to(features[0]), 64 if features[0].is_cuda else 4  # rows at a time
+    weights, few = weights.to(features[0]), 64 if features[0].is_cuda else 4  # rows at a time
     scale = decoder.bn.weight / (decoder.bn.running_var + decoder.bn.eps).sqrt()  # (E,)
     layers = [(weight * scale[:, None], bias * scale) for weight, bias in decoder.folded()]
     layers[0][1].add_(decoder.bn.bias - decoder.bn.running_mean * scale)
-    film = None if decoder.film is None else decoder.scale_and_shift(present)[:, :, None, None]
-    logits = features[0].new_empty(len(share), b, h, w, decoder.classify.out_channels)
+    logits = features[0].new_empty(len(weights), b, h, w, decoder.classify.out_channels)
     for i in range(b):
         pairs = zip(features, layers, strict=True)
         mixed, *coarse = (F.linear(f[i].permute(0, 2, 3, 1), *layer).permute(0, 3, 1, 2) for f, layer in pairs)
@@ -87,8 +88,7 @@ def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], share: Tensor, p
             mixed += upsample(x, (h, w))
         for top in range(0, h, few):
             x = mixed[:, :, top : top + few].permute(0, 2, 3, 1)  # (N, rows, w, E)
-            hidden = (share @ x.flatten(1)).unflatten(1, x.shape[1:])  # (S, rows, w, E)
-            hidden = F.relu_(hidden if film is None else hidden.mul_(film[0]).add_(film[1]))
+            hidden = F.relu_((weights @ x.flatten(1)).unflatten(1, x.shape[1:]))  # (S, rows, w, E)
             logits[:, i, top : top + few] = F.linear(hidden, decoder.classify.weight[:, :, 0, 0], decoder.classify.bias)
     return logits.permute(0, 1, 4, 2, 3)
 
@@ -121,9 +121,7 @@ def selected_logits(
     outputs = (subset_outputs(model, images, subsets, degraded) for model in (teacher, robust))
     for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
         present = present_of(subset, images.shape[:2])
-        selected = fsm(list(sources), present, rule)
-        declared = present if degraded is None else torch.ones_like(present)
-        yield ensemble_logits(selected, teacher, robust, present, level, declared)
+        yield ensemble_logits(fsm(list(sources), present, rule), teacher, robust, present, level)
 
 
 def load_fsm(path: pathlib.Path | str, device: torch.device, expect: dict | None = None) -> FSM:

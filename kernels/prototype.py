@@ -9,8 +9,8 @@ Axes: B samples, M modalities, K classes, C channels, P = h*w pixels.
 Pooling (paper eq. 4)      p[b,m,k,c] = sum_i [y[b,i] = k] f[b,m,c,i] / n[b,k],   n[b,k] = sum_i [y[b,i] = k]
 Distance (eq. 5)           s[b,m,:,c] and t[b,m,:,c]: softmax over the classes with n > 0 of the student's p[b,m,:,c]
                            and of the teacher's p[b,match[b,m],:,c];
-                           L = sum_{b,m present} sum_c KL(t[b,m,:,c] || s[b,m,:,c]) / (C * number of present pairs)
-Its gradient               dL/df[b,m,c,i] = (s - t)[b,m,y_i,c] / (n[b,y_i] * C * pairs), 0 for ignored pixels
+                           L = sum_{b,m present} sum_c KL(t[b,m,:,c] || s[b,m,:,c]) / (K * C * B)
+Its gradient               dL/df[b,m,c,i] = (s - t)[b,m,y_i,c] / (n[b,y_i] * K * C * B), 0 for ignored pixels
 
 Bytes that must move, with N bytes in one (B, M, C, h, w) tensor: forward 2 N (student and teacher, once each),
 backward N (the gradient). B0 on DELIVER (1024 x 1024, batch 2, four modalities): N = 67, 34, 21 and 8 MB at the four
@@ -316,4 +316,4 @@ def prototype_distance(
     if teacher.stride() != student.stride():  # not in training: both models have one structure
         student, teacher = student.contiguous(), teacher.contiguous()
     total, _ = distance_op(student, teacher, labels, present.contiguous(), match.contiguous(), num_classes)
-    return total / (student.shape[2] * present.sum().clamp(min=1))
+    return total / (num_classes * student.shape[2] * student.shape[0])

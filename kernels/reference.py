@@ -66,7 +66,7 @@ def prototype_distance(
     log_s = student_prototypes.masked_fill(~seen, MASKED).log_softmax(3)
     log_t = teacher_prototypes.masked_fill(~seen, MASKED).log_softmax(3)
     divergence = torch.where(seen, log_t.exp() * (log_t - log_s), 0)  # (B, M, C, K)
-    return divergence.sum() / (student.shape[2] * present.sum().clamp(min=1))
+    return divergence.sum() / (num_classes * student.shape[2] * len(student))
 
 
 def prototype_distance_loop(
@@ -81,7 +81,7 @@ def prototype_distance_loop(
             log_s = torch.stack([student[b, m][:, mask].mean(1) for mask in masks]).log_softmax(0)  # (classes, C)
             log_t = torch.stack([teacher[b, match[b, m]][:, mask].mean(1) for mask in masks]).log_softmax(0)
             total = total + F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(0).mean()
-    return total / present.sum()
+    return total / (num_classes * len(student))
 
 
 def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:

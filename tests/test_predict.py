@@ -18,7 +18,7 @@ from datasets.export import write_file
 from datasets.layouts import Frame, open_layout
 from engine import files, pictures
 from engine.checkpoint import load_model, save_model
-from engine.export import Program
+from engine.program import Program
 from model import build_model, condition_on_modalities
 
 MODALITIES = ["rgb", "depth", "event", "lidar"]

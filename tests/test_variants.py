@@ -2,10 +2,9 @@
 
 import itertools
 
+import anyseg
 import torch
 import torch.nn.functional as F
-
-import anyseg
 
 STAGES = ((5, 4, 6), (7, 2, 3))  # C, h, w
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint import fitting
-from engine.files import write_output
+from engine.output import write_output
 from engine.subsets import present_of
 from model import CMNeXt
 
@@ -22,16 +22,13 @@ class Program(nn.Module):
         if isinstance(model, CMNeXt) and modalities != model.modalities:
             raise ValueError(f"a CMNeXt is exported with all of its modalities: {', '.join(model.modalities)}.")
         self.columns = [model.modalities.index(modality) for modality in modalities]
-        self.register_buffer("present", present_of(self.columns, (1, len(model.modalities))))  # what it is told
         self.model = copy.deepcopy(model)
         self.model.modalities = modalities  # what it encodes
 
     def forward(self, images: Tensor) -> Tensor:
         if isinstance(self.model, CMNeXt):
             return self.model(images).logits
-        share = self.model.fusion_weights(self.present)[:, self.columns, None, None, None]
-        fused = [(share * f).sum(1) for f in self.model.encode(images)]  # 4 x (B, C_i, h_i, w_i)
-        return self.model.decoder(fused, images.shape[-2:], self.present)
+        return self.model(images).logits
 
 
 @torch.no_grad()
@@ -52,7 +49,8 @@ def export(model: nn.Module, meta: dict, modalities: list[str], size: int | tupl
     made = torch.export.export(program, (given[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
     torch.export.save(made, buffer, extra_files={"about.json": json.dumps(about)})
     buffer.seek(0)
-    found, expected = torch.export.load(buffer).module()(given), model(images, program.present.expand(3, -1)).logits
+    present = present_of(program.columns, (3, len(model.modalities)))
+    found, expected = torch.export.load(buffer).module()(given), model(images, present).logits
     with fitting(f"{file} is not written, the program differs from the model"):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1, expected.abs().max().item()))
     write_output(file, buffer.getvalue())

@@ -57,8 +57,13 @@ def open_data(meta: dict, data: str | None, root: str | None, split: str, size, 
     dataset = open_dataset(data, root, split, size=size, **options)
     say(dataset.describe() + (f"; in {Path(root).resolve()}" if root else ""))  # a root may be relative
     require("the model", meta, {"classes": list(dataset.classes)})
-    dataset.normalisation = meta["normalisation"]  # the model's, should the data set's differ
+    dataset.normalisation = normalisation_of(dataset.modalities, meta)  # the model's, should the data set's differ
     return dataset
+
+
+def normalisation_of(names: list[str], meta: dict) -> list[list]:
+    """Mean and deviation of these modalities, as the model was trained with."""
+    return [[numbers[meta["modalities"].index(name)] for name in names] for numbers in meta["normalisation"]]
 
 
 def titles(data: str, modalities: list[str]) -> list[str]:
@@ -80,7 +85,7 @@ def samples(datasets: Iterable[FrameDataset], meta: dict, depth_unit: float) -> 
             if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in names:
                 m = names.index("depth")  # changed in the list that is kept, so for both
                 decoded[m] = given_depth(frame.images[m], decoded[m], meta["depth"], depth_unit)
-            found = normalise(dataset[index][0], names, meta["normalisation"])  # (its modalities, 3, h, w)
+            found = normalise(dataset[index][0], *normalisation_of(names, meta))  # (its modalities, 3, h, w)
             images = found.new_zeros(len(known), *found.shape[1:])
             images[[known.index(name) for name in names]] = found
             yield frame, images, dict(zip(names, map(pictures.photograph, decoded), strict=True)), label

@@ -53,9 +53,10 @@ def prototype_distance(
     present (B, M) bool: the modalities the student has; match (B, M) int64 in 0..M-1 (not checked, which
     would wait for the GPU): the student's modality m answers to the teacher's modality match[b, m].
 
-    Per channel, softmax over the classes that occur in the sample turns the prototypes into a distribution;
-    KL(teacher || student) is averaged over the K classes and the channels, summed over the present modalities, and
-    averaged over the samples, as published. A sample without a labelled pixel adds 0. Gradient to the student only; absent modalities get zeros.
+    Per channel, softmax over the classes that occur in the sample turns the prototypes into a distribution.
+    KL(teacher || student) is summed over the present modalities, the channels and the samples, then divided by K, C
+    and B, as published. A sample without a labelled pixel adds 0. Gradient to the student only; absent modalities get
+    zeros.
     """
     _check_floating("student", student, "(B, M, C, h, w)")
     _check("labels", labels, "(B, h, w)", (student.shape[0], *student.shape[3:]), torch.int64, student.device)

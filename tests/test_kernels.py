@@ -119,6 +119,17 @@ def test_the_definition_of_pooling_is_the_mean_over_each_class(monkeypatch):
         assert_close([prototypes[b, :, k]], [pixels.mean(2) if pixels.shape[2] else torch.zeros(3, 5).to(pixels)])
 
 
+def test_the_distance_is_divided_by_classes_channels_and_samples_and_summed_over_modalities(monkeypatch):
+    """Two classes of one pixel each, so that the prototypes are the pixels; a third class that does not occur."""
+    student, teacher = random(2, 3, 4, 1, 2), random(2, 3, 4, 1, 2)
+    labels, present = torch.tensor([0, 1], device=DEVICE).expand(2, 1, 2), torch.ones(2, 3, device=DEVICE).bool()
+    match = torch.arange(3, device=DEVICE).expand(2, 3)
+    expected = F.kl_div(student.log_softmax(4), teacher.softmax(4), reduction="sum") / (3 * 4 * 2)
+    for path in PATHS:
+        monkeypatch.setenv("RMMSS_KERNELS", path)
+        assert_close([kernels.prototype_distance(student, teacher, labels, present, match, 3)], [expected])
+
+
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
 def test_the_definition_of_the_distance_is_the_loop_over_samples_modalities_and_classes(layout, monkeypatch):
     monkeypatch.setenv("RMMSS_KERNELS", "reference")

@@ -9,10 +9,10 @@ out=runs/first_gpu small=0
 for argument in "$@"; do [ "$argument" = --dry-run ] && small=1 || out=$argument; done
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 export OUT=$out SMALL=$small PYTHONPATH=$PWD
-backbone=segformer_b0 size=1024 batches="2 8" quick="" jobs=12 amp=bf16
+backbone=segformer_b0 size=1024 batches="2 8" quick="" jobs=12 amp=bf16 frames=40
 if [ "$small" = 1 ]; then
     export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-    backbone=segformer_tiny size=64 batches=2 quick=--quick jobs=0 amp=off
+    backbone=segformer_tiny size=128 batches=2 quick=--quick jobs=0 amp=off frames=8
 fi
 python3 -c "import xdist" 2> "$out/xdist.txt" && parallel="-n $jobs" || parallel=""
 
@@ -42,7 +42,7 @@ small = os.environ["SMALL"] == "1"
 os.environ["RMMSS_KERNELS"] = "triton"
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 pixels = 64 if small else 1024
-levels = [(c, max(8, pixels // 2 ** (i + 2))) for i, c in enumerate(bench.WIDTHS)]
+levels = [(c, max(16, pixels // 2 ** (i + 2))) for i, c in enumerate(bench.WIDTHS)]
 cases = [("prototype_distance", c, side) for c, side in levels]
 cases += [("feature_select", c, side) for c, side in [*levels, (bench.CLASSES, pixels)]]
 
@@ -78,7 +78,7 @@ PYTHON
 same_losses() {
     for path in triton reference; do
         export RMMSS_KERNELS=$path
-        train 1 "$out/same_$path" --backbone $backbone --size $((size / 4)) --batch-size 4 --limit 40 --epochs 1 \
+        train 1 "$out/same_$path" --backbone $backbone --size $((size / 4)) --batch-size 4 --limit $frames --epochs 1 \
             --distill-epochs 2 --amp $amp || return 1
         train 2 "$out/same2_$path" --stage1 "$out/same_$path" --fsm-epochs 2 --student-epochs 1 || return 1
     done
@@ -121,7 +121,7 @@ scenes() {
 }
 
 export -f train real_sizes same_losses whole_steps sanitized scenes
-export out backbone size batches amp
+export out backbone size batches amp frames
 step 0_versions 10 bash -c 'nvidia-smi; python3 -c "from engine import loop; print(loop.versions())"; date'
 step 1_tests 110 python3 -m pytest -x $parallel tests/test_kernels.py
 step 2_real_sizes 60 bash -c real_sizes

@@ -84,8 +84,8 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
 
 
 def packings(image: Image.Image, new: str | None = None) -> list[str]:
-    """How the pixels of an opened picture are packed, such as RGB;16B; `new` has them read as packed like that."""
-    tiles = [(*tile[:3], tile[3] if isinstance(tile[3], tuple) else (tile[3],)) for tile in image.tile]
+    """How the tiles of an opened picture are packed, such as RGB;16B; `new` has them read as packed like that."""
+    tiles = [(*tile[:3], (tile[3],) if isinstance(tile[3], str) else tile[3]) for tile in image.tile]
     if new:
         image.tile = [(*tile, (new, *rest) if rest else new) for *tile, (_, *rest) in tiles]
     return [arguments[0] for *_, arguments in tiles]

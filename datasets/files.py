@@ -56,7 +56,8 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
                     raise ValueError(f"it holds {', '.join(array.files) or 'nothing'}; save one array in it")
                 array = array[array.files[0]]
             return array.astype(array.dtype.newbyteorder("="), copy=False)
-        with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+        # Not by its path: of a TIFF on its side, Pillow would map rows of the wrong length.
+        with path.open("rb") as file, Image.open(file, formats=("PNG", "JPEG", "TIFF")) as image:
             kind, mode, packing = image.format, image.mode, packings(image)[0]
             if kind != "MPO" and getattr(image, "n_frames", 1) > 1:  # of a phone's MPO, the second is a preview
                 raise ValueError("it holds several pictures; save one")
@@ -87,7 +88,8 @@ def packings(image: Image.Image, new: str | None = None) -> list[str]:
     """How the tiles of an opened picture are packed, such as RGB;16B; `new` has them read as packed like that."""
     tiles = [(*tile[:3], (tile[3],) if isinstance(tile[3], str) else tile[3]) for tile in image.tile]
     if new:
-        image.tile = [(*tile, (new, *rest) if rest else new) for *tile, (_, *rest) in tiles]
+        make = getattr(image.tile[0], "_make", tuple)  # a named tuple since Pillow 11
+        image.tile = [make((*tile, (new, *rest) if rest else new)) for *tile, (_, *rest) in tiles]
     return [arguments[0] for *_, arguments in tiles]
 
 

@@ -290,7 +290,7 @@ def test_check_counts_every_split_and_lists_the_broken(mini, monkeypatch, capsys
         status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
         assert status == 0
         held = "6" if layout == "nyuv2" else "3"  # which has two lists
-        assert [line.partition(": rgb (")[0] for line in printed.out.splitlines()] == [
+        assert [line.partition(": rgb (")[0] for line in printed.out.splitlines()[:3]] == [
             f"{layout} train, 6 frames",
             f"{layout} val, {held} frames",
             f"{layout} test, {held} frames",
@@ -299,7 +299,7 @@ def test_check_counts_every_split_and_lists_the_broken(mini, monkeypatch, capsys
         victim.write_bytes(victim.read_bytes()[:50])
         status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
         assert status == 1 and f"{layout} train, 5 frames" in printed.out and "; 1 broken" in printed.out
-        assert printed.out.splitlines()[3].startswith(str(victim)) and len(printed.out.splitlines()) == 4
+        assert sum(str(victim) in line for line in printed.out.splitlines()) == 1
 
 
 def test_check_and_export_explain_what_they_cannot_do(tmp_path, monkeypatch, capsys):
@@ -324,4 +324,5 @@ def test_check_names_the_classes_that_never_occur(mini, capsys, monkeypatch):
         file.write("unicorn\n")
     monkeypatch.setattr(sys, "argv", ["data.py", "--data", "folder", "--root", str(root), "--check"])
     assert data.main() == 0
-    assert "0 broken; never in a label:" in (text := capsys.readouterr().out) and "unicorn" in text
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["unicorn", "none", "none", "none"] in rows and [row[1:] for row in rows].count(["none"] * 3) == 2

@@ -96,7 +96,8 @@ class FrameDataset(torch.utils.data.Dataset):
             if pixels[: len(self.classes)].all():
                 break
         if not pixels[:IGNORED].any():
-            raise ValueError(f"no pixel of the {self.split} frames has a class; look at the labels and --label-map")
+            which = f"the {len(self)} frames of the {self.split} split"
+            raise ValueError(f"not one pixel of {which} has a class; look at the labels and --label-map")
         return [name for name, count in zip(self.classes, pixels, strict=False) if not count]
 
     def open_all(self, allowed: int | None) -> None:

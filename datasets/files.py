@@ -175,7 +175,10 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
     for frame in frames:
         with suppress(ValueError, OSError):
             images, _ = read_frame(name, modalities, frame, *codes)
-            seen.append([values_of(image) for image in images])
+            images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
+            seen.append(
+                [(KINDS[i.dtype.name], i.min(), i.max(), i.mean((0, 1), float), i.var((0, 1), float)) for i in images]
+            )
     for modality, values in zip(modalities, zip(*seen, strict=True), strict=False):
         kind = mode(kind for kind, *_ in values)  # the most frequent: then it is the odd file that is refused
         values = [value for value in values if value[0] == kind]
@@ -199,12 +202,6 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
     return ranges
 
 
-def values_of(image: np.ndarray) -> tuple:
-    """Kind, minimum, maximum, mean (3,) and variance (3,) of an image (H, W, 1 or 3)."""
-    moments = (np.broadcast_to(moment((0, 1), dtype=np.float64), 3) for moment in (image.mean, image.var))
-    return KINDS[image.dtype.name], float(image.min()), float(image.max()), *moments
-
-
 def limits(known: list, modality: str) -> tuple[float, float]:
     """What values may be by an entry of `learn_ranges`: beyond its range by 4 widths, or 0 (nothing measured).
 
@@ -219,12 +216,11 @@ def limits(known: list, modality: str) -> tuple[float, float]:
 def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list]) -> np.ndarray:
     """The image, 16 bit as float32 in 0..1; ValueError if it is of another kind than `ranges` says, or far outside."""
     if modality in ranges:
-        kind, known, (least, most) = KINDS[image.dtype.name], ranges[modality], limits(ranges[modality], modality)
-        if kind != known[0]:
-            raise ValueError(
-                f"{path} is {kind}, but {modality} of the training split is {known[0]}; convert one of them"
-            )
-        if not least <= (low := image.min()) <= (high := image.max()) <= most:
+        kind, (known, *_) = KINDS[image.dtype.name], ranges[modality]
+        if kind != known:
+            raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
+        low, high, (least, most) = image.min(), image.max(), limits(ranges[modality], modality)
+        if low < least or high > most:
             raise ValueError(
                 f"{path} has values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, "
                 f"by the training split; correct the file or its unit"

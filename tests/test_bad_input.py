@@ -177,7 +177,7 @@ def evaluation_prints_the_modalities_in_use_and_the_absolute_root(root, monkeypa
 @case(True)
 def check_prints_the_modalities_in_use(root, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["data.py", "--check", "--data", "folder", "--root", str(folder(root))])
-    return data.main() == 0 and "rgb (8 bit, 0..255)" in capsys.readouterr().out
+    return data.main() == 0 and "rgb (8 bit, 0..255, mean" in capsys.readouterr().out
 
 
 @case(True)
@@ -236,7 +236,7 @@ def every_training_label_is_ignored(root):
     folder(root)
     for path in (root / "labels/train").iterdir():
         write_file(path, np.full((SIDE, SIDE), 255, np.uint8))
-    open_dataset("folder", root, "train")
+    open_dataset("folder", root, "train").unseen()
 
 
 # ---- kinds and ranges -----------------------------------------------------------------------------------------------

@@ -137,8 +137,9 @@ def saved_options(parser: Parser, folder: Path) -> dict:
     state = load_last(folder)
     if state is None:
         parser.error(f"--resume {folder}: this folder holds no last.pt to continue from.")
-    if state["script"] != parser.prog:
-        parser.error(f"--resume {folder}: its last checkpoint is of {state['script']}; continue it with that script.")
+    if state["script"] != parser.prog or state["options"].get("losses") != parser.get_default("losses"):
+        begun = f"{state['script']}, losses {state['options'].get('losses', 'its own')}"
+        parser.error(f"--resume {folder}: its last checkpoint is of {begun}; continue it with the same.")
     saved = state["options"]
     for name in ("stage1", "teacher", "robust", "pretrained"):
         if saved.get(name) and Path(saved[name]).is_relative_to(saved["out"]):
@@ -188,8 +189,10 @@ def refuse(parser: Parser, names: tuple[str, ...], where: str) -> None:
         parser.error(f"--{given[0].replace('_', '-')} has no effect {where}: leave it out.")
 
 
-def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+def stage1_options(doc: str, argv: list[str] | None = None, losses: str = "paper_losses") -> argparse.Namespace:
+    """losses: the name of the function of losses; a run is resumed with the same."""
     parser = Parser("train_stage1.py", doc)
+    parser.set_defaults(losses=losses)
     data_options(parser)
     add = parser.add_argument_group("stage 1").add_argument
     add("--teacher", metavar="FILE", help="a trained teacher: skip its training")

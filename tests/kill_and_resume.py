@@ -23,8 +23,8 @@ import train_stage1
 import train_stage2
 from engine import runs
 
-SMALL = "--limit 8 --size 32 --batch-size 4 --eval-every 1 --save-every 2 --device cpu".split()
-SMALL += ["--modalities", "rgb,depth,lidar"]
+SMALL2 = "--limit 8 --size 32 --batch-size 4 --eval-every 1 --save-every 2 --device cpu".split()
+SMALL = [*SMALL2, "--modalities", "rgb,depth,lidar"]  # stage 2 takes the modalities from its models
 STAGE1 = "--epochs 2 --distill-epochs 2 --backbone segformer_tiny".split()
 STAGE2 = "--fsm-epochs 1 --student-epochs 2".split()
 
@@ -87,7 +87,7 @@ def kill_and_resume(stage: int, start: list[str], kills: int, folder: pathlib.Pa
                 break
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            done, begun = done + 1, (out / "config.json").exists()
+            done, begun = done + 1, (out / "last.pt").exists()
         unequal = differences(folder / f"whole{stage}", out)
         equal = ended[1] == 0 and not unequal
         if not equal:
@@ -109,7 +109,9 @@ def main(kills: int, seed: int = 0) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         first = kill_and_resume(1, SMALL + STAGE1, kills, folder, rng)
-        second = first and kill_and_resume(2, ["--stage1", str(folder / "whole1"), *SMALL, *STAGE2], kills, folder, rng)
+        second = first and kill_and_resume(
+            2, ["--stage1", str(folder / "whole1"), *SMALL2, *STAGE2], kills, folder, rng
+        )
     return 0 if first and second else 1
 
 

@@ -56,9 +56,7 @@ def slow_score(fsm, level, source, f, present):
     """sigmoid(conv1x1(depthwise3x3(f)) + its modalities' biases), one convolution after the other -> (B, 1, h, w)."""
     bias, c = fsm.modality_bias[level, source], f.shape[1]
     wide = F.conv2d(f, fsm.depthwise[level][source][:, None], fsm.depthwise_bias[level][source], padding=1, groups=c)
-    raw = F.conv2d(
-        wide, fsm.pointwise[level][source][None, :, None, None], fsm.pointwise_bias[level][source : source + 1]
-    )
+    raw = F.conv2d(wide, fsm.pointwise[level][source][None, :, None, None], fsm.pointwise_bias[level][source, None])
     for b, row in enumerate(present.tolist()):
         raw[b] += sum(bias[m] for m, there in enumerate(row) if there) + (bias[-2] if all(row) else bias[-1])
     return torch.sigmoid(raw)

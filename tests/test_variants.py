@@ -1,4 +1,4 @@
-"""benchmarks/anyseg.py and variants.py: what the paper's losses are compared with, against loops that anyone can follow."""
+"""benchmarks/anyseg.py and variants.py: what the paper is compared with, against loops that anyone can follow."""
 
 import itertools
 import math

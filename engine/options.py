@@ -134,7 +134,7 @@ def argument(name: str, value) -> str:
 
 def saved_options(parser: Parser, folder: Path) -> dict:
     """The options of the run in this folder, from its last checkpoint; files in its folder move along with it."""
-    state = load_last(folder)
+    state = load_last(folder, warn=False)  # the run itself will
     if state is None:
         parser.error(f"--resume {folder}: this folder holds no last.pt to continue from.")
     if state["script"] != parser.prog or state["options"].get("losses") != parser.get_default("losses"):

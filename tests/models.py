@@ -54,7 +54,7 @@ def agree(ours: torch.Tensor, golden: np.ndarray, atol: float = 1e-4) -> None:
 
 
 def about(**changes) -> dict:
-    """What a model's checkpoint says of itself (`checkpoint.describe`): an own data set of RGB and depth, two classes."""
+    """What a checkpoint says of its model (`checkpoint.describe`): an own data set of RGB and depth, two classes."""
     meta = dict.fromkeys(("root", "label_map"))
     meta |= {"backbone": "segformer_tiny", "modalities": ["rgb", "depth"], "classes": ["a", "b"], "palette": []}
     meta |= {

@@ -12,7 +12,7 @@ import torch
 from kill_and_resume import differences
 from models import about
 
-from engine import checkpoint
+from engine import checkpoint, output
 from model import build_model
 
 CPU = torch.device("cpu")

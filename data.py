@@ -23,10 +23,9 @@ from torch import Tensor
 from datasets import synthetic
 from datasets.derived import frame_rng
 from datasets.export import export
-from datasets.files import IGNORED, Frame, learn_ranges, nearest, read_frame
+from datasets.files import IGNORED, IMAGENET, Frame, learn_ranges, nearest, read_frame
 from datasets.layouts import DATASETS, LAYOUTS, find_frames, label_table, open_layout, spread
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
 BLUR = ImageFilter.Kernel((3, 3), [math.exp(-(x**2 + y**2) / (2 * 0.8**2)) for y in (-1, 0, 1) for x in (-1, 0, 1)])
 CACHE_BYTES = 256 * 2**20  # a split of synthetic scenes that fits is kept in memory once painted
@@ -56,11 +55,8 @@ class FrameDataset(torch.utils.data.Dataset):
     ) -> None:
         self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
         self.size, self.augment, self.seed, self.table, self.split = size, augment, seed, table, split
-        chosen = [name == "synthetic" or modality == "rgb" for modality in modalities]
-        self.normalisation = [  # mean and deviation of each modality, see `normalise`
-            [list(IMAGENET_MEAN) if c else [0.0] * 3 for c in chosen],
-            [list(IMAGENET_STD) if c else [1.0] * 3 for c in chosen],
-        ]
+        none = [[0.0] * 3 for _ in modalities], [[1.0] * 3 for _ in modalities]
+        self.normalisation = list(none)  # mean and deviation of each modality and channel, see `normalise`
         self.ranges: dict[str, list] = {}  # of each modality, see `learn_ranges`
         self.broken, self.cache = [], {}
 
@@ -82,9 +78,11 @@ class FrameDataset(torch.utils.data.Dataset):
 
     def describe(self) -> str:
         """One line: name, split, number of frames, each modality with the kind and range of its training values."""
-        kinds = {modality: f" ({kind}, {low:g}..{high:g})" for modality, (kind, low, high) in self.ranges.items()}
-        what = ", ".join(modality + kinds.get(modality, "") for modality in self.modalities)
-        return f"{self.name} {self.split}, {len(self)} frames: {what}"
+        what = [
+            f"{modality} ({kind}, {low:g}..{high:g}, mean {np.mean(mean):.3g}, deviation {np.mean(deviation):.3g})"
+            for modality, (kind, low, high, mean, deviation) in self.ranges.items()
+        ]
+        return f"{self.name} {self.split}, {len(self)} frames: {', '.join(what)}"
 
     def open_all(self, allowed: int | None) -> None:
         """Read every frame once and leave out the broken ones, at most `allowed`; `broken` has a sentence for each."""
@@ -235,7 +233,7 @@ def open_dataset(
     if name == "synthetic":
         count = limit or (2000 if split == "train" else 200)
         frames = [Frame(f"{split}/{i:06d}", *synthetic.weather(i)) for i in range(count)]
-        ranges = {modality: ["8 bit", 0, 255] for modality in modalities}
+        ranges = {modality: ["8 bit", 0, 255, *IMAGENET] for modality in modalities}
     else:
         frames = find_frames(name, layout, root, split, modalities, hold_out) if modalities else []
         if not frames:
@@ -244,8 +242,10 @@ def open_dataset(
     dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
     if not ranges:
         train = find_frames(name, layout, root, "train", modalities, hold_out) or frames
-        ranges = learn_ranges(name, modalities, spread(train, 16), table, palette)
+        ranges = learn_ranges(name, modalities, spread(train, 64), table, palette)
     dataset.ranges = {modality: ranges[modality] for modality in modalities if modality in ranges}
+    if ranges:
+        dataset.normalisation = [[ranges[modality][part] for modality in modalities] for part in (3, 4)]
     if skip_broken != 0:
         dataset.open_all(skip_broken)
     labels = (dataset.read(i)[1] for i in range(len(dataset)))

@@ -20,6 +20,9 @@ IGNORED = 255
 LARGEST = 1e6  # a float beyond it is a mark for "nothing measured" rather than a measurement
 FEW_BITS = {"1": 1, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey of 1, 2 and 4 bits by
 SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its RGB
+PUBLISHED = ("deliver", "muses", "mcubes")  # normalised as published: RGB by ImageNet's numbers, the rest not at all
+LARGEST_OF = {"8 bit": 255, "16 bit": 65535}
 KINDS = {"uint8": "8 bit", "uint16": "16 bit", "float32": "float"}
 
 
@@ -132,20 +135,41 @@ def derive(modality: str, depth: Path, read: Callable[[Path], np.ndarray]) -> np
 
 # ---- kinds and ranges -----------------------------------------------------------------------------------------------
 def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: np.ndarray) -> dict[str, list]:
-    """modality -> [kind, minimum, maximum] in these frames of a data set; codes: the table and palette of its labels.
+    """modality -> [kind, minimum, maximum, mean (3), deviation (3)] in these frames.
 
+    Minimum and maximum are of values as stored; mean and deviation are of each channel, of values as `scaled`, or for
+    the published data sets the published ones. A constant channel has deviation 1. codes: table and palette of labels.
     Broken frames are left out, since whoever reads them will be told. Without a sound one there are no ranges.
+    ValueError for a modality that is constant over all frames.
     """
-    seen, ranges = [], {}  # seen: (kind, minimum, maximum) of each modality, by frame
+    seen, ranges = [], {}  # seen: (kind, minimum, maximum, mean, variance) of each modality, by frame
     for frame in frames:
         with suppress(ValueError, OSError):
             images, _ = read_frame(name, modalities, frame, *codes)
-            seen.append([(KINDS[image.dtype.name], float(image.min()), float(image.max())) for image in images])
+            seen.append([values_of(image) for image in images])
     for modality, values in zip(modalities, zip(*seen, strict=True), strict=False):
-        kind = mode(kind for kind, _, _ in values)  # the most frequent: then it is the odd file that is refused
-        _, lows, highs = zip(*(value for value in values if value[0] == kind), strict=True)
-        ranges[modality] = [kind, min(lows), max(highs)]
+        kind = mode(kind for kind, *_ in values)  # the most frequent: then it is the odd file that is refused
+        _, lows, highs, means, variances = zip(*(value for value in values if value[0] == kind), strict=True)
+        low, high, top = min(lows), max(highs), LARGEST_OF.get(kind, 1)
+        mean, deviation = np.mean(means, 0), np.sqrt(np.mean(variances, 0) + np.var(means, 0))
+        varies = deviation > max(1e-4 * (high - low), 1e-9 * max(-low, high))  # the second is rounding
+        if name in PUBLISHED:
+            numbers = IMAGENET if modality == "rgb" else ([0.0] * 3, [1.0] * 3)
+        elif varies.any():
+            numbers = (mean / top).tolist(), np.where(varies, deviation / top, 1).tolist()
+        else:
+            raise ValueError(
+                f"{modality} is {mean[0]:g} (almost) everywhere in {len(values)} training frames; look at "
+                f"{frames[0].images[modalities.index(modality)]}, or leave {modality} out of --modalities"
+            )
+        ranges[modality] = [kind, low, high, *numbers]
     return ranges
+
+
+def values_of(image: np.ndarray) -> tuple:
+    """Kind, minimum, maximum, mean (3,) and variance (3,) of an image (H, W, 1 or 3)."""
+    moments = (np.broadcast_to(moment((0, 1), dtype=np.float64), 3) for moment in (image.mean, image.var))
+    return KINDS[image.dtype.name], float(image.min()), float(image.max()), *moments
 
 
 def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list]) -> np.ndarray:
@@ -154,7 +178,7 @@ def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list
     8 and 16 bit have limits of their own. Floats may lie outside by the width of the range, for it is of few frames.
     """
     kind = KINDS[image.dtype.name]
-    known, least, most = ranges.get(modality, (kind, -np.inf, np.inf))
+    known, least, most, *_ = ranges.get(modality, (kind, -np.inf, np.inf))
     if kind != known:
         raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
     if kind == "float":

@@ -230,7 +230,7 @@ def test_a_modality_is_of_one_kind_and_float_colours_in_range(mini):
         open_dataset("folder", root, "train", ["rgb", "depth"])[1]
     for frame in frames:
         frame.images[0].unlink()
-        np.save(frame.images[0].with_suffix(".npy"), np.full((SIZE, SIZE, 3), 255.0))
+        np.save(frame.images[0].with_suffix(".npy"), np.linspace(1, 255, SIZE**2 * 3).reshape(SIZE, SIZE, 3))
     with fails(ValueError, frames[0].images[0].with_suffix(".npy"), "255", "0..1"):
         open_dataset("folder", root, "train", ["rgb"])
 

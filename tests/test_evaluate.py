@@ -14,22 +14,20 @@ from models import MODALITIES, golden_weights
 import evaluate
 import metrics
 from data import normalise, open_dataset, random_missing, sensor_noise
-from engine import checkpoint, files, loop
+from engine import checkpoint, loop, output
 from engine.subsets import all_subsets, subset_logits
 from fsm import FSM
-from model import build_model, condition_on_modalities
+from model import build_model
 
 BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-CONDITIONED = pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "conditioned"])
 SUBSETS = all_subsets(4)
 CPU, SAME = torch.device("cpu"), ["classes", "modalities"]
+NORMALISATION = [[[0.0] * 3] * 4, [[1.0] * 3] * 4]
 K = 12  # as many as the scenes have
 
 
-def random_model(backbone, modalities=4, conditioned=False):
+def random_model(backbone, modalities=4):
     model = build_model(backbone, K, MODALITIES[:modalities])
-    if conditioned:
-        condition_on_modalities(model)
     shapes = {name: list(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     model.load_state_dict(golden_weights(json.dumps(shapes).encode()), strict=False)  # so that predictions vary
     return model.eval()
@@ -67,9 +65,8 @@ def test_all_subsets_are_there_once_and_the_complete_one_is_last():
 
 @torch.no_grad()
 @BACKBONES
-@CONDITIONED
-def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone, conditioned):
-    model, images = random_model(backbone, conditioned=conditioned), random_images()
+def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone):
+    model, images = random_model(backbone), random_images()
     together = torch.stack(list(subset_logits(model, images, SUBSETS)))  # (15, B, K, H, W)
     present = torch.zeros(15, 4, dtype=torch.bool)
     for row, subset in zip(present, SUBSETS, strict=True):
@@ -80,9 +77,8 @@ def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone, cond
 
 @torch.no_grad()
 @BACKBONES
-@CONDITIONED
-def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone, conditioned):
-    model, images = random_model(backbone, conditioned=conditioned), random_images((45, 64), samples=2)
+def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone):
+    model, images = random_model(backbone), random_images((45, 64), samples=2)
     damaged = images * (torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     subsets = SUBSETS if backbone == "segformer_tiny" else SUBSETS[::3] + SUBSETS[-1:]
     for degraded in (torch.zeros_like(images[:1]), damaged):
@@ -134,7 +130,7 @@ def test_every_protocol_equals_its_definition_frame_by_frame():
     matrices = {}
     for index, frame in enumerate(dataset.frames):
         images, label, name = dataset[index]
-        images = normalise(images[None], MODALITIES, dataset.normalisation)
+        images = normalise(images[None], *dataset.normalisation)
 
         def count(protocol, column, given, present=None, label=label):
             matrix = metrics.confusion(model(given.double(), present).logits.argmax(1), label[None], K)
@@ -282,10 +278,10 @@ def run_folder(tmp_path):
         "root": None,
         "depth": "hha",
         "label_map": None,
-        "normalisation": "all",
+        "normalisation": dataset.normalisation,
         "hold_out": 0,
-        "drop_path": 0.1,
-        "dropout": 0.1,
+        "absent": "skip",
+        "options": {},
     }
     folder = tmp_path / "demo"
     folder.mkdir()
@@ -420,7 +416,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_tables_are_printed(run_folder, 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(output.os, "fsync", full)
     with pytest.raises(OSError, match="cannot write .*out.json .No space left on device.; what was there before"):
         evaluate.main(args)
     assert "| student " in capsys.readouterr().out
@@ -449,7 +445,7 @@ def test_an_answer_that_is_not_finite_stops_evaluation_and_validation_with_the_f
 
 def test_frames_without_a_label_give_no_scores():
     class Unlabelled:
-        name, split, modalities, classes, frames, normalisation = "none", "val", MODALITIES, list("abcde"), [], "all"
+        name, split, modalities, classes, frames, normalisation = "none", "val", MODALITIES, list("abcde"), [], NORMALISATION
 
         def __len__(self):
             return 2

@@ -16,10 +16,9 @@ import predict
 from datasets import synthetic
 from datasets.export import write_file
 from datasets.layouts import Frame, open_layout
-from engine import files, pictures
+from engine import output, pictures
 from engine.checkpoint import load_model, save_model
-from engine.program import Program
-from model import build_model, condition_on_modalities
+from model import build_model
 
 MODALITIES = ["rgb", "depth", "event", "lidar"]
 _, _, CLASSES, PALETTE = open_layout("synthetic", None, "hha", 40)
@@ -42,7 +41,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     for seed, name in enumerate(("teacher", "student")):
         torch.manual_seed(seed)
-        model = spread_logits(build_model("segformer_tiny", len(CLASSES), MODALITIES, 0.0, 0.0))
+        model = spread_logits(build_model("segformer_tiny", len(CLASSES), MODALITIES))
         meta = {
             "backbone": "segformer_tiny",
             "modalities": MODALITIES,
@@ -55,9 +54,9 @@ def run(tmp_path_factory):
             "depth": "hha",
             "label_map": None,
             "hold_out": 0,
-            "normalisation": "all",
-            "drop_path": 0.0,
-            "dropout": 0.0,
+            "normalisation": [[MEAN.tolist()] * 4, [STD.tolist()] * 4],
+            "absent": "skip",
+            "options": {},
         }
         save_model(folder / f"{name}.pt", model, meta)
     return folder
@@ -81,7 +80,7 @@ def call(*arguments):
 def answer_of_submodel(checkpoint, images):
     """Class ids by a model that was built for these sensors alone: images (M, H, W, 3) in 0..1."""
     state = torch.load(checkpoint, weights_only=True)["model"]
-    model = build_model("segformer_tiny", len(CLASSES), MODALITIES[: len(images)], 0.0, 0.0).eval()
+    model = build_model("segformer_tiny", len(CLASSES), MODALITIES[: len(images)]).eval()
     model.load_state_dict(state)
     x = torch.from_numpy(((np.stack(images) - MEAN) / STD).transpose(0, 3, 1, 2)).float()
     with torch.inference_mode():
@@ -218,8 +217,8 @@ def test_what_this_program_wrote_is_replaced(run, frame):
 
 def test_every_kind_of_picture_carries_the_mark_where_it_is_looked_for(tmp_path):
     for mode, size in (("L", (2000, 3)), ("RGB", (3, 2000))):
-        files.write_picture(tmp_path / f"{mode}.png", Image.new(mode, size))
-        files.check_output(tmp_path / f"{mode}.png")  # else it would raise
+        output.write_picture(tmp_path / f"{mode}.png", Image.new(mode, size))
+        output.check_output(tmp_path / f"{mode}.png")  # else it would raise
 
 
 def test_an_answer_that_is_not_finite_names_the_frame(run, frame, tmp_path):
@@ -240,7 +239,7 @@ def indoor(run, tmp_path):
     state["meta"] |= {
         "data": "nyuv2",
         "depth": "raw",
-        "normalisation": "rgb",
+        "normalisation": [[MEAN.tolist(), *[[0.0] * 3] * 3], [STD.tolist(), *[[1.0] * 3] * 3]],
         "root": str(tmp_path),
         "ranges": {"rgb": ["8 bit", 0, 255], "depth": ["8 bit", 0, 255]},
     }
@@ -333,24 +332,3 @@ def test_the_exported_program_takes_any_batch_and_agrees_with_the_mask(run, tmp_
     with torch.inference_mode():
         expected = model(images, present).logits
         assert torch.allclose(program(images[:, [0, 2]]), expected, atol=1e-4 * expected.abs().max())
-
-
-@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-def test_a_program_of_a_conditioned_model_knows_which_modalities_it_has(backbone):
-    torch.manual_seed(4)
-    model = build_model(backbone, 5, MODALITIES, 0.0, 0.0)
-    condition_on_modalities(model)
-    for learned in (model.decoder.film, getattr(model, "fusion_logits", None)):
-        if learned is not None:
-            torch.nn.init.normal_(learned, 0.0, 0.5)
-    spread_logits(model)
-    images = torch.randn(2, 4, 3, 64, 32)
-    for chosen in ([0, 1, 2, 3], [0, 2]):
-        if backbone == "cmnext_tiny" and len(chosen) < 4:
-            with pytest.raises(ValueError, match="a CMNeXt is exported with all of its modalities"):
-                Program(model, [MODALITIES[m] for m in chosen])
-            continue
-        with torch.inference_mode():
-            expected = model(images, torch.tensor([m in chosen for m in range(4)]).expand(2, 4)).logits
-            program = Program(model, [MODALITIES[m] for m in chosen]).eval()
-            assert torch.allclose(program(images[:, chosen]), expected, atol=1e-4 * expected.abs().max())

@@ -57,12 +57,8 @@ def pool_kernel(
     P,
     K,
     chunk,
-    x_stride_b,
-    x_stride_m,
-    x_stride_c,
-    x_stride_p,
-    labels_stride_b,
-    labels_stride_p,
+    x_strides,
+    labels_strides,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -89,17 +85,17 @@ def pool_kernel(
     x_ptr = teacher_ptr if is_teacher else student_ptr
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
-    x_offs_c = b * x_stride_b + m.to(tl.int64) * x_stride_m + offs_c.to(tl.int64) * x_stride_c
-    labels_ptr += b * labels_stride_b
+    x_offs_c = b * x_strides[0] + m.to(tl.int64) * x_strides[1] + offs_c.to(tl.int64) * x_strides[2]
+    labels_ptr += b * labels_strides[0]
     acc_sums = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     acc_counts = tl.zeros((BLOCK_K, 16), tl.float32)
     ones = tl.full((BLOCK_P, 16), 1.0, tl.float32)  # a product counts, too, and a sum over its rows is slower
     for p in range(start, stop, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
-        label = class_of(labels_ptr, offs_p, offs_p < P, labels_stride_p, K)
+        label = class_of(labels_ptr, offs_p, offs_p < P, labels_strides[1], K)
         member = (offs_k[:, None] == label[None, :]).to(tl.float32)  # (BLOCK_K, BLOCK_P)
         acc_counts = tl.dot(member, ones, acc_counts, input_precision="tf32")
-        offs_x = x_offs_c[None, :] + offs_p.to(tl.int64)[:, None] * x_stride_p
+        offs_x = x_offs_c[None, :] + offs_p.to(tl.int64)[:, None] * x_strides[3]
         mask = (offs_p < P)[:, None] & (offs_c < C)[None, :]
         x_tile = tl.load(x_ptr + offs_x, mask=mask, other=0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
         x_tile = tl.where((label >= 0)[:, None], x_tile, 0.0)  # 0 x NaN is NaN: an ignored pixel's may be anything
@@ -169,12 +165,8 @@ def spread_kernel(
     C,
     P,
     K,
-    labels_stride_b,
-    labels_stride_p,
-    grad_stride_b,
-    grad_stride_m,
-    grad_stride_c,
-    grad_stride_p,
+    labels_strides,
+    grad_strides,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -186,13 +178,13 @@ def spread_kernel(
     offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = (offs_c < C)[:, None]
-    label = class_of(labels_ptr + b * labels_stride_b, offs_p, offs_p < P, labels_stride_p, K)
+    label = class_of(labels_ptr + b * labels_strides[0], offs_p, offs_p < P, labels_strides[1], K)
     entry = table_ptr + (b * M + m) * K * C + label[None, :] * C + offs_c[:, None]
     value = tl.load(entry, mask=mask_c & (label >= 0)[None, :], other=0) * tl.load(scale_ptr)
-    grad_rows = grad_ptr + b * grad_stride_b + m * grad_stride_m + offs_c.to(tl.int64) * grad_stride_c
+    grad_rows = grad_ptr + b * grad_strides[0] + m * grad_strides[1] + offs_c.to(tl.int64) * grad_strides[2]
     # the store converts to the gradient's dtype
     tl.store(
-        grad_rows[:, None] + offs_p.to(tl.int64)[None, :] * grad_stride_p, value, mask=mask_c & (offs_p < P)[None, :]
+        grad_rows[:, None] + offs_p.to(tl.int64)[None, :] * grad_strides[3], value, mask=mask_c & (offs_p < P)[None, :]
     )
 
 
@@ -222,43 +214,14 @@ def distance_op(
     channel_blocks = triton.cdiv(C, 8)
     parts = torch.empty((B * M, channel_blocks), **like)
     table = torch.empty((B, M, K, C), **like)
+    warps = 1 if block_k <= 64 else block_k // 32  # one warp fetches each feature once; more, for their registers
     with torch.cuda.device_of(student):  # Triton launches on the current device, whatever its arguments lie on
-        pool_kernel[(chunks, channel_tiles, 2 * B * M)](
-            student,
-            teacher,
-            labels,
-            present,
-            match,
-            sums,
-            B,
-            M,
-            C,
-            P,
-            K,
-            chunk,
-            *student.stride(),
-            *labels.stride(),
-            SPLIT=student.dtype == torch.float32,
-            BLOCK_M=triton.next_power_of_2(M),
-            BLOCK_C=32,
-            BLOCK_P=32,
-            BLOCK_K=block_k,
-            num_warps=1 if block_k <= 64 else block_k // 32,  # one warp reads each feature once; more, for registers
-            num_stages=3,
-        )
-        distance_kernel[(B * M, channel_blocks)](
-            sums.sum(3),
-            match,
-            parts,
-            table,
-            B,
-            M,
-            C,
-            K,
-            BLOCK_C=8,
-            BLOCK_K=block_k,
-            num_warps=4,
-        )
+        args = student, teacher, labels, present, match, sums, B, M, C, P, K, chunk, student.stride(), labels.stride()
+        split, block_m = student.dtype == torch.float32, triton.next_power_of_2(M)
+        blocks = {"BLOCK_M": block_m, "BLOCK_C": 32, "BLOCK_P": 32, "BLOCK_K": block_k, "num_warps": warps}
+        pool_kernel[(chunks, channel_tiles, 2 * B * M)](*args, SPLIT=split, **blocks, num_stages=3)
+        args = sums.sum(3), match, parts, table, B, M, C, K
+        distance_kernel[(B * M, channel_blocks)](*args, BLOCK_C=8, BLOCK_K=block_k, num_warps=4)
     return parts.sum(), table
 
 
@@ -274,21 +237,9 @@ def spread_op(table: Tensor, scale: Tensor, labels: Tensor, like: Tensor) -> Ten
     B, M, C, P = like.shape
     grad = torch.empty_like(like)
     with torch.cuda.device_of(like):
-        spread_kernel[(triton.cdiv(P, 128), triton.cdiv(C, 32), B * M)](
-            table,
-            scale,
-            labels,
-            grad,
-            M,
-            C,
-            P,
-            table.shape[2],
-            *labels.stride(),
-            *grad.stride(),
-            BLOCK_C=32,
-            BLOCK_P=128,
-            num_warps=4,
-        )
+        args = table, scale, labels, grad, M, C, P, table.shape[2], labels.stride(), grad.stride()
+        grid = (triton.cdiv(P, 128), triton.cdiv(C, 32), B * M)
+        spread_kernel[grid](*args, BLOCK_C=32, BLOCK_P=128, num_warps=4)
     return grad
 
 

@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one sentence, where argparse would put all of the usage before it."""
 
     def __init__(self, script: str, doc: str):
-        super().__init__(script, description=doc, formatter_class=Help, allow_abbrev=False)
+        usage = f"{script} [options]"  # all of them follow, in groups
+        super().__init__(script, usage, doc, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -445,7 +445,14 @@ def test_an_answer_that_is_not_finite_stops_evaluation_and_validation_with_the_f
 
 def test_frames_without_a_label_give_no_scores():
     class Unlabelled:
-        name, split, modalities, classes, frames, normalisation = "none", "val", MODALITIES, list("abcde"), [], NORMALISATION
+        name, split, modalities, classes, frames, normalisation = (
+            "none",
+            "val",
+            MODALITIES,
+            list("abcde"),
+            [],
+            NORMALISATION,
+        )
 
         def __len__(self):
             return 2

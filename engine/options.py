@@ -47,7 +47,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows defaults, but not those that are None: their help says what None means."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        default = action.default
+        return action.help if default is None or default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

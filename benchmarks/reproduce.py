@@ -25,7 +25,8 @@ from statistics import fmean
 from threading import Lock
 from typing import NamedTuple
 
-from engine.options import Parser
+from engine.checkpoint import fitting
+from engine.options import COUNT_OR_0, Parser, names
 from engine.output import replace
 from engine.runs import guarded
 from engine.subsets import all_subsets
@@ -110,18 +111,18 @@ ROWS = [
 BY_NAME = {row.name: row for row in ROWS}
 
 
+def seeds(text: str) -> list[int]:
+    return [COUNT_OR_0(seed) for seed in names(text)]
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("reproduce.py", __doc__)
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--root", help="folder of the data set")
-    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
-    parser.add_argument(
-        "--rows", type=lambda text: text.split(","), default=list(BY_NAME), help="by comma; default: all"
-    )
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="by comma")
+    parser.add_argument("--rows", type=names, default=list(BY_NAME), help="by comma; default: all")
     parser.add_argument("--pretrained", metavar="FILE", help="start weights of what starts from scratch")
-    parser.add_argument(
-        "--device", type=lambda text: text.split(","), default=["cpu"], help="by comma; one seed on each"
-    )
+    parser.add_argument("--device", type=names, default=["cpu"], help="by comma; one seed on each")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.rows) - set(BY_NAME)):
@@ -158,9 +159,10 @@ class Results:
         self.file, self.lock = ROOT / "benchmarks/results" / f"{setting}.json", Lock()
         self.data = {"title": SETTINGS[setting].title, "labels": {}, "what": {}, "commands": {}, "scores": {}}
         if self.file.exists():
-            self.data = json.loads(self.file.read_text())
-            if self.data.get("title") != SETTINGS[setting].title:
-                raise ValueError(f"{self.file} is not of this setting; move it away.")
+            with fitting(f"{self.file} holds no results of this setting; move it away"):
+                self.data = json.loads(self.file.read_text())
+                if self.data["title"] != SETTINGS[setting].title:
+                    raise ValueError(f"its title is {self.data['title']}")
 
     def has(self, row: Row, seed: int, text: str) -> bool:
         known = self.data["commands"].get(row.name, text)
@@ -177,7 +179,7 @@ class Results:
 
 
 def run(words: list[str], device: str, log: Path) -> None:
-    """Runs a command of this repository; raises RuntimeError with its last line if it fails."""
+    """Runs a command of this repository; raises ValueError with its last line if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}  # beside another run, one thread is faster than two
     with open(log, "a") as file:
@@ -185,7 +187,7 @@ def run(words: list[str], device: str, log: Path) -> None:
             [sys.executable, *words, "--device", device], stdout=file, stderr=file, env={**os.environ, **threads}
         )
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(words)} ended with {done.returncode}: {log.read_text().splitlines()[-1]}")
+        raise ValueError(f"{shlex.join(words)} ended with {done.returncode}: {log.read_text().splitlines()[-1]}")
 
 
 def seed_rows(args: argparse.Namespace, results: Results, seed: int, device: str) -> None:

@@ -47,14 +47,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows defaults, but not those that are None: their help says what None means."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        default = action.default
+        return action.help if default is None or default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one sentence, where argparse would put all of the usage before it."""
 
     def __init__(self, script: str, doc: str):
-        super().__init__(script, description=doc, formatter_class=Help, allow_abbrev=False)
+        usage = f"{script} [options]"  # all of them follow, in groups
+        super().__init__(script, usage, doc, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -78,6 +78,7 @@ class Run:
         self.meet()  # nobody writes before everybody has looked
         if self.device.type == "cuda":  # the published code: TF32 in convolutions, not in linear layers
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            self.say("float32 products use TF32 in this training; evaluate.py and predict.py work without it")
         self.record(ours)
         for number in loop.EXIT_STATUS:  # from here on there is something to save
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup

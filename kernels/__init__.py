@@ -4,7 +4,8 @@ CUDA tensors take the Triton kernels (`prototype.py`: the loss of stage 1; `sele
 others the plain definitions in `reference.py`. The environment variable RMMSS_KERNELS, read at every call, chooses:
 
     RMMSS_KERNELS=reference   the definitions everywhere
-    RMMSS_KERNELS=triton      Triton (feature_select: for two sources); on CPU tensors only with TRITON_INTERPRET=1
+    RMMSS_KERNELS=triton      Triton (prototype_distance: up to 256 classes; feature_select: for two sources);
+                              on CPU tensors only with TRITON_INTERPRET=1
 
 Names inside the kernels: x_ptr is the address of tensor x, x_stride_b the elements between two neighbours along an
 axis (b m c k, p flattened pixels, y x row and column); pid_* says which program this is, offs_* are indices along an
@@ -55,7 +56,7 @@ def prototype_distance(
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}: give at least 1.")
     args = (student, teacher.detach(), labels, present, match, num_classes)
-    if _wants_triton(student):
+    if _wants_triton(student) and num_classes <= prototype.MAX_CLASSES:
         return prototype.prototype_distance(*args)
     return _by_definition(reference.prototype_distance, *args)
 

@@ -134,6 +134,15 @@ def test_wrong_or_contradictory_options_end_with_one_sentence(whole, capsys, sta
     assert sentence.replace("WHOLE", str(whole)) in text.splitlines()[-1] and "Traceback" not in text
 
 
+@pytest.mark.parametrize("parse, most", [("stage1", 34), ("stage2", 30), ("single", 34)])
+def test_help_is_short_and_says_what_none_means(parse, most, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        getattr(options, f"{parse}_options")("What it does.", ["--help"])
+    text = capsys.readouterr().out
+    assert len(re.findall(r"^  --", text, re.MULTILINE)) <= most and text.count("\n") <= 100
+    assert "default: None" not in text and "default: False" not in text
+
+
 @pytest.mark.parametrize(
     "argv, sentence",
     [

@@ -80,7 +80,7 @@ def train_robust(
 
 
 def main(argv: list[str] | None = None, losses_of: Callable = paper_losses) -> None:
-    args = stage1_options(__doc__, argv)
+    args = stage1_options(__doc__, argv, losses_of.__name__)
     run = Run(args, "train_stage1.py")
     train, val = run.open_splits()
     state = run.claim(("teacher", "robust"))

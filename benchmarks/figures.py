@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-import kernels
 from data import normalise
 from engine.inference import load_models, open_data
 from engine.options import Parser
@@ -30,6 +29,7 @@ from engine.pictures import Cell, draw, photograph
 from engine.runs import guarded
 from engine.subsets import all_subsets, present_of, subset_outputs
 from hpdm import labels_at
+from kernels import reference
 
 INK, PALE, GRID = (40, 40, 40), (110, 110, 110), (225, 225, 225)
 COLOURS = {"teacher": (40, 90, 190), "robust": (200, 60, 40), "fsm": (150, 120, 40), "student": (40, 140, 70)}
@@ -148,7 +148,7 @@ def prototypes(run: Path) -> Image.Image:
             features = model(normalise(image[None], *dataset.normalisation)).per_modality  # 4 x (1, M, C, h, w)
             for i, f in enumerate(features):
                 y = labels_at(label[None].long(), f.shape[-2:])
-                mean, count = kernels.prototype_pool(f, y, len(dataset.classes))  # (1, M, K, C), (1, K)
+                mean, count = reference.prototype_pool(f, y, len(dataset.classes))  # (1, M, K, C), (1, K)
                 sums[i] += mean[0] * count[0, :, None]
                 counts[i] += count[0]
         for stage, (total, count) in enumerate(zip(sums, counts, strict=True), 1):

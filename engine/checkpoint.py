@@ -60,7 +60,7 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
     return state
 
 
-def load_last(folder: Path) -> dict | None:
+def load_last(folder: Path, warn: bool = True) -> dict | None:
     """A run's last checkpoint, or with a warning the one before if that is corrupt; None if there is none at all."""
     last, previous = folder / "last.pt", folder / "last.previous.pt"
     try:
@@ -69,7 +69,8 @@ def load_last(folder: Path) -> dict | None:
         if not previous.exists():
             raise
         state = read(previous, "training run")
-        print(f"warning: {error} Continuing from {previous}, step {state['step']}.", file=sys.stderr)
+        if warn:
+            print(f"warning: {error} Continuing from {previous}, step {state['step']}.", file=sys.stderr)
         return state
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data import normalise, open_dataset
 from engine import loop
-from engine.checkpoint import FREE, SAME, fitting, load_last, require, save_model, write
+from engine.checkpoint import FILES, FREE, SAME, fitting, load_last, require, save_model, write
 from engine.output import replace
 
 SCRIPTS = {"train_stage1.py", "train_stage2.py", "train_single.py"}
@@ -78,6 +78,7 @@ class Run:
         self.meet()  # nobody writes before everybody has looked
         if self.device.type == "cuda":  # the published code: TF32 in convolutions, not in linear layers
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            self.say("float32 products use TF32 in this training; evaluate.py and predict.py work without it")
         self.record(ours)
         for number in loop.EXIT_STATUS:  # from here on there is something to save
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -94,7 +95,7 @@ class Run:
             if config.keys() - SCRIPTS:
                 raise ValueError("it has other entries")
         if resumed:
-            require(file, found, {name: value for name, value in vars(self.args).items() if name not in FREE})
+            require(file, found, {name: value for name, value in vars(self.args).items() if name not in FREE | FILES})
         elif self.rank == 0:
             replace(file, f"{json.dumps({**config, self.script: mine}, indent=1)}\n".encode())
 

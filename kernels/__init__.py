@@ -1,11 +1,11 @@
 """The fused operations of RMMSS: the public calls, their checks, and the choice between Triton and PyTorch.
 
 CUDA tensors take the Triton kernels (`prototype.py`: the loss of stage 1; `selection.py`: the FSM of stage 2), all
-others the plain definitions in `reference.py`. `prototype_pool` and `pixel_prototype_cosine`, which no default run
-calls, have no kernel. For the other two the environment variable RMMSS_KERNELS, read at every call, chooses:
+others the plain definitions in `reference.py`. The environment variable RMMSS_KERNELS, read at every call, chooses:
 
     RMMSS_KERNELS=reference   the definitions everywhere
-    RMMSS_KERNELS=triton      Triton (feature_select: for two sources); on CPU tensors only with TRITON_INTERPRET=1
+    RMMSS_KERNELS=triton      Triton (prototype_distance: up to 256 classes; feature_select: for two sources);
+                              on CPU tensors only with TRITON_INTERPRET=1
 
 Names inside the kernels: x_ptr is the address of tensor x, x_stride_b the elements between two neighbours along an
 axis (b m c k, p flattened pixels, y x row and column); pid_* says which program this is, offs_* are indices along an
@@ -28,20 +28,10 @@ except ModuleNotFoundError as error:  # requirements.txt installs Triton on Linu
         raise
     prototype = selection = None
 
-__all__ = ["feature_select", "pixel_prototype_cosine", "prototype_distance", "prototype_pool"]
+__all__ = ["feature_select", "prototype_distance"]
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("hard", "candidate", "score")
-
-
-def prototype_pool(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Prototypes (paper eq. 4): see `reference.prototype_pool`."""
-    return _by_definition(reference.prototype_pool, features, labels, num_classes)
-
-
-def pixel_prototype_cosine(features: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine between each pixel's feature and the prototype of its class: see `reference.pixel_prototype_cosine`."""
-    return _by_definition(reference.pixel_prototype_cosine, features, labels, prototypes)
 
 
 def prototype_distance(
@@ -53,9 +43,10 @@ def prototype_distance(
     present (B, M) bool: the modalities the student has; match (B, M) int64 in 0..M-1 (not checked, which
     would wait for the GPU): the student's modality m answers to the teacher's modality match[b, m].
 
-    Per channel, softmax over the classes that occur in the sample turns the prototypes into a distribution;
-    KL(teacher || student) is averaged over the K classes and the channels, summed over the present modalities, and
-    averaged over the samples, as published. A sample without a labelled pixel adds 0. Gradient to the student only; absent modalities get zeros.
+    Per channel, softmax over the classes that occur in the sample turns the prototypes into a distribution.
+    KL(teacher || student) is summed over the present modalities, the channels and the samples, then divided by K, C
+    and B, as published. A sample without a labelled pixel adds 0. Gradient to the student only; absent modalities get
+    zeros.
     """
     _check_floating("student", student, "(B, M, C, h, w)")
     _check("labels", labels, "(B, h, w)", (student.shape[0], *student.shape[3:]), torch.int64, student.device)
@@ -65,7 +56,7 @@ def prototype_distance(
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}: give at least 1.")
     args = (student, teacher.detach(), labels, present, match, num_classes)
-    if _wants_triton(student):
+    if _wants_triton(student) and num_classes <= prototype.MAX_CLASSES:
         return prototype.prototype_distance(*args)
     return _by_definition(reference.prototype_distance, *args)
 

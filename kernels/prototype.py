@@ -18,10 +18,12 @@ stages; labels (8 bytes a pixel) and prototypes are small beside that. Modalitie
 modalities that none of the student's answers to, are not read. Fused away: a masked copy of the features for each
 class, the matched copy of the teacher, the gradients of the sums.
 
-Pooling is a product with the one-hot labels, (C x P) times (P x K), on tensor cores; plain float32 arithmetic would
-take as long as the reading itself. One-hot entries and 16-bit features are exact in TF32. float32 features are split
-into two TF32 parts, 22 of 24 bits. Tensor cores truncate where they accumulate, so a program sums at most 1024 pixels;
-the chunks are added by ordinary float32 additions in a fixed order, without atomics: the result is the same every time.
+Pooling is a product with the one-hot labels, (K x P) times (P x C), on tensor cores; plain float32 arithmetic would
+take as long as the reading itself. A program is one warp, so that no two warps fetch the same feature from shared
+memory; above 64 classes the sums need the registers of more. One-hot entries and 16-bit features are exact in TF32.
+float32 features are split into two TF32 parts, 22 of 24 bits. Tensor cores truncate where they accumulate, so a program
+sums at most 1024 pixels; the chunks are added by ordinary float32 additions in a fixed order, without atomics: the
+result is the same every time.
 """
 
 import torch
@@ -29,13 +31,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MAX_CLASSES = 256  # more would spill registers: the definition takes over
+
 # ------------------------------------------------------------------------------------------------ jit kernels
 
 
 @triton.jit
 def class_of(labels_ptr, offs_p, mask_p, stride_p, K):
     """The labels of some pixels as int32, with -1 for all that belong to no class."""
-    label = tl.load(labels_ptr + offs_p * stride_p, mask=mask_p, other=-1)
+    label = tl.load(labels_ptr + offs_p.to(tl.int64) * stride_p, mask=mask_p, other=-1)
     return tl.where((label >= 0) & (label < K), label, -1).to(tl.int32)
 
 
@@ -46,26 +50,22 @@ def pool_kernel(
     labels_ptr,  # (B, P) int64; read
     present_ptr,  # (B, M) bool, contiguous; read
     match_ptr,  # (B, M) int64, contiguous; read
-    sums_ptr,  # (2, B, M, CHUNKS, K, C) float32, contiguous: student, teacher; written
+    sums_ptr,  # (2, B, M, CHUNKS, K, C + 1) float32, contiguous: student, teacher; column C counts pixels; written
     B,
     M,
     C,
     P,
     K,
     chunk,
-    x_stride_b,
-    x_stride_m,
-    x_stride_c,
-    x_stride_p,
-    labels_stride_b,
-    labels_stride_p,
+    x_strides,
+    labels_strides,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums over the pixels of each class, of BLOCK_C channels and one chunk of pixels of one (b, m)."""
+    """Sums over the pixels of each class, of BLOCK_C channels and a chunk of pixels of one (b, m); 0 if not needed."""
     pid_chunk = tl.program_id(0)
     pid_c = tl.program_id(1)
     pid_tbm = tl.program_id(2)  # which of student and teacher, then the sample, then the modality
@@ -85,25 +85,31 @@ def pool_kernel(
     x_ptr = teacher_ptr if is_teacher else student_ptr
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_k = tl.arange(0, BLOCK_K)
-    x_rows = x_ptr + b * x_stride_b + m.to(tl.int64) * x_stride_m + offs_c.to(tl.int64) * x_stride_c
-    labels_ptr += b * labels_stride_b
-    acc_sums = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    x_offs_c = b * x_strides[0] + m.to(tl.int64) * x_strides[1] + offs_c.to(tl.int64) * x_strides[2]
+    labels_ptr += b * labels_strides[0]
+    acc_sums = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    acc_counts = tl.zeros((BLOCK_K, 16), tl.float32)
+    ones = tl.full((BLOCK_P, 16), 1.0, tl.float32)  # a product counts, too, and a sum over its rows is slower
     for p in range(start, stop, BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
-        label = class_of(labels_ptr, offs_p, offs_p < P, labels_stride_p, K)
-        member = (label[:, None] == offs_k[None, :]).to(tl.float32)  # (BLOCK_P, BLOCK_K)
-        mask = (offs_c < C)[:, None] & (offs_p < stop)[None, :]  # P would do, but then ptxas needs a stack on 9.0
-        x_tile = tl.load(x_rows[:, None] + offs_p[None, :] * x_stride_p, mask=mask, other=0).to(tl.float32)
-        x_tile = tl.where((label >= 0)[None, :], x_tile, 0.0)  # 0 x NaN is NaN: an ignored pixel's may be anything
+        label = class_of(labels_ptr, offs_p, offs_p < P, labels_strides[1], K)
+        member = (offs_k[:, None] == label[None, :]).to(tl.float32)  # (BLOCK_K, BLOCK_P)
+        acc_counts = tl.dot(member, ones, acc_counts, input_precision="tf32")
+        offs_x = x_offs_c[None, :] + offs_p.to(tl.int64)[:, None] * x_strides[3]
+        mask = (offs_p < P)[:, None] & (offs_c < C)[None, :]
+        x_tile = tl.load(x_ptr + offs_x, mask=mask, other=0).to(tl.float32)  # (BLOCK_P, BLOCK_C)
+        x_tile = tl.where((label >= 0)[:, None], x_tile, 0.0)  # 0 x NaN is NaN: an ignored pixel's may be anything
         if SPLIT:  # the upper 11 bits of the significand, exact in TF32, then what they leave
             upper = (x_tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-            acc_sums = tl.dot(upper, member, acc_sums, input_precision="tf32")
+            acc_sums = tl.dot(member, upper, acc_sums, input_precision="tf32")
             x_tile -= upper
-        acc_sums = tl.dot(x_tile, member, acc_sums, input_precision="tf32")
+        acc_sums = tl.dot(member, x_tile, acc_sums, input_precision="tf32")
 
-    sums_ptr += (pid_tbm.to(tl.int64) * tl.num_programs(0) + pid_chunk) * K * C
-    mask_ck = (offs_c < C)[:, None] & (offs_k < K)[None, :]
-    tl.store(sums_ptr + offs_k[None, :] * C + offs_c[:, None], acc_sums, mask=mask_ck)
+    sums_ptr += (pid_tbm.to(tl.int64) * tl.num_programs(0) + pid_chunk) * K * (C + 1)
+    mask_kc = (offs_k < K)[:, None] & (offs_c < C)[None, :]
+    tl.store(sums_ptr + offs_k[:, None] * (C + 1) + offs_c[None, :], acc_sums, mask=mask_kc)
+    if pid_c == 0:
+        tl.store(sums_ptr + offs_k * (C + 1) + C, tl.max(acc_counts, axis=1), mask=offs_k < K)
 
 
 @triton.jit
@@ -116,9 +122,7 @@ def log_softmax(x, seen):
 
 @triton.jit
 def distance_kernel(
-    sums_ptr,  # (2, B, M, K, C) float32, contiguous: student, teacher; read
-    counts_ptr,  # (B, K) int32, contiguous; read
-    present_ptr,  # (B, M) bool, contiguous; read
+    sums_ptr,  # (2, B, M, K, C + 1) float32, contiguous: student, teacher; column C counts pixels; read
     match_ptr,  # (B, M) int64, contiguous; read
     parts_ptr,  # (B*M, channel blocks) float32, contiguous: parts that add up to the sum of the KLs; written
     table_ptr,  # (B, M, K, C) float32, contiguous: that sum's gradient for one pixel of class k; written
@@ -133,28 +137,22 @@ def distance_kernel(
     pid_bm = tl.program_id(0)
     pid_c = tl.program_id(1)
     b = (pid_bm // M).to(tl.int64)
-    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_k = (offs_k < K)[None, :]
-    mask = (offs_c < C)[:, None] & mask_k
-    offs = offs_k[None, :] * C + offs_c[:, None]  # (BLOCK_C, BLOCK_K) of a (K, C) table
+    offs_c = (pid_c * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    mask = (offs_c < C) & (offs_k < K)  # (BLOCK_C, BLOCK_K)
 
-    present = tl.load(present_ptr + pid_bm).to(tl.int32) > 0
-    answers_to = tl.load(match_ptr + pid_bm)
-
-    count = tl.load(counts_ptr + b * K + offs_k[None, :], mask=mask_k, other=0)  # (1, BLOCK_K)
-    size = tl.maximum(count, 1).to(tl.float32)
-    seen = tl.where(present, (count > 0) & mask, False)  # (BLOCK_C, BLOCK_K)
-    student = tl.load(sums_ptr + pid_bm.to(tl.int64) * K * C + offs, mask=seen, other=0) / size
-    teacher = tl.load(sums_ptr + ((B + b) * M + answers_to) * K * C + offs, mask=seen, other=0) / size
-
-    log_s = log_softmax(student, seen)
-    log_t = log_softmax(teacher, seen)
+    student_ptr = sums_ptr + pid_bm.to(tl.int64) * K * (C + 1) + offs_k * (C + 1)
+    teacher_ptr = sums_ptr + ((B + b) * M + tl.load(match_ptr + pid_bm)) * K * (C + 1) + offs_k * (C + 1)
+    size = tl.load(student_ptr + C, mask=offs_k < K, other=0)  # (1, BLOCK_K), all 0 for an absent modality
+    seen = (size > 0) & mask
+    size = tl.maximum(size, 1)
+    log_s = log_softmax(tl.load(student_ptr + offs_c, mask=seen, other=0) / size, seen)
+    log_t = log_softmax(tl.load(teacher_ptr + offs_c, mask=seen, other=0) / size, seen)
     divergence = tl.where(seen, tl.exp(log_t) * (log_t - log_s), 0.0)
     part = tl.sum(tl.sum(divergence, axis=1), axis=0)
     tl.store(parts_ptr + pid_bm * tl.num_programs(1) + pid_c, part)
     table = tl.where(seen, (tl.exp(log_s) - tl.exp(log_t)) / size, 0.0)
-    tl.store(table_ptr + pid_bm.to(tl.int64) * K * C + offs, table, mask=mask)
+    tl.store(table_ptr + pid_bm.to(tl.int64) * K * C + offs_k * C + offs_c, table, mask=mask)
 
 
 @triton.jit
@@ -167,12 +165,8 @@ def spread_kernel(
     C,
     P,
     K,
-    labels_stride_b,
-    labels_stride_p,
-    grad_stride_b,
-    grad_stride_m,
-    grad_stride_c,
-    grad_stride_p,
+    labels_strides,
+    grad_strides,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -184,15 +178,25 @@ def spread_kernel(
     offs_p = pid_p * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = (offs_c < C)[:, None]
-    label = class_of(labels_ptr + b * labels_stride_b, offs_p, offs_p < P, labels_stride_p, K)
+    label = class_of(labels_ptr + b * labels_strides[0], offs_p, offs_p < P, labels_strides[1], K)
     entry = table_ptr + (b * M + m) * K * C + label[None, :] * C + offs_c[:, None]
     value = tl.load(entry, mask=mask_c & (label >= 0)[None, :], other=0) * tl.load(scale_ptr)
-    grad_rows = grad_ptr + b * grad_stride_b + m * grad_stride_m + offs_c.to(tl.int64) * grad_stride_c
+    grad_rows = grad_ptr + b * grad_strides[0] + m * grad_strides[1] + offs_c.to(tl.int64) * grad_strides[2]
     # the store converts to the gradient's dtype
-    tl.store(grad_rows[:, None] + offs_p[None, :] * grad_stride_p, value, mask=mask_c & (offs_p < P)[None, :])
+    tl.store(
+        grad_rows[:, None] + offs_p.to(tl.int64)[None, :] * grad_strides[3], value, mask=mask_c & (offs_p < P)[None, :]
+    )
 
 
 # --------------------------------------------- launchers, as custom ops: torch.compile does not look into them
+
+
+def chunk_size(P: int, programs: int) -> int:
+    """Pixels that a program sums: at most 1024, fewer where P is small, so that the GPU has enough programs."""
+    chunk = 1024
+    while chunk > 256 and triton.cdiv(P, chunk) * programs < 2048:
+        chunk //= 2
+    return chunk
 
 
 @torch.library.custom_op("rmmss::prototype_distance", mutates_args=())
@@ -202,59 +206,22 @@ def distance_op(
     """(B, M, C, P) twice, labels (B, P) -> sum of the KLs, a scalar, and its gradient's table (B, M, K, C)."""
     (B, M, C, P), K = student.shape, num_classes
     like = {"device": student.device, "dtype": torch.float32}
-    split = student.dtype == torch.float32
     block_k = max(16, triton.next_power_of_2(K))  # all classes in one tile, for the softmax runs over them
-    block_c = 64 if C % 64 == 0 and K <= 64 else 32
-    block_p = max(16, min(4096 // block_c, (2048 if split else 4096) // block_k))  # what registers allow
-    channel_tiles = triton.cdiv(C, block_c)
-    chunk = 1024  # pixels of a program; fewer where a stage is small, so that the GPU has enough programs
-    while chunk > 256 and triton.cdiv(P, chunk) * channel_tiles * 2 * B * M < 512:
-        chunk //= 2
+    channel_tiles = triton.cdiv(C, 32)
+    chunk = chunk_size(P, channel_tiles * 2 * B * M)
     chunks = triton.cdiv(P, chunk)
-    sums = torch.empty((2, B, M, chunks, K, C), **like)
-    counts = (labels[:, :, None] == torch.arange(K, device=labels.device)).sum(1, dtype=torch.int32)  # (B, K)
+    sums = torch.empty((2, B, M, chunks, K, C + 1), **like)
     channel_blocks = triton.cdiv(C, 8)
     parts = torch.empty((B * M, channel_blocks), **like)
     table = torch.empty((B, M, K, C), **like)
+    warps = 1 if block_k <= 64 else block_k // 32  # one warp fetches each feature once; more, for their registers
     with torch.cuda.device_of(student):  # Triton launches on the current device, whatever its arguments lie on
-        pool_kernel[(chunks, channel_tiles, 2 * B * M)](
-            student,
-            teacher,
-            labels,
-            present,
-            match,
-            sums,
-            B,
-            M,
-            C,
-            P,
-            K,
-            chunk,
-            *student.stride(),
-            *labels.stride(),
-            SPLIT=split,
-            BLOCK_M=triton.next_power_of_2(M),
-            BLOCK_C=block_c,
-            BLOCK_P=block_p,
-            BLOCK_K=block_k,
-            num_warps=4,
-            num_stages=3,
-        )
-        distance_kernel[(B * M, channel_blocks)](
-            sums.sum(3),
-            counts,
-            present,
-            match,
-            parts,
-            table,
-            B,
-            M,
-            C,
-            K,
-            BLOCK_C=8,
-            BLOCK_K=block_k,
-            num_warps=4,
-        )
+        args = student, teacher, labels, present, match, sums, B, M, C, P, K, chunk, student.stride(), labels.stride()
+        split, block_m = student.dtype == torch.float32, triton.next_power_of_2(M)
+        blocks = {"BLOCK_M": block_m, "BLOCK_C": 32, "BLOCK_P": 32, "BLOCK_K": block_k, "num_warps": warps}
+        pool_kernel[(chunks, channel_tiles, 2 * B * M)](*args, SPLIT=split, **blocks, num_stages=3)
+        args = sums.sum(3), match, parts, table, B, M, C, K
+        distance_kernel[(B * M, channel_blocks)](*args, BLOCK_C=8, BLOCK_K=block_k, num_warps=4)
     return parts.sum(), table
 
 
@@ -270,21 +237,9 @@ def spread_op(table: Tensor, scale: Tensor, labels: Tensor, like: Tensor) -> Ten
     B, M, C, P = like.shape
     grad = torch.empty_like(like)
     with torch.cuda.device_of(like):
-        spread_kernel[(triton.cdiv(P, 128), triton.cdiv(C, 32), B * M)](
-            table,
-            scale,
-            labels,
-            grad,
-            M,
-            C,
-            P,
-            table.shape[2],
-            *labels.stride(),
-            *grad.stride(),
-            BLOCK_C=32,
-            BLOCK_P=128,
-            num_warps=4,
-        )
+        args = table, scale, labels, grad, M, C, P, table.shape[2], labels.stride(), grad.stride()
+        grid = (triton.cdiv(P, 128), triton.cdiv(C, 32), B * M)
+        spread_kernel[grid](*args, BLOCK_C=32, BLOCK_P=128, num_warps=4)
     return grad
 
 
@@ -296,6 +251,8 @@ def _(table, scale, labels, like):
 def setup_distance(ctx, inputs, output):
     student, _, labels, *_ = inputs
     ctx.save_for_backward(output[1], labels, student)  # student for its shape and strides alone
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else autograd fills a table of zeros, the gradient of the table
 
 
 def backward_distance(ctx, grad_distance, _):

@@ -1,8 +1,8 @@
 """The plain definitions of the public calls, in vectorised PyTorch: specification, CPU path and gradcheck target.
 
 No loop over classes, samples or modalities. Everything is computed in float32 (float64 stays float64), and the
-gradients are autograd's own. `kernels/__init__.py` calls them outside autocast, and has the shapes and ranges of
-`prototype_distance` and `feature_select`.
+gradients are autograd's own. `kernels/__init__.py` has the shapes and ranges of `prototype_distance` and
+`feature_select`, and calls these two outside autocast. The others have no kernel: no default run calls them.
 
 Axes: B samples, M modalities, K classes, C channels of a stage, h x w its positions, P = h*w, S sources.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import about
 from PIL import Image
 
 import data
@@ -110,26 +111,19 @@ def few_bits(path, ids, bits, palette=None):
 def model_of(root, modalities=("rgb", "depth"), **meta):
     """A model with random weights that says it was trained on the folder data set at root."""
     train = open_dataset("folder", root, "train", list(modalities))
-    meta = {
-        "backbone": "segformer_tiny",
-        "modalities": list(modalities),
-        "classes": train.classes,
-        "palette": train.palette.tolist(),
-        "size": SIDE,
-        "val_size": SIDE,
-        "data": "folder",
-        "root": str(root),
-        "depth": "hha",
-        "label_map": None,
-        "hold_out": 0,
-        "normalisation": "rgb",
-        "drop_path": 0.0,
-        "dropout": 0.0,
-        "ranges": getattr(train, "ranges", {}),
+    meta = about(
+        modalities=list(modalities),
+        classes=train.classes,
+        palette=train.palette.tolist(),
+        size=SIDE,
+        val_size=SIDE,
+        root=str(root),
+        ranges=train.ranges,
+        normalisation=train.normalisation,
         **meta,
-    }
+    )
     torch.manual_seed(0)
-    save_model(root / "m.pt", build_model("segformer_tiny", 3, list(modalities), 0.0, 0.0), meta)
+    save_model(root / "m.pt", build_model("segformer_tiny", 3, list(modalities)), meta)
     return root / "m.pt"
 
 

@@ -92,7 +92,7 @@ def test_prototypes_are_means_over_pixels_compared_by_their_cosine(drawn):
     model, meta = load_model(MODELS / "teacher.pt", torch.device("cpu"))
     rgb, lidar = ({k: [] for k in range(12)} for _ in range(2))  # class -> its pixels' features at stage 4
     for image, label, _ in open_dataset("synthetic", None, "val", meta["modalities"], 64, limit=64):
-        stage4 = model(normalise(image[None], meta["modalities"], "all")).per_modality[3][0]  # (M, C, 2, 2)
+        stage4 = model(normalise(image[None], *meta["normalisation"])).per_modality[3][0]  # (M, C, 2, 2)
         for y in range(2):
             for x in range(2):
                 if (k := int(label[32 * y, 32 * x])) < 12:  # nearest neighbour

@@ -111,12 +111,23 @@ def plain_select(features, weight, bias, rule, temperature):
 
 def test_the_definition_of_pooling_is_the_mean_over_each_class(monkeypatch):
     features, labels = random(2, 3, 5, 7, 6), labelled(2, 7, 6, 9)
-    prototypes, counts = kernels.prototype_pool(features, labels, 9)
+    prototypes, counts = reference.prototype_pool(features, labels, 9)
     assert counts.dtype == torch.int32 and prototypes.dtype == torch.float32
     for b, k in itertools.product(range(2), range(9)):
         pixels = features[b, :, :, labels[b] == k]  # (M, C, n)
         assert counts[b, k] == pixels.shape[2]
         assert_close([prototypes[b, :, k]], [pixels.mean(2) if pixels.shape[2] else torch.zeros(3, 5).to(pixels)])
+
+
+def test_the_distance_is_divided_by_classes_channels_and_samples_and_summed_over_modalities(monkeypatch):
+    """Two classes of one pixel each, so that the prototypes are the pixels; a third class that does not occur."""
+    student, teacher = random(2, 3, 4, 1, 2), random(2, 3, 4, 1, 2)
+    labels, present = torch.tensor([0, 1], device=DEVICE).expand(2, 1, 2), torch.ones(2, 3, device=DEVICE).bool()
+    match = torch.arange(3, device=DEVICE).expand(2, 3)
+    expected = F.kl_div(student.log_softmax(4), teacher.softmax(4), reduction="sum") / (3 * 4 * 2)
+    for path in PATHS:
+        monkeypatch.setenv("RMMSS_KERNELS", path)
+        assert_close([kernels.prototype_distance(student, teacher, labels, present, match, 3)], [expected])
 
 
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
@@ -135,7 +146,7 @@ def test_the_definition_of_the_cosine_is_the_one_to_the_pixels_own_class():
     features, labels, prototypes = random(2, 2, 5, 4, 6), labelled(2, 4, 6, 3), random(2, 2, 3, 5)
     features[1, 1] = 0  # as of an absent modality: no direction, so 0
     features.requires_grad_()
-    found = kernels.pixel_prototype_cosine(features, labels, prototypes)
+    found = reference.pixel_prototype_cosine(features, labels, prototypes)
     for b, m, y, x in itertools.product(range(2), range(2), range(4), range(6)):
         expected = torch.zeros((), device=DEVICE)
         if labels[b, y, x] < 3:
@@ -174,8 +185,8 @@ def test_an_ignored_pixel_that_is_not_a_number_poisons_nothing(monkeypatch):
         x[0, :, :, 0, 2] = -float("inf")
     calls = {
         "distance": lambda s, t, _: kernels.prototype_distance(s, t.detach(), labels, present, match, K),
-        "pool": lambda s, *_: kernels.prototype_pool(s, labels, K)[0],
-        "cosine": lambda s, _, p: kernels.pixel_prototype_cosine(s, labels, p),
+        "pool": lambda s, *_: reference.prototype_pool(s, labels, K)[0],
+        "cosine": lambda s, _, p: reference.pixel_prototype_cosine(s, labels, p),
     }
     for path, call in itertools.product(PATHS, calls.values()):
         found = evaluate(path, call, [*broken, prototypes], monkeypatch)
@@ -206,10 +217,10 @@ def test_gradients_of_the_definitions_pass_gradcheck(monkeypatch):
     features = [torch.randn(1, 2, 3, 4, **double).detach() for _ in range(2)]
     weight, bias = torch.randn(2, 2, 3, 3, **double), torch.randn(1, 2, **double)
     check = torch.autograd.gradcheck
-    assert check(lambda f: kernels.prototype_pool(f, labels, 4)[0], x)
+    assert check(lambda f: reference.prototype_pool(f, labels, 4)[0], x)
     assert check(lambda f: kernels.prototype_distance(f, teacher, labels, present, match, 4), x)
-    assert check(lambda f: kernels.prototype_pool(f.permute(0, 1, 4, 2, 3), labels, 4)[0], last)
-    assert check(lambda f, p: kernels.pixel_prototype_cosine(f, labels, p), (x, prototypes))
+    assert check(lambda f: reference.prototype_pool(f.permute(0, 1, 4, 2, 3), labels, 4)[0], last)
+    assert check(lambda f, p: reference.pixel_prototype_cosine(f, labels, p), (x, prototypes))
     for rule in ("score", "candidate"):
         assert check(lambda w, b, rule=rule: kernels.feature_select(features, w, b, rule, 0.7), (weight, bias))
 
@@ -416,7 +427,6 @@ def test_autocast_does_not_lower_the_precision(monkeypatch):
     sources, weight, bias = [student[:, 0], student[:, 1]], random(2, 8, 3, 3), random(2)
     for call in (
         lambda: kernels.prototype_distance(student, teacher, labels, present, match, 4),
-        lambda: kernels.pixel_prototype_cosine(student, labels, kernels.prototype_pool(student, labels, 4)[0]),
         lambda: kernels.feature_select(sources, weight, bias, "score", 0.2),
     ):
         expected = call()

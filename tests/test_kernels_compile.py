@@ -197,7 +197,7 @@ def launches():
                 yield one(select, layout, dtype, *level, "score")
     for rule in ("candidate", "hard"):
         yield one(select, "last", torch.float32, *STAGES[0], rule)
-    for K in (7, 40, 200):
+    for K in (7, 40, 100, 200):
         yield one(distance, "last", torch.float32, *STAGES[1], K)
 
 

@@ -77,7 +77,7 @@ class FrameDataset(torch.utils.data.Dataset):
         return item
 
     def describe(self) -> str:
-        """One line: name, split, number of frames, each modality with the kind and range of its training values."""
+        """One line: name, split, number of frames, each modality with kind, range, mean and deviation."""
         what = [
             f"{modality} ({kind}, {low:g}..{high:g}, mean {np.mean(mean):.3g}, deviation {np.mean(deviation):.3g})"
             for modality, (kind, low, high, mean, deviation) in self.ranges.items()
@@ -228,7 +228,8 @@ def open_dataset(
     skip_broken: if not 0, open every file now and leave out so many broken frames (None: any number), as in `broken`.
     classes, hold_out: of nyuv2, 40 or 13 classes, and how many frames of the train list to validate on, evenly spread
         and not trained on; with 0, validation is on the test list, as everyone reports it.
-    ranges: of a checkpoint, what all values must keep to (see `learn_ranges`). None: learnt from the train split.
+    ranges: of a checkpoint or the train split, the kind, range, mean and deviation of each modality (`learn_ranges`):
+        what values must keep to, and are normalised by. None: learnt from the train split.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
     for what, value, known in (

@@ -79,7 +79,7 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
                 array = array.astype(np.uint16) << 8 | np.asarray(image)[..., :3]
         array = array.swapaxes(0, 1) if turn > 4 else array
         array = array[::-1] if turn in (3, 4, 7, 8) else array
-        return array[:, ::-1] if turn in (2, 3, 6, 7) else array
+        return np.ascontiguousarray(array[:, ::-1] if turn in (2, 3, 6, 7) else array)  # torch takes no flipped views
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 

@@ -165,7 +165,7 @@ def evaluation_prints_the_modalities_in_use_and_the_absolute_root(root, monkeypa
     monkeypatch.chdir(root)
     model_of(Path("set")).rename("m.pt")
     text = printed(capsys, evaluate, "m.pt")
-    return "rgb (8 bit, 0..255), depth (float, 0.0" in text and str(root / "set") in text
+    return "rgb (8 bit, 0..255, mean" in text and "depth (float, 0.0" in text and str(root / "set") in text
 
 
 @case(True)

@@ -267,6 +267,7 @@ def test_pictures_are_turned_upright_as_their_exif_says(tmp_path, suffix, kind, 
     more = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {**more, "exif": exif}
     picture.save(path := tmp_path / f"a{suffix}", kind, **more)
     found = files.read_file(path)
+    assert found.flags.c_contiguous  # torch takes no flipped views
     picture.getexif()[0x0112] = orientation
     turned = np.asarray(ImageOps.exif_transpose(picture))
     assert found.shape == turned.shape and np.abs(found.astype(int) - turned).max() <= (0 if suffix != ".jpg" else 3)

@@ -235,6 +235,8 @@ def pipeline(file: Path) -> Image.Image:
     """Both stages: teacher, robust model, feature selection and student, with the shapes that pass between them; the
     table docs/pipeline.txt, a box a line, in pixels of twice the figure's size."""
     rows = [[cell.strip() for cell in line.split(" | ")] for line in file.read_text().splitlines()[1:]]
+    if not rows:
+        raise ValueError("it has no boxes")
     for row in rows:
         row[1:4] = map(int, row[1:4])  # left, right, middle
     ends = {row[0]: row[2:4] for row in rows}  # where the arrows from a box start

@@ -194,7 +194,7 @@ def tables(results: dict, modalities: list[str], protocols: list[str], rule: str
 
 
 def class_tables(results: dict, classes: list[str]) -> str:
-    """For each row, the IoU of each class by subset; "-" where a class occurs neither in labels nor in answers."""
+    """For each row of `any`, the IoU of each class by subset; "-" where a class is in neither labels nor answers."""
     out = []
     for name, scores in results.items():
         columns = [["-" if v is None else f"{v:.1f}" for v in score["iou"]] for score in scores["any"].values()]

@@ -86,19 +86,17 @@ def scatter(*files: Path) -> Image.Image:
     panels = []
     for file in files:
         results = json.loads(file.read_text())
-        rows = {label: results["scores"].get(row) for row, label in results["labels"].items()}
-        rows = {
-            label: list(zip(*((s["full"], s["missing"]) for s in r.values()), strict=True))
-            for label, r in rows.items()
-            if r
-        }
+        rows = {}
+        for row, label in results["labels"].items():
+            if seeds := results["scores"].get(row):
+                rows[label] = [[score[column] for score in seeds.values()] for column in ("full", "missing")]
         if not rows:
             raise ValueError("none of its rows has both a label and scores")
         panels.append(scatter_panel(results.get("title", file.stem), rows))
     return Image.fromarray(np.hstack(panels))
 
 
-def scatter_panel(title: str, rows: dict[str, list[tuple[float, ...]]]) -> Image.Image:
+def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image:
     """rows: label -> its x values and y values, one of each a seed."""
     image = Image.new("RGB", (1520, 1120), "white")
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(34), ImageFont.load_default(32)

@@ -112,6 +112,9 @@ class Run:
         val = open_dataset(self.args.data, split="val", size=self.args.val_size, ranges=train.ranges, **same)
         broken = [f"left out: {problem}" for problem in (*train.broken, *val.broken)]
         self.say("\n".join([*broken, train.describe(), val.describe()]))
+        val.unseen()  # refused without any labelled pixel, as train is
+        if never := train.unseen():
+            self.say(f"warning: no pixel of the train split is {', '.join(never[:9])}{', ...' if never[9:] else ''}")
         return train, val
 
     def parallel(self, model: nn.Module) -> nn.Module:

@@ -47,7 +47,7 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
         for raw in (path.with_suffix(".h5"), path.with_suffix(".bin")):
             if raw.is_file():
                 raise FileNotFoundError(f"{raw} is raw data; project it onto the camera with the MUSES SDK, to {path}")
-        raise FileNotFoundError(f"{path} is missing; restore it, choose other --modalities, or use --skip-broken")
+        raise FileNotFoundError(f"{path} is missing; restore it, or try a new run with --skip-broken or --modalities")
     try:
         if path.suffix.lower() == ".npy":
             return np.load(path, allow_pickle=False)

@@ -31,8 +31,8 @@ test-rest:
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(RUN) train_stage1.py --out runs/demo --limit 600 --eval-every 5 --epochs 28 --distill-epochs 14 --teacher-subsets 0
-	$(RUN) train_stage2.py --stage1 runs/demo --eval-every 5 --fsm-epochs 1 --student-epochs 10
+	$(RUN) train_stage1.py --out runs/demo --limit 600 --epochs 28 --distill-epochs 14
+	$(RUN) train_stage2.py --stage1 runs/demo --fsm-epochs 1 --student-epochs 10
 	$(RUN) evaluate.py runs/demo --limit 200 --json runs/demo/results.json --markdown runs/demo/results.md
 	$(RUN) predict.py runs/demo --count 4 --panel runs/demo/panel.png
 	$(RUN) -m benchmarks.figures lost runs/demo/results.json --out runs/demo/lost.png
@@ -44,7 +44,7 @@ bench: .venv/installed
 	$(RUN) -m benchmarks.bench
 
 reproduce: .venv/installed
-	$(RUN) -m benchmarks.reproduce
+	$(RUN) -m benchmarks.reproduce scenes
 
 lint:
 	ruff check . && ruff format --check .

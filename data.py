@@ -9,9 +9,10 @@ Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 
 
 import argparse
 import math
+import os
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,9 @@ from torch import Tensor
 from datasets import synthetic
 from datasets.derived import frame_rng
 from datasets.export import export
-from datasets.files import IGNORED, Frame, learn_ranges, nearest, read_frame
+from datasets.files import IGNORED, IMAGENET, Frame, learn_ranges, nearest, read_frame, read_label
 from datasets.layouts import DATASETS, LAYOUTS, find_frames, label_table, open_layout, spread
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
 BLUR = ImageFilter.Kernel((3, 3), [math.exp(-(x**2 + y**2) / (2 * 0.8**2)) for y in (-1, 0, 1) for x in (-1, 0, 1)])
 CACHE_BYTES = 256 * 2**20  # a split of synthetic scenes that fits is kept in memory once painted
@@ -56,13 +56,9 @@ class FrameDataset(torch.utils.data.Dataset):
     ) -> None:
         self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
         self.size, self.augment, self.seed, self.table, self.split = size, augment, seed, table, split
-        chosen = [name == "synthetic" or modality == "rgb" for modality in modalities]
-        self.normalisation = [  # mean and deviation of each modality, see `normalise`
-            [list(IMAGENET_MEAN) if c else [0.0] * 3 for c in chosen],
-            [list(IMAGENET_STD) if c else [1.0] * 3 for c in chosen],
-        ]
+        self.normalisation: list[list] = []  # mean and deviation of each modality and channel, see `normalise`
         self.ranges: dict[str, list] = {}  # of each modality, see `learn_ranges`
-        self.broken, self.cache = [], {}
+        self.broken, self.looks, self.cache = [], [], {}  # see `open_all`, and `read`
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -81,28 +77,51 @@ class FrameDataset(torch.utils.data.Dataset):
         return item
 
     def describe(self) -> str:
-        """One line: name, split, number of frames, each modality with the kind and range of its training values."""
-        kinds = {modality: f" ({kind}, {low:g}..{high:g})" for modality, (kind, low, high) in self.ranges.items()}
-        what = ", ".join(modality + kinds.get(modality, "") for modality in self.modalities)
-        return f"{self.name} {self.split}, {len(self)} frames: {what}"
+        """One line: name, split, number of frames, each modality with kind, range, mean and deviation."""
+        what = [
+            f"{modality} ({kind}, {low:g}..{high:g}, mean {np.mean(mean):.3g}, deviation {np.mean(deviation):.3g})"
+            for modality, (kind, low, high, mean, deviation) in self.ranges.items()
+        ]
+        return f"{self.name} {self.split}, {len(self)} frames: {', '.join(what)}"
+
+    def unseen(self) -> list[str]:
+        """The classes without any pixel in this split, whose labels are read until none is left.
+
+        Raises ValueError if no pixel has a class at all.
+        """
+        pixels, codes = np.zeros(256, np.int64), (self.table, self.palette)
+        for i, frame in enumerate(self.frames):
+            label = read_label(self.name, frame.label, *codes) if frame.label else self.read(i)[1]
+            pixels += np.bincount(label.ravel(), minlength=256)
+            if pixels[: len(self.classes)].all():
+                break
+        if not pixels[:IGNORED].any():
+            which = f"the {len(self)} frames of the {self.split} split"
+            raise ValueError(f"not one pixel of {which} has a class; look at the labels and --label-map")
+        return [name for name, count in zip(self.classes, pixels, strict=False) if not count]
 
     def open_all(self, allowed: int | None) -> None:
-        """Read every frame once and leave out the broken ones, at most `allowed`; `broken` has a sentence for each."""
+        """Read every frame once and leave out the broken ones, at most `allowed`; `broken` has a sentence for each.
 
-        def look(index: int) -> tuple[np.ndarray | int, str | None]:
+        `looks` has of each other frame: its shape, the pixels of each class (256,), the median of each modality.
+        """
+
+        def look(index: int) -> tuple | str:
             try:
-                return np.bincount(self.read(index)[1].ravel(), minlength=256), None
+                images, label = self.read(index)
+                medians = [float(np.median(image[image != 0])) if image.any() else 0.0 for image in images]
+                return label.shape, np.bincount(label.ravel(), minlength=256), medians
             except (ValueError, OSError) as error:
-                return 0, str(error)
+                return str(error)
 
         with ThreadPoolExecutor() as pool:
-            pixels, errors = zip(*pool.map(look, range(len(self))), strict=True)
-        self.class_pixels = sum(pixels, np.zeros(256, np.int64))
-        self.broken = list(filter(None, errors))
-        self.frames = [frame for frame, error in zip(self.frames, errors, strict=True) if not error]
+            looks = list(pool.map(look, range(len(self))))
+        self.broken = [look for look in looks if isinstance(look, str)]
+        self.looks = [look for look in looks if not isinstance(look, str)]
+        self.frames = [frame for frame, look in zip(self.frames, looks, strict=True) if not isinstance(look, str)]
         if allowed is not None and (len(self.broken) > allowed or not self.frames):
             raise ValueError(
-                f"{len(self.broken)} of {len(errors)} {self.split} frames are broken, but --skip-broken "
+                f"{len(self.broken)} of {len(looks)} {self.split} frames are broken, but --skip-broken "
                 f"is {allowed}; the last one: {self.broken[-1]}"
             )
 
@@ -209,7 +228,8 @@ def open_dataset(
     skip_broken: if not 0, open every file now and leave out so many broken frames (None: any number), as in `broken`.
     classes, hold_out: of nyuv2, 40 or 13 classes, and how many frames of the train list to validate on, evenly spread
         and not trained on; with 0, validation is on the test list, as everyone reports it.
-    ranges: of a checkpoint, what all values must keep to (see `learn_ranges`). None: learnt from the train split.
+    ranges: of a checkpoint or the train split, the kind, range, mean and deviation of each modality (`learn_ranges`):
+        what values must keep to, and are normalised by. None: learnt from the train split.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
     for what, value, known in (
@@ -235,25 +255,26 @@ def open_dataset(
     if name == "synthetic":
         count = limit or (2000 if split == "train" else 200)
         frames = [Frame(f"{split}/{i:06d}", *synthetic.weather(i)) for i in range(count)]
-        ranges = {modality: ["8 bit", 0, 255] for modality in modalities}
+        ranges = {modality: ["8 bit", 0, 255, *IMAGENET] for modality in modalities}
     else:
         frames = find_frames(name, layout, root, split, modalities, hold_out) if modalities else []
         if not frames:
-            raise FileNotFoundError(f"{root} has no {split} frames of {name}; {LAYOUTS[name].expected()}")
+            alike = [path for path in Path(root).glob("*/*") if path.name.lower().startswith(split) and path.is_dir()]
+            what = f"rename {alike[0]} and its like to {split}" if alike else LAYOUTS[name].expected()
+            raise FileNotFoundError(f"{root} has no {split} frames of {name}; {what}")
+        train = frames if split == "train" else find_frames(name, layout, root, "train", modalities, hold_out)
+        here, there = ({os.path.realpath(frame.images[0]) for frame in part} for part in (frames, train))
+        if split != "train" and (both := here & there):
+            raise ValueError(f"{len(both)} frames of {split} are frames of train as well, such as {min(both)}")
     table = label_table(label_map or layout.label_map, len(names))
     dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
     if not ranges:
-        train = find_frames(name, layout, root, "train", modalities, hold_out) or frames
-        ranges = learn_ranges(name, modalities, spread(train, 16), table, palette)
+        ranges = learn_ranges(name, modalities, spread(train or frames, 64), table, palette)
     dataset.ranges = {modality: ranges[modality] for modality in modalities if modality in ranges}
+    if ranges:
+        dataset.normalisation = [[ranges[modality][part] for modality in modalities] for part in (3, 4)]
     if skip_broken != 0:
         dataset.open_all(skip_broken)
-    labels = (dataset.read(i)[1] for i in range(len(dataset)))
-    if split == "train" and skip_broken is not None and all((label == IGNORED).all() for label in labels):
-        raise ValueError(
-            f"not one pixel of the {len(dataset)} frames of the train split of {root} has a class; look "
-            f"at the labels and --label-map"
-        )
     return dataset
 
 
@@ -320,27 +341,60 @@ def sensor_noise(images: Tensor, level: str, names: list[str], modalities: list[
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
+def say(text: object) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough
+        sys.stdout = open(os.devnull, "w")
+
+
+def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
+    """What a person would want to know of a split of which every frame was read; pixels (256,) of each class."""
+    sizes = Counter(f"{rows} x {columns}" for (rows, columns), *_ in dataset.looks).most_common(5)
+    found = [f"{count} frames of {size} pixels" for size, count in sizes] + dataset.broken
+    if pixels[0] and pixels[IGNORED] and not pixels[1:IGNORED].any():
+        found.append("warning: labels of 0 and 255 alone, and 255 is ignored; for binary masks, --label-map 0=0,255=1")
+    for m, (modality, (kind, low, high, *_)) in enumerate(dataset.ranges.items()):
+        if kind == "16 bit" and high - low < 65535 / 20:
+            found.append(f"warning: {modality} fills less than a twentieth of 16 bit; check its unit")
+        medians = np.array([look[2][m] for look in dataset.looks])
+        far = (medians > 5 * np.median(medians)) | (5 * medians < np.median(medians))
+        if kind != "8 bit" and low >= 0 and far.any():
+            first = dataset.frames[far.argmax()].name
+            found.append(f"warning: {modality} of {far.sum()} frames, such as {first}, is 5 times off; another unit?")
+    return [f"{dataset.split}: {text}" for text in found]
+
+
 def check(args: argparse.Namespace) -> int:
-    """Count the frames of each split, open every file once, print a sentence per broken frame; 1 when there is any."""
+    """Read every frame and tell what is there -> exit status 1 if a frame is broken, 2 if training would refuse."""
     options = {name: getattr(args, name) for name in ("modalities", "depth", "label_map", "classes")}
-    lines, broken = [], []
+    parts, refused = [], []
     for split in synthetic.SPLITS:
-        with suppress(FileNotFoundError):  # a split may be absent, but not all three
-            dataset = open_dataset(args.data, args.root, split, skip_broken=None, **options)
-            never = [name for c, name in enumerate(dataset.classes) if not dataset.class_pixels[c]]
-            what = f"; never in a label: {', '.join(never)}" if never else ""
-            lines.append(f"{dataset.describe()}; {len(dataset.broken)} broken{what}")
-            broken += dataset.broken
-    if not lines:
-        open_dataset(args.data, args.root, **options)  # says what is missing
-    print("\n".join(lines + broken))
-    return 1 if broken else 0
+        try:
+            ranges = parts[0].ranges if parts else None
+            parts.append(open_dataset(args.data, args.root, split, skip_broken=None, ranges=ranges, **options))
+            say(f"{parts[-1].describe()}; {len(parts[-1].broken)} broken")
+            parts[-1].unseen()
+        except (ValueError, FileNotFoundError) as error:
+            refused += [error] * (split != "test")  # which may be absent, or without labels
+    if not parts:
+        raise refused[0]
+    pixels = [sum((look[1] for look in part.looks), np.zeros(256, int)) for part in parts]
+    say(f"\n{'percent of pixels':24}" + "".join(f"{part.split:>8}" for part in parts))
+    for c, name in [*enumerate(parts[0].classes), (IGNORED, "(ignored)")]:
+        shares = [f"{100 * count[c] / count.sum():.2f}" if count[c] else "none" for count in pixels]
+        say(f"{name:24}" + "".join(f"{share:>8}" for share in shares))
+    for text in (text for part, count in zip(parts, pixels, strict=True) for text in remarks(part, count)):
+        say(text)
+    for error in refused:
+        print(f"training would refuse: {error}", file=sys.stderr)
+    return 2 if refused else int(any(part.broken for part in parts))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--check", action="store_true", help="open every file of --data; exit status 1 if one is bad")
+    task.add_argument("--check", action="store_true", help="read all of --data; status 1: a bad file, 2: no training")
     task.add_argument("--export", type=Path, metavar="DIR", help="write synthetic scenes into this new folder")
     add = parser.add_argument_group("for --check").add_argument
     add("--data", choices=DATASETS, default="synthetic", help="data set (default synthetic)")
@@ -363,7 +417,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    print(f"{args.count} scenes written; next: python data.py --data {args.layout} --root {args.export} --check")
+    say(f"{args.count} scenes written; next: python data.py --data {args.layout} --root {args.export} --check")
     return 0
 
 

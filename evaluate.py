@@ -13,6 +13,7 @@ a number. torchrun --nproc_per_node=N evaluate.py ... shares the frames out.
 import argparse
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -43,6 +44,7 @@ PROTOCOLS = {  # paper, section 5
 RMM_RATES = (0.25, 0.5, 0.75)
 NM_LEVELS = ("low", "mid", "high")
 FAILURE_RATES = (0.2, 0.1, 0.05)
+RULES = {"published": "absent classes count as 0, as published", "occurring": "over the classes that occur"}
 GROUPED = ("condition", "case")  # answered with all modalities, counted by what each frame is of
 
 
@@ -60,14 +62,14 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label-map", help="folder data: label ids to classes, as in training")
     add("--skip-broken", type=COUNT_OR_0, default=0, metavar="N", help="leave out at most N broken frames, listed")
     add("--limit", type=COUNT, help="only N frames, spread evenly")
-    add("--batch-size", type=COUNT, default=8, help="frames; changes memory and speed only")
+    add("--batch-size", type=COUNT, help="frames; changes memory and speed only. None: 8; of folder data 1")
     add("--workers", type=COUNT_OR_0, default=0, help="loader processes")
     add("--device", choices=DEVICES, default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
     add("--seed", type=COUNT_OR_0, default=0, help="of the rmm and nm corruptions")
     add = parser.add_argument_group("models and output").add_argument
     add("--fsm-rule", choices=kernels.RULES, help="of the FSM ensemble. None: the one it was trained with")
-    add("--fsm-level", choices=("both", "features", "logits"), default="both", help="what it selects")
+    add("--fsm-level", choices=("both", "features", "logits"), help="what it selects. None: both")
     add("--json", metavar="FILE", help="every score of every column")
     add("--markdown", metavar="FILE", help="the printed tables, for a paper or README")
     args = parser.parse_args(argv)
@@ -161,28 +163,44 @@ def summary(protocol: str, values: list[float], modalities: list[str]) -> dict[s
     return {**table, "mean": fmean(values)}
 
 
-def tables(results: dict, modalities: list[str], protocols: list[str]) -> str:
-    """One aligned Markdown table per protocol; with several rows, differences to the first in the summary columns."""
-    out = []
+def table(title: str, cells: list[list[str]]) -> str:
+    """An aligned Markdown table; the first row of cells heads the others."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (cells[0], rule, *cells[1:])]
+    return "\n".join([f"**{title}**\n", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def tables(results: dict, modalities: list[str], protocols: list[str], rule: str = "published") -> str:
+    """A table for each protocol, by this rule of RULES and with the mean by the other one; with several rows,
+    differences to the first in the summary columns."""
+    out, (other,) = [], RULES.keys() - {rule}
     for protocol in protocols:
         first, cells = {}, []
         for name, scores in results.items():
-            published = {column: score["miou_published"] for column, score in scores[protocol].items()}
-            occurring = fmean(score["miou_occurring"] for score in scores[protocol].values())
-            means = summary(protocol, list(published.values()), modalities)
-            shown = {} if protocol == "rmm" else published
+            values = {column: score[f"miou_{rule}"] for column, score in scores[protocol].items()}
+            last = fmean(score[f"miou_{other}"] for score in scores[protocol].values())
+            means = summary(protocol, list(values.values()), modalities)
+            shown = {} if protocol == "rmm" else values
             texts = [f"{v:.2f}" + (f" ({v - first[c]:+.2f})" if first else "") for c, v in means.items()]
-            cells.append([name, *(f"{v:.2f}" for v in shown.values()), *texts, f"{occurring:.2f}"])
+            cells.append([name, *(f"{v:.2f}" for v in shown.values()), *texts, f"{last:.2f}"])
             first = first or means
-        cells.insert(0, ["", *shown, *means, "mean, occurring"])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        cells.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
-        out.append(f"**{PROTOCOLS[protocol]}**\n")
-        for name, *texts in cells:
-            texts = [name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]
-            out.append(f"| {' | '.join(texts)} |")
-        out.append("")
-    return "\n".join(out[:-1])
+        if list(values) == ["none"]:  # one group that is not a group
+            out.append(f"No table of {protocol}: this data set does not say it of its frames.")
+            continue
+        title = f"{PROTOCOLS[protocol]}; mIoU in per cent, {RULES[rule]}"
+        out.append(table(title, [["", *shown, *means, f"mean, {other}"], *cells]))
+    return "\n\n".join(out)
+
+
+def class_tables(results: dict, classes: list[str]) -> str:
+    """For each row of `any`, the IoU of each class by subset; "-" where a class is in neither labels nor answers."""
+    out = []
+    for name, scores in results.items():
+        columns = [["-" if v is None else f"{v:.1f}" for v in score["iou"]] for score in scores["any"].values()]
+        cells = [["", *scores["any"]], *map(list, zip(classes, *columns, strict=True))]
+        out.append(table(f"IoU of each class in per cent, any-modality: {name}", cells))
+    return "\n\n".join(out)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -191,9 +209,11 @@ def main(args: argparse.Namespace) -> None:
     run = runs.Run(args, "evaluate.py")
     same = ["classes", "modalities", "depth", "normalisation"]
     same += [name for name, given in (("label_map", args.label_map), ("val_size", args.size)) if not given]
-    rows, meta = load_rows(args.checkpoint, run.device, same, args.fsm_level, args.fsm_rule)
+    rows, meta = load_rows(args.checkpoint, run.device, same, args.fsm_level or "both", args.fsm_rule)
     if unknown := sorted(set(args.only or ()) - set(rows)):
         raise ValueError(f"--only {unknown[0]}: {args.checkpoint[0]} gives no such row, but {', '.join(rows)}.")
+    if (args.fsm_rule or args.fsm_level) and not any(row.endswith("FSM ensemble") for row in args.only or rows):
+        raise ValueError("--fsm-rule and --fsm-level have no effect without a row of the FSM ensemble: leave them out.")
     size = args.size or meta["val_size"]
     dataset = open_data(
         meta,
@@ -206,6 +226,8 @@ def main(args: argparse.Namespace) -> None:
         label_map=args.label_map,
         skip_broken=args.skip_broken,
     )
+    own = dataset.name == "folder"  # files of your own: frames may differ in size, and classes be absent for good
+    args.batch_size = args.batch_size or (1 if own else 8)
     for problem in dataset.broken:
         run.say(f"left out: {problem}")
     results = {name: evaluate(rows[name], dataset, run) for name in rows if name in (args.only or rows)}
@@ -214,12 +236,9 @@ def main(args: argparse.Namespace) -> None:
     split, shown = args.split, ", ".join(titles(dataset.name, dataset.modalities))
     if dataset.name == "nyuv2" and split == "val" and meta["hold_out"]:
         split = "val (held out of the train list)"
-    about = (
-        f"{dataset.name} {split}, {len(dataset)} frames, {shown}, size {size}; mIoU in per cent, absent classes "
-        "count as 0 (published rule); last column: mean over the classes that occur"
-    )
-    text = f"{about}\n\n{tables(results, dataset.modalities, args.protocol)}\n"
-    run.say(text)  # before it is saved, for the disk may be full
+    about = f"{dataset.name} {split}, {len(dataset)} frames, {shown}, size {size}"
+    parts = [about, tables(results, dataset.modalities, args.protocol, "occurring" if own else "published")]
+    text = "\n\n".join([*parts, *([class_tables(results, meta["classes"])] if "any" in args.protocol else [])]) + "\n"
     report = {
         "file": MARK,
         "about": about,
@@ -228,10 +247,14 @@ def main(args: argparse.Namespace) -> None:
         "classes": meta["classes"],
         "results": results,
     }
-    if args.markdown:
-        write_output(args.markdown, f"<!-- {MARK} -->\n{text}")
-    if args.json:
-        write_output(args.json, json.dumps(report, indent=1) + "\n")
+    try:
+        if args.json:  # first, and with a line for each list of numbers
+            lines = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), json.dumps(report, indent=1))
+            write_output(args.json, lines + "\n")
+        if args.markdown:
+            write_output(args.markdown, f"<!-- {MARK} -->\n{text}")
+    finally:  # the disk may be full
+        run.say(text)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def scores(matrix: Tensor) -> dict:
-    """(K, K) int64 -> percentages: mIoU under both rules, per-class IoU (None where absent), accuracy, F1.
+    """(K, K) int64 -> percentages: mIoU under both rules, per-class IoU (None where absent), accuracy, F1, matrix.
 
     accuracy: pixels right of all labelled ones; mean_accuracy: recall averaged over the classes that are labelled;
     f1: averaged over the classes that occur, as in miou_occurring.
     """
+    counts = matrix.tolist()
     matrix = matrix.double().cpu()
     right = matrix.diagonal()
     labelled, predicted = matrix.sum(1), matrix.sum(0)
@@ -62,4 +63,5 @@ def scores(matrix: Tensor) -> dict:
         "mean_accuracy": mean(right / labelled.clamp(min=1), labelled > 0),
         "f1": mean(f1, occurs),
         "iou": [100 * float(v) if o else None for v, o in zip(iou, occurs, strict=True)],
+        "confusion": counts,
     }

@@ -1,14 +1,17 @@
 """Segments pictures with a trained model, from whichever of its modalities there are.
 
     python predict.py runs/deliver/student.pt --input rgb=a.png depth=b.png --out predictions
-    python predict.py runs/deliver/student.pt --input rgb=my/rgb depth=my/depth      # folders, matched by file stem
+    python predict.py runs/deliver/student.pt --input rgb=my/rgb depth=my/depth      # folders, matched by name
     python predict.py runs/deliver/student.pt --data deliver --count 8 --modalities event,lidar
     python predict.py runs/demo --panel panel.png                     # teacher and student, side by side
-    python predict.py runs/demo/student.pt --export student.pt2 --modalities rgb,depth    # a torch.export program
+    python predict.py runs/demo/student.pt --export student.pt2       # a torch.export program, see engine/program.py
+
+    segmenter = predict.Segmenter("runs/demo/student.pt")             # the same from Python
+    ids = segmenter(rgb=image, depth=None)                            # (H, W) uint8
 
 Writes for every frame, at its own size: NAME_label.png (class ids, 8 bit), NAME_colour.png (the checkpoint's palette)
 and NAME_overlay.png (on the first modality). Never replaces a file that this program did not write. A run folder stands
-for its student (or the last model before it); --panel shows its teacher as well.
+for its final model; --panel shows its teacher as well. An image without any variation, as of a dead sensor, is missing.
 """
 
 import argparse
@@ -19,16 +22,81 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 import metrics
-from data import IGNORED
+from data import IGNORED, incomplete, normalise, resize, resized_to
+from datasets.files import scaled
+from datasets.layouts import label_table
 from engine import pictures, runs
-from engine.inference import input_frames, load_models, open_data, samples, titles
+from engine.inference import input_frames, load_models, normalisation_of, open_data, samples, titles
 from engine.options import COUNT, RATE, RECIPES, Parser, names
-from engine.output import check_output, write_picture
+from engine.output import check_output, say, write_picture
 from engine.program import export
 from segformer import upsample
+
+
+class Segmenter:
+    """A trained model on arrays, in any size and from any of its modalities.
+
+    path: model file, or run folder for its final model. size: shorter side, or (rows, columns), that the network sees;
+    None: as in validation. keep_constant: an image without any variation is not missing.
+    """
+
+    def __init__(self, path: Path | str, device: str | None = None, size=None, keep_constant: bool = False):
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.models, _, self.meta = load_models(Path(path), device)
+        self.size, self.keep_constant = size or self.meta["val_size"], keep_constant
+
+    def __call__(self, **images: np.ndarray | None) -> np.ndarray:
+        """Images by modality -> class ids (H, W) uint8, to the bit those of predict.py.
+
+        (H, W), (H, W, 1) or (H, W, 3) of one H, W; uint8, uint16 (of 65535), or float: 0..1 for what were 8 or 16 bits
+        in training, else as data.py decodes it. None, not given or constant: missing. ValueError names the modality.
+        """
+        return self.answer(list(self.models)[-1], self.working(images))
+
+    def working(self, images: dict[str, np.ndarray | None]) -> dict[str, np.ndarray]:
+        """The images that count, as (H, W, 1 or 3) uint8 or float32."""
+        found, known = {}, self.meta["modalities"]
+        for name, image in images.items():
+            if name not in known:
+                raise ValueError(f"the model has no modality {name}; it has {', '.join(known)}.")
+            if image is None:
+                continue
+            image = np.atleast_3d(np.array(image, order="C"))  # torch takes no flipped views
+            right = image.dtype.kind == "f" or image.dtype in (np.uint8, np.uint16)
+            if not right or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
+                raise ValueError(f"{name} is {image.dtype} {image.shape}; give (H, W, 1 or 3) uint8, uint16 or float.")
+            kind, *_ = self.meta.get("ranges", {}).get(name, ["float"])
+            if image.dtype.kind == "f" and kind != "float" and not 0 <= image.min() <= image.max() <= 1:
+                raise ValueError(f"{name} has values in {image.min():g}..{image.max():g}; floats must be in 0..1.")
+            if self.keep_constant or (image != image[:1, :1]).any():
+                image = image.astype(np.float32) if image.dtype.kind == "f" else image
+                found[name] = image if image.dtype == np.uint8 else scaled(image)
+        return found
+
+    @torch.inference_mode()
+    def answer(self, model: str, images: dict[str, np.ndarray], frame: str = "given") -> np.ndarray:
+        """Class ids (H, W) uint8 by the model of this name, from `working` images."""
+        if not images:
+            raise ValueError(
+                f"frame {frame} has no image that varies; --keep-constant takes constant ones as they are."
+            )
+        if len({image.shape[:2] for image in images.values()}) > 1:
+            sizes = ", ".join(f"{name} {image.shape[:2]}" for name, image in images.items())
+            raise ValueError(f"frame {frame} has images of several sizes: {sizes}; align them first.")
+        net, known = self.models[model], self.meta["modalities"]
+        shape = next(iter(images.values())).shape[:2]
+        sizes = resized_to(shape, self.size)
+        x = torch.zeros(1, len(known), 3, *sizes[-1])
+        for name, image in images.items():
+            for size in sizes:
+                image = resize(image, size)
+            planes = torch.from_numpy(image).permute(2, 0, 1).expand(3, -1, -1)  # (3, h, w)
+            x[0, known.index(name)] = normalise(planes[None], *normalisation_of([name], self.meta))[0]
+        x, present = incomplete(x, torch.tensor([[name in images for name in known]]), net.absent)
+        logits = net(x.to(next(net.parameters()).device), present).logits
+        return metrics.class_ids(upsample(logits, shape), [frame])[0].to(torch.uint8).cpu().numpy()
 
 
 def image_size(text: str) -> int | tuple[int, int]:
@@ -44,32 +112,28 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="model file, or run folder for its final model")
     what = "your files, or a data set (None: what the checkpoint was trained on)"
     add = parser.add_argument_group("input", what).add_argument
-    add(
-        "--input",
-        nargs="+",
-        default=[],
-        metavar="MODALITY=PATH",
-        help="aligned files of a frame, or folders of them; other modalities are missing",
-    )
+    given = "aligned files of a frame, or folders of them; other modalities are missing"
+    add("--input", nargs="+", default=[], metavar="MODALITY=PATH", help=given)
     add("--data", choices=RECIPES)
     add("--root", help="folder of the data set")
-    add("--split", choices=("train", "val", "test"), default="val")
-    add("--count", type=COUNT, default=8, help="frames, spread over the split")
+    add("--split", choices=("train", "val", "test"), help="None: val")
+    add("--count", type=COUNT, help="frames, spread over the split. None: 8")
     add("--modalities", type=names, help="use only these, by comma, the others are missing. None: all")
-    add("--depth-unit", type=RATE, default=0.001, help="metres of a step of 16-bit raw depth (--input, nyuv2)")
+    add("--depth-unit", type=RATE, help="metres of a step of 16-bit raw depth (--input, nyuv2). None: 0.001")
+    add("--keep-constant", action="store_true", help="an image without any variation is not a missing one")
     add("--size", type=image_size, help="shorter side, or HxW, that the network sees. None: the training's --val-size")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="pictures of each frame. None: predictions, if no other is asked")
-    add(
-        "--panel",
-        metavar="FILE.png",
-        help="frames by row; modalities, ground truth, and what each model says from "
-        "all modalities and from --modalities (None: without the first, and the first two)",
-    )
-    add("--export", metavar="FILE.pt2", help="torch.export program of the model for --modalities (engine/program.py)")
+    views = "from all modalities and from --modalities (None: without the first, and the first two)"
+    add("--panel", metavar="FILE.png", help=f"frames by row; modalities, ground truth, what each model says {views}")
+    add("--file-ids", action="store_true", help="NAME_label.png in the ids of the training files, by their label map")
+    add("--export", metavar="FILE.pt2", help="torch.export program for any of the modalities; about.json beside it")
     args = parser.parse_args(argv)
-    if args.input and (args.data or args.root or args.modalities or args.panel):
-        parser.error("--input has its own frames and modalities: leave out --data, --root, --modalities and --panel.")
+    foreign = [name for name in ("data", "root", "modalities", "panel", "split", "count") if getattr(args, name)]
+    if args.input and foreign:
+        parser.error(f"--input has its own frames and modalities: leave out --{' and --'.join(foreign)}.")
+    if args.export and args.modalities and not (args.out or args.panel):
+        parser.error("--modalities has no effect on --export, whose program takes any of them: leave it out.")
     found = {}
     for modality, _, path in (text.partition("=") for text in args.input):
         if not modality or not path or not Path(path).exists():
@@ -82,73 +146,80 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@torch.inference_mode()
-def segment(model: nn.Module, images: Tensor, view: Iterable[str], size: tuple[int, int], name: str) -> np.ndarray:
-    """Class ids (H, W) uint8 of this size for a frame's images (M, 3, h, w), from the modalities of this view."""
-    present = torch.tensor([[modality in view for modality in model.modalities]])  # (1, M)
-    logits = model(images[None].to(next(model.parameters()).device), present).logits
-    return metrics.class_ids(upsample(logits, size), [name])[0].to(torch.uint8).cpu().numpy()
-
-
-def comparison(models: dict, frames: Iterable[tuple], views: list[list[str]], meta: dict, data: str) -> Image.Image:
+def comparison(segmenter: Segmenter, models: list[str], frames: Iterable[tuple], views: list, data: str) -> Image.Image:
     """Rows: frames. Columns: modalities, ground truth, and what every model says from each view (some modalities)."""
-    grid, sides, occurring, classes, palette = [], [], set(), meta["classes"], meta["palette"]
-    for frame, images, shown, label in frames:
-        found = [segment(model, images, view, label.shape, frame.name) for model in models.values() for view in views]
-        cells = [pictures.Cell(image, smooth=modality == "rgb") for modality, image in shown.items()]
-        for ids in (label, *found):
-            right = (ids == label)[label != IGNORED]
-            share = f"{100 * right.mean():.0f} %" if right.size and ids is not label else ""
-            cells.append(pictures.Cell(pictures.label_map(ids, palette), share))
-            occurring |= set(np.unique(ids).tolist())
+    grid, sides, occurring, meta = [], [], set(), segmenter.meta
+    classes, palette = meta["classes"], meta["palette"]
+    for frame, images, label in frames:
+        cells = [pictures.Cell(pictures.photograph(image), smooth=m == "rgb") for m, image in images.items()]
+        cells.append(pictures.Cell(pictures.label_map(label, palette)))
+        occurring |= set(np.unique(label).tolist())
+        working = segmenter.working(images)
+        for model in models:
+            for view in views:
+                ids = segmenter.answer(model, {m: image for m, image in working.items() if m in view}, frame.name)
+                matrix = metrics.confusion(torch.from_numpy(ids), torch.from_numpy(label), len(classes))
+                says = f"{metrics.scores(matrix)['miou_occurring']:.0f}" if (label != IGNORED).any() else ""
+                cells.append(pictures.Cell(pictures.label_map(ids, palette), says))
+                occurring |= set(np.unique(ids).tolist())
         grid.append(cells)
         sides.append(", ".join(word for word in (frame.name, frame.condition, frame.case) if word != "none"))
     missing = [" and ".join(m for m in meta["modalities"] if m not in view) for view in views]
     says = [f"{missed} missing" if missed else "all modalities" for missed in missing]
-    heads = [*titles(data, list(shown)), "ground truth", *(f"{name}: {say}" for name in models for say in says)]
+    heads = [*titles(data, list(images)), "ground truth", *(f"{model}: {view}" for model in models for view in says)]
     key = [(classes[i], tuple(palette[i])) if i < len(classes) else ("ignored", (0, 0, 0)) for i in sorted(occurring)]
-    return pictures.draw(
-        grid, heads, sides, key, "In the corners: share of the pixels that are right. A missing modality is left out."
-    )
+    note = "In the corners: mIoU of the frame in per cent, over the classes in it. A missing modality is left out."
+    return pictures.draw(grid, heads, sides, key, note)
 
 
 def main(args: argparse.Namespace) -> None:
     check_output(args.panel, ".png")
     check_output(args.export, ".pt2")
-    models, _, meta = load_models(args.checkpoint, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if len(models) == 3:
-        del models["robust"]  # the student's start, and much like it
-    final, known, size = list(models.values())[-1], meta["modalities"], args.size or meta["val_size"]
+    segmenter = Segmenter(args.checkpoint, None, args.size, args.keep_constant)
+    meta, size, final = segmenter.meta, segmenter.size, list(segmenter.models)[-1]
+    known = meta["modalities"]
     chosen = list(args.input) or args.modalities or known
     if unknown := [modality for modality in chosen if modality not in known]:
         raise ValueError(f"{args.checkpoint} has no modality {unknown[0]}; it has {', '.join(known)}.")
+    if args.depth_unit and ("depth" not in args.input or (meta["data"], meta["depth"]) != ("nyuv2", "raw")):
+        raise ValueError("--depth-unit has no effect but on --input depth=... of a model of nyuv2 with raw depth.")
+    if args.file_ids and not meta["label_map"]:
+        raise ValueError(f"--file-ids has no effect: {args.checkpoint} was trained without --label-map.")
 
     def frames(modalities: list[str]) -> Iterable[tuple]:
-        found = (
-            input_frames(args.input, meta, size)
-            if args.input
-            else [open_data(meta, args.data, args.root, args.split, size, limit=args.count, modalities=modalities)]
-        )
-        return samples(found, meta, args.depth_unit)
+        where = meta, args.data, args.root, args.split or "val", size
+        found = [] if args.input else [open_data(*where, limit=args.count or 8, modalities=modalities)]
+        return samples(found or input_frames(args.input, meta, size), meta, args.depth_unit or 0.001)
 
     if args.panel:
         views = [known, chosen] if args.modalities else [known, known[1:], known[2:]]
-        views = [view for view in views if view]
-        write_picture(args.panel, comparison(models, frames(known), views, meta, args.data or meta["data"]))
-        print(f"{args.panel} shows {' and '.join(models)}")
+        models = [name for name in segmenter.models if name != "robust" or final == "robust"]  # the student's start
+        shown = comparison(
+            segmenter, models, frames(known), [view for view in views if view], args.data or meta["data"]
+        )
+        write_picture(args.panel, shown)
+        say(f"{args.panel} shows {' and '.join(models)}")
     if args.out:
-        folder = Path(args.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        for frame, images, shown, label in frames(chosen):
-            name, ids = frame.name.replace("/", "_"), segment(final, images, shown, label.shape, frame.name)
+        folder, ids_of = Path(args.out), np.arange(256).astype(np.uint8)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {folder} is a file; give a folder.")
+        if args.file_ids:
+            table = label_table(meta["label_map"], len(meta["classes"]))
+            ids_of = np.array([np.flatnonzero(table == k)[:1].sum() for k in range(len(meta["classes"]))])
+            ids_of = ids_of.astype(np.uint8 if ids_of.max() < 256 else np.uint16)
+        for frame, images, _ in frames(chosen):
+            working = segmenter.working(images)
+            ids = segmenter.answer(final, working, frame.name)
             colour = pictures.label_map(ids, meta["palette"])
-            overlay = Image.blend(next(iter(shown.values())), colour, 0.5)
-            for kind, image in (("label", Image.fromarray(ids)), ("colour", colour), ("overlay", overlay)):
-                write_picture(folder / f"{name}_{kind}.png", image)
-            missing = [modality for modality in known if modality not in shown] or ["none"]
-            print(f"{folder / name}_*.png: {', '.join(shown)}; missing {', '.join(missing)}")
+            overlay = Image.blend(pictures.photograph(next(iter(working.values()))), colour, 0.5)
+            file = folder / frame.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for kind, image in (("label", Image.fromarray(ids_of[ids])), ("colour", colour), ("overlay", overlay)):
+                write_picture(f"{file}_{kind}.png", image)
+            missing = [m + " (constant)" * (m in images) for m in known if m not in working] or ["none"]
+            say(f"{file}_*.png: {', '.join(working)}; missing {', '.join(missing)}")
     if args.export:
-        export(final.cpu(), meta, [m for m in known if m in chosen], size, args.export)
+        export(segmenter.models[final].cpu(), meta, size, args.export)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """AnySeg's losses (arXiv 2411.17141), the baseline that the paper's margin is over: the same models, the same dropping.
 
-    L = CE + 50 MAD + 5 UMD + 10 CMD        as published; MAD is `hpdm.distill_logits`, which sums over the K classes
-                                            where the published code averages: its weight is 50 / K
+    L = CE + 50 MAD + 5 UMD + 10 CMD        as published; MAD is `hpdm.distill_logits`
 
 UMD pulls each of the student's modalities towards the same modality of the teacher, pixel by pixel; CMD pulls the
 relations between modalities towards the teacher's. Where the published code does otherwise, the docstring says so.

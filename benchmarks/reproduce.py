@@ -1,280 +1,277 @@
-"""Does the method do what its papers say? The rows of rows.py, on any data set, over several seeds.
+"""The verdict of docs/results.md: its rows as commands that can be read and copied, one after the other.
 
-    python -m benchmarks.reproduce                               # synthetic scenes, all rows; or: make reproduce
-    python -m benchmarks.reproduce --data nyuv2 --root data --rows main,sweep
-    python -m benchmarks.reproduce --data deliver --root data/DELIVER --rows teacher,anyseg,hpdm,student \\
-        --backbone segformer_b0,segformer_b2 --pretrained weights/mit_{}.pth --seeds 1
+    python -m benchmarks.reproduce scenes                     # = make reproduce; painted scenes, seeds 0, 1, 2
+    python -m benchmarks.reproduce nyu --root data            # real frames, RGB and depth, ImageNet encoder (lite0.py)
+    python -m benchmarks.reproduce nyu_four --root data --seeds 0
+    python -m benchmarks.reproduce scenes_cmnext --seeds 0
+    python -m benchmarks.reproduce deliver --root data/DELIVER --device cuda:0,cuda:1,cuda:2 --pretrained mit_b0.pth
+    python -m benchmarks.reproduce scenes --dry-run           # prints the commands
 
-Every run is a command line of a training script, every row an evaluation on a split that chose nothing (DELIVER and
-MUSES: val, as published). The same command goes on where it was interrupted; --dry-run shows what is left to do. Writes
-runs/reproduce/NAME/seed*/ and benchmarks/results/NAME.md and .json; `python -m benchmarks.figures sweep` draws them.
+A seed is trained on one device, its rows one at a time, in the order of ROWS. The same command goes on where it was
+interrupted. Runs lie in runs/reproduce/SETTING/seedN/ROW. Each score enters benchmarks/results/SETTING.json as soon as
+it is there; a row that stands in that file with the same commands is not trained again, and no row ever leaves it.
 """
 
 import argparse
-import datetime
-import itertools
 import json
 import os
-import pathlib
 import shlex
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import time
-from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+from threading import Lock
+from typing import NamedTuple
 
-import torch
+from engine.checkpoint import fitting
+from engine.options import COUNT_OR_0, Parser, names
+from engine.output import replace
+from engine.runs import guarded
+from engine.subsets import all_subsets
+from evaluate import subset_name
 
-from benchmarks.rows import GROUPS, PAPER, RECIPES, ROWS, TRAIN
+ROOT = Path(__file__).parents[1]
+RDEL = "rgb,depth,event,lidar"
 
-ROOT = pathlib.Path(__file__).parents[1]
+
+class Setting(NamedTuple):
+    title: str
+    train: str  # options of the training scripts that all rows have
+    teacher: str  # what more a run has that starts from scratch
+    epochs: tuple[float, float, float]  # of the teacher, of each model that starts from it, of the FSM
+    modalities: str
+    split: str = "test"  # that chose nothing
+    evaluate: str = ""
+    prefix: str = ""  # a module that runs the scripts
+    distil: str = ""  # what more a run has that starts from the teacher
+
+
+TINY = "--batch-size 16 --warmup-epochs 1 --eval-every 10000"  # validated at the end alone: last weights are kept
+SCENES = dict(train=f"--limit 300 {TINY}", epochs=(160, 48, 5), modalities=RDEL, evaluate="--limit 300")
+NYU = dict(
+    train=f"--size 120 {TINY}",
+    teacher="--data nyuv2 --classes 13 --depth raw --backbone segformer_lite0 --modalities {modalities} --lr 1e-3",
+    distil="--lr 5e-4",
+    epochs=(20, 10, 3),
+    prefix="-m benchmarks.lite0",
+)
+PAPERS = dict(train="--workers 8", epochs=(200, 120, 10), split="val")
+SETTINGS = {
+    "scenes": Setting("painted scenes, segformer_tiny", teacher="--backbone segformer_tiny", **SCENES),
+    "scenes_cmnext": Setting("painted scenes, cmnext_tiny", teacher="--backbone cmnext_tiny", **SCENES),
+    "nyu": Setting("NYU Depth v2, RGB and depth, ImageNet encoder", modalities="rgb,depth", **NYU),
+    "nyu_four": Setting("NYU Depth v2, event and lidar derived, ImageNet encoder", modalities=RDEL, **NYU),
+    "deliver": Setting("DELIVER", teacher="--data deliver", modalities=RDEL, **PAPERS),
+    "muses": Setting("MUSES", teacher="--data muses", modalities="rgb,event,lidar", **PAPERS),
+    "mcubes": Setting("MCubeS", teacher="--data mcubes", modalities="rgb,aolp,dolp,nir", **PAPERS | {"split": "test"}),
+}
+
+
+class Row(NamedTuple):
+    name: str
+    label: str  # in the picture
+    what: str  # in the table
+    train: str  # a command; {seed} is the folder of the seed. Or the row whose run this one takes
+    take: str = "robust"  # the row's name in evaluate.py's table
+    evaluate: str = ""
+    needs: str = ""  # the row whose run it starts from
+
+
+# {long} teacher, {short} a model that starts from it, {both} robust model and student, {all} these three, in epochs
+FROM = "train_stage1.py --teacher {seed}/teacher/teacher.pt --distill-epochs "
+VARIANT = "benchmarks/variants.py NAME --teacher {seed}/teacher/teacher.pt --distill-epochs {short}"
+STAGE2 = "train_stage2.py --stage1 {seed}/hpdm --fsm-epochs {fsm}"
+ROWS = [
+    Row("teacher", "teacher", "teacher", "train_stage1.py {new} --epochs {long} --distill-epochs 0", "teacher"),
+    Row("longer", "teacher, all", "teacher, as long as all three models",
+        "train_stage1.py {new} --epochs {all} --distill-epochs 0", "teacher"),
+    Row("dropped", "dropping", "modalities dropped, CE", FROM + "{short} --lambda-kl 0 --alpha 0", needs="teacher"),
+    Row("dropped_longer", "dropping, long", "the same, as long as robust model and student",
+        FROM + "{both} --lambda-kl 0 --alpha 0", needs="teacher"),
+    Row("kl", "CE+KL", "CE + KL", FROM + "{short} --alpha 0", needs="teacher"),
+    Row("hpdm", "HPDM", "CE + KL + HPDM, random matching (the paper)", FROM + "{short}", needs="teacher"),
+    Row("same", "HPDM same", "CE + KL + HPDM, same matching", FROM + "{short} --match same", needs="teacher"),
+    Row("authors", "authors'", "the authors' script: same matching, published prototypes",
+        VARIANT.replace("NAME", "published") + " --match same", needs="teacher"),
+    Row("anyseg", "AnySeg", "AnySeg's losses", VARIANT.replace("NAME", "anyseg"), needs="teacher"),
+    Row("zero", "HPDM zero", "the paper, absent modalities as zero images", FROM + "{short} --absent zero",
+        needs="teacher"),
+    Row("switch", "switch", "switch: teacher if complete, else robust model", "hpdm", "switch", needs="hpdm"),
+    Row("student", "student", "student", STAGE2 + " --student-epochs {short}", "student", needs="hpdm"),
+    Row("fsm", "FSM", "FSM, scores that know what is missing", "student", "FSM ensemble", needs="hpdm"),
+    Row("hard", "FSM hard", "FSM, published hard rule", STAGE2 + " --student-epochs 0 --rule candidate", "FSM ensemble",
+        "--fsm-rule hard", needs="hpdm"),
+    Row("single", "single", "single model (train_single.py), as long as all three",
+        "train_single.py {new} --epochs {all}", "single"),
+    *(Row(f"alpha{a}", f"alpha {a}", f"the paper, alpha {a}", FROM + f"{{short}} --alpha {a}", needs="teacher")
+      for a in (1, 10)),
+]  # fmt: skip
+BY_NAME = {row.name: row for row in ROWS}
 
 
 def seeds(text: str) -> list[int]:
-    return [int(seed) for seed in text.split(",")] if "," in text else list(range(int(text)))
+    return [COUNT_OR_0(seed) for seed in names(text)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options; those unknown here go to both training scripts as they are (`args.flags`)."""
-    names = ["all", *GROUPS, *(row.name for row in ROWS)]
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.reproduce",
-        description=__doc__,
-        allow_abbrev=False,
-        epilog="All other options go to both training scripts as they are.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", choices=RECIPES, default="synthetic")
+    parser = Parser("reproduce.py", __doc__)
+    parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--root", help="folder of the data set")
-    parser.add_argument("--backbone", help="by comma; default segformer_tiny (synthetic, nyuv2) or segformer_b0")
-    parser.add_argument("--pretrained", help="start weights of the teacher; {} stands for the backbone's b0, b1, ...")
-    parser.add_argument("--seeds", type=seeds, default="3", help="how many, from 0 on, or a list by comma (default 3)")
-    parser.add_argument("--rows", default="all", help=f"groups and rows, by comma: {', '.join(names)}")
-    parser.add_argument("--modalities", help="by comma; default: those of the papers, for nyuv2 rgb,depth")
-    parser.add_argument("--classes", type=int, help="of nyuv2: 13 (default) or 40")
-    parser.add_argument("--limit", help="frames of each split; default all, of the synthetic 300")
-    parser.add_argument("--epochs", nargs=3, type=float, help="of the teacher, each model after it, the FSM")
-    parser.add_argument("--split", choices=("val", "test"), help="to evaluate on; val while choosing settings")
-    parser.add_argument("--tag", help="a word that keeps the runs of other settings apart")
-    parser.add_argument("--device", help="by comma, as cuda:0,cuda:1; default: all GPUs, or the CPU")
-    parser.add_argument("--jobs", type=int, help="runs at a time on each device; default 1, on a CPU 2")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands that are left to do")
-    parser.add_argument("--report-only", action="store_true", help="train nothing, tabulate what is there")
-    parser.set_defaults(**RECIPES[parser.parse_known_args(argv)[0].data])  # `flags`, too
-    args, others = parser.parse_known_args(argv)
-    if unknown := [name for name in args.rows.split(",") if name not in names]:
-        parser.error(f"--rows {unknown[0]} is unknown; choose of {', '.join(names)}.")
-    args.rows = [row for row in ROWS if {"all", row.name, *row.groups.split()} & set(args.rows.split(","))]
-    present = (args.modalities.count(",") + 2) / 2  # modalities, on average
-    long, short, fsm = args.epochs
-    args.values = dict(
-        long=long, short=short, both=2 * short, all=long + 2 * short, fsm=fsm, alpha=100 / args.classes * present
-    )
-    args.values["lambda"] = 50 / args.classes
-    args.root, args.limit = (["--root", args.root] * bool(args.root), ["--limit", args.limit] * bool(args.limit))
-    args.flags = [
-        "--data",
-        args.data,
-        "--modalities",
-        args.modalities,
-        *args.limit,
-        *args.flags.format(classes=args.classes).split(),
-        *others,
-    ]
-    args.device = args.device or ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count())) or "cpu"
-    args.device = args.device.split(",") * (args.jobs or (2 if args.device == "cpu" else 1))
+    parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="by comma")
+    parser.add_argument("--rows", type=names, default=list(BY_NAME), help="by comma; default: all")
+    parser.add_argument("--pretrained", metavar="FILE", help="start weights of what starts from scratch")
+    parser.add_argument("--device", type=names, default=["cpu"], help="by comma; one seed on each")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    args = parser.parse_args(argv)
+    if unknown := sorted(set(args.rows) - set(BY_NAME)):
+        parser.error(f"--rows {unknown[0]} is unknown; choose of {', '.join(BY_NAME)}.")
     return args
 
 
-# A command that can begin once the files `needs` are there; `done` says that it is finished, and holds `text`.
-Job = namedtuple("Job", "done needs command text", defaults=("",))
+def command(args: argparse.Namespace, row: Row, seed: str) -> list[str]:
+    """The training command of a row, without --out and --device. `seed` is the seed's folder, ending in its number."""
+    s, (long, short, fsm) = SETTINGS[args.setting], SETTINGS[args.setting].epochs
+    data = s.teacher.format(modalities=s.modalities)
+    new = f"{data} --pretrained {args.pretrained}" if args.pretrained else data
+    epochs = dict(long=long, short=short, both=2 * short, all=long + 2 * short, fsm=fsm)
+    script, *options = row.train.format(seed=seed, new=new, **epochs).split()
+    options += f"{data} {s.distil}".split() if "--teacher" in options else []  # stage 2 takes its data from the models
+    script = ["-m", "benchmarks.variants"] if "/" in script and not s.prefix else [script]
+    return [*s.prefix.split(), *script, *options, *s.train.split(), "--seed", seed.rpartition("seed")[2]]
 
 
-def folder(args: argparse.Namespace, backbone: str) -> pathlib.Path:
-    return pathlib.Path("runs", "reproduce", "-".join(filter(None, (args.data, backbone, args.tag))))
-
-
-def chain(run: str) -> list[str]:
-    """A run after all that it starts from."""
-    return [*(name for other in ("teacher", "hpdm") if f"{{{other}}}" in TRAIN[run] for name in chain(other)), run]
-
-
-def training(args: argparse.Namespace, run: str, backbone: str, base: pathlib.Path, seed: int) -> Job:
-    """The run's command line: begun in its folder, or resumed there (then the script compares the options)."""
-    out, done = base / run, base / f"{run}.done"
-    values = {name: f"{value:.4g}" for name, value in args.values.items()}
-    flags = TRAIN[run].format(teacher=base / "teacher", hpdm=base / "hpdm", **values).split()
-    if not {"--teacher", "--stage1"} & set(flags):
-        flags += ["--backbone", backbone]
-    if args.pretrained and ("start" in flags or not {"--teacher", "--stage1", "--pretrained"} & set(flags)):
-        flags += ["--pretrained", args.pretrained.format(backbone.split("_")[-1])]
-    flags += [*args.flags, "--seed", str(seed)]
-    if done.exists() and sorted(shlex.split(done.read_text())) != sorted(flags):
-        sys.exit(f"{out} was trained with other options: {done.read_text()}\nGive --tag, or remove its seed's folder.")
-    script = "train_stage2.py" if "{hpdm}" in TRAIN[run] else "train_stage1.py"
-    way = "--resume" if (out / "config.json").exists() else "--out"
-    needs = [base / f"{name}.done" for name in chain(run)[:-1]]
-    return Job(done, needs, [script, *flags, way, str(out), *args.root], shlex.join(flags))
-
-
-def plan(args: argparse.Namespace) -> list[Job]:
-    """What is left to do, the most important first: the main rows of every seed, then those of the other groups."""
-    jobs = {}
-    for group, seed, backbone in itertools.product(GROUPS, args.seeds, args.backbone.split(",")):
-        base = folder(args, backbone) / f"seed{seed}"
-        for row in [row for row in args.rows if row.groups.split()[0] == group]:
-            run, done = row.name if row.name in TRAIN else row.train, base / f"{row.name}-{args.split}.json"
-            if run == "feedback" and backbone.startswith("cmnext"):  # it needs one encoder for all modalities
-                continue
-            jobs |= {base / name: training(args, name, backbone, base, seed) for name in chain(run)}
-            model = base / run / ("" if row.take in ("switch", "FSM ensemble") else f"{row.take}.pt")
-            command = [
-                "evaluate.py",
-                str(model),
-                "--only",
-                row.take,
-                *row.evaluation.split(),
-                "--split",
-                args.split,
-                "--protocol",
-                "any,emm,rmm,nm",
-                "--json",
-                str(done),
-                *args.limit,
-                *args.root,
-            ]
-            jobs[done] = Job(done, [base / f"{run}.done"], command)
-    return [job for job in jobs.values() if not job.done.exists()]
-
-
-def begin(job: Job, args: argparse.Namespace, device: str) -> subprocess.Popen:
-    job.done.parent.mkdir(parents=True, exist_ok=True)
-    run = pathlib.Path(job.command[1])
-    for name in ("teacher.pt", "robust.pt") if (run / "fsm.pt").exists() else ():  # an ensemble lies in one folder
-        if not (run / name).exists():
-            (run / name).symlink_to(pathlib.Path("..", "hpdm", name))
-    # two threads beside another busy process are ten times slower than one
-    threads = "1" if device == "cpu" else str(max(1, (os.cpu_count() or 1) // len(args.device)))
-    with open(f"{job.done}.log", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, *job.command, "--device", device],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-            start_new_session=True,
-        )
-
-
-def work(jobs: list[Job], args: argparse.Namespace) -> int:
-    """Runs the jobs, one at a time on each device, each as soon as what it needs is there -> how many failed."""
-    free, running, failed = list(args.device), {}, 0
-    try:
-        while True:
-            ready = [job for job in jobs if all(need.exists() for need in job.needs)]
-            if not (ready or running):
-                return failed
-            for job in ready[: len(free)]:
-                jobs.remove(job)
-                device = free.pop()
-                running[begin(job, args, device)] = job, device
-            time.sleep(0.5)
-            for process in [process for process in running if process.poll() is not None]:
-                job, device = running.pop(process)
-                free.append(device)
-                if process.returncode:
-                    failed += 1
-                    print(f"{job.command[0]} ended with {process.returncode}: see {job.done}.log", file=sys.stderr)
-                elif job.text:
-                    job.done.write_text(job.text)
-    finally:  # interrupted: the runs save what they have
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-
-
-def score(file: pathlib.Path, take: str) -> dict[str, float]:
+def score(file: Path, row: Row, modalities: list[str]) -> dict[str, float]:
     """The papers' columns from the scores of evaluate.py: mIoU in per cent, absent classes counted as 0."""
-    results = json.loads(file.read_text())["results"][take]
-    found = {p: {c: s["miou_published"] for c, s in columns.items()} for p, columns in results.items()}
-    *missing, full = found["any"]
-    weak = {c: found["any"][c] for c in missing if c == "EL" or len(missing) == 2}
-    means = {protocol: statistics.mean(values.values()) for protocol, values in found.items()}
-    return {
-        "full": found["any"][full],
-        **weak,
-        "missing": statistics.mean(found["any"][c] for c in missing),
-        "mean": means["any"],
-        "EMM": means["emm"],
-        "RMM": means["rmm"],
-        "NM": means["nm"],
-    }
+    found = json.loads(file.read_text())["results"][row.take]
+    found = {p: {c: s["miou_published"] for c, s in columns.items()} for p, columns in found.items()}
+    *some, full = (subset_name(subset, modalities) for subset in all_subsets(len(modalities)))
+    weak = {c: found["any"][c] for c in some if c == "EL" or len(some) == 2}
+    scores = {"full": found["any"][full], **weak, "missing": fmean(found["any"][c] for c in some)}
+    return scores | {p.upper(): fmean(found[p].values()) for p in ("emm", "rmm", "nm")}
 
 
-def report(args: argparse.Namespace, backbone: str) -> str:
-    """Writes the table of the rows that are finished -> its text."""
-    base, table, lines = folder(args, backbone), {}, []
-    for row in args.rows:
-        files = {seed: base / f"seed{seed}" / f"{row.name}-{args.split}.json" for seed in args.seeds}
-        table[row.name] = {seed: score(file, row.take) for seed, file in files.items() if file.exists()}
-        if not (scores := list(table[row.name].values())):
+class Results:
+    """benchmarks/results/SETTING.json: rows come, none goes, and none changes its commands."""
+
+    def __init__(self, setting: str):
+        self.file, self.lock = ROOT / "benchmarks/results" / f"{setting}.json", Lock()
+        self.data = {"title": SETTINGS[setting].title, "labels": {}, "what": {}, "commands": {}, "scores": {}}
+        if self.file.exists():
+            with fitting(f"{self.file} holds no results of this setting; move it away"):
+                self.data = json.loads(self.file.read_text())
+                if self.data["title"] != SETTINGS[setting].title:
+                    raise ValueError(f"its title is {self.data['title']}")
+
+    def has(self, row: Row, seed: int, text: str) -> bool:
+        known = self.data["commands"].get(row.name, text)
+        if known != text:
+            raise ValueError(f"{self.file} has {row.name} by other commands: {known}\nNow: {text}\nMove the file away.")
+        return str(seed) in self.data["scores"].get(row.name, {})
+
+    def add(self, row: Row, seed: int, text: str, scores: dict) -> None:
+        with self.lock:
+            self.data["labels"][row.name], self.data["what"][row.name] = row.label, row.what
+            self.data["commands"][row.name] = text
+            self.data["scores"].setdefault(row.name, {})[str(seed)] = scores
+            replace(self.file, f"{json.dumps(self.data, indent=1)}\n".encode())
+
+
+def run(words: list[str], device: str, log: Path) -> None:
+    """Runs a command of this repository; raises ValueError with its last line if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}  # beside another run, one thread is faster than two
+    with open(log, "a") as file:
+        done = subprocess.run(
+            [sys.executable, *words, "--device", device], stdout=file, stderr=file, env={**os.environ, **threads}
+        )
+    if done.returncode:
+        raise ValueError(f"{shlex.join(words)} ended with {done.returncode}: {log.read_text().splitlines()[-1]}")
+
+
+def seed_rows(args: argparse.Namespace, results: Results, seed: int, device: str) -> None:
+    """Trains and evaluates the rows of one seed that are not there yet, one after the other."""
+    s, base = SETTINGS[args.setting], Path("runs/reproduce", args.setting, f"seed{seed}")
+    root = ["--root", args.root] if args.root else []
+
+    def train(row: Row) -> Path:
+        if row.train in BY_NAME:
+            return train(BY_NAME[row.train])
+        if row.needs:
+            train(BY_NAME[row.needs])
+        folder, words = base / row.name, command(args, row, str(base))
+        done, text = base / f"{row.name}.done", shlex.join(words)
+        if not done.exists():
+            way = "--resume" if (folder / "last.pt").exists() else "--out"  # resumed, the script compares the options
+            run([*words, *root, way, str(folder)], device, base / f"{row.name}.log")
+            done.write_text(text)
+        elif done.read_text() != text:
+            raise ValueError(f"{folder} was trained by {done.read_text()}, now {text}: move {base} away.")
+        return folder
+
+    for row in [BY_NAME[name] for name in args.rows]:
+        owner = BY_NAME.get(row.train, row)
+        text = shlex.join([*command(args, owner, "seed"), *row.evaluate.split()])
+        if results.has(row, seed, text):
             continue
-        cells = [row.what + (f" ({len(scores)} of {len(files)} seeds)" if len(scores) < len(files) else "")]
-        for values in zip(*(found.values() for found in scores), strict=True):
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        cells += [f"{number:.2f}" for number in PAPER.get(row.name, ())] or ["", ""]
-        lines = lines or [["row", *scores[0], "paper: full", "paper: mean"], ["---"] + ["---:"] * (len(cells) - 1)]
-        lines.append(cells)
-    git = ["git", "describe", "--always", "--dirty"]
-    revision = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    derived = " (event and lidar derived)" if args.data == "nyuv2" and args.modalities.count(",") > 1 else ""
-    about = (
-        f"{args.data} ({args.split}), {backbone}, {args.modalities}{derived}, seeds {list(args.seeds)}, "
-        f"{machine}, {datetime.date.today()}, revision {revision or 'unknown'}; mIoU in per cent, mean ± standard "
-        "deviation; paper: CVPR 2026 version, DELIVER val, MiT-B0; "
-        f"`python -m benchmarks.reproduce {shlex.join(sys.argv[1:])}`"
-    )
-    left = [name for name, scores in table.items() if not scores]
-    text = "\n".join(
-        [
-            about,
-            "",
-            *("| " + " | ".join(cells) + " |" for cells in lines),
-            "",
-            f"Not run: {', '.join(left) or 'nothing'}.",
-            "",
-        ]
-    )
-    split = "" if args.split == RECIPES[args.data]["split"] else f"-{args.split}"
-    out = pathlib.Path("benchmarks", "results", base.name + split)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(f"{out}.md").write_text(text)
-    data = {"about": about, "values": args.values, "runs": TRAIN, "scores": table}
-    pathlib.Path(f"{out}.json").write_text(json.dumps(data, indent=1) + "\n")
-    return text
+        folder = train(row)
+        for model in ("teacher.pt", "robust.pt") if (folder / "fsm.pt").exists() else ():  # an ensemble lies together
+            if not (folder / model).exists():
+                (folder / model).symlink_to(Path("..", "hpdm", model))
+        model, file = (
+            folder if row.take in ("switch", "FSM ensemble") else folder / f"{row.take}.pt",
+            base / f"{row.name}.json",
+        )
+        words = [*s.prefix.split(), "evaluate.py", str(model), "--only", row.take, "--protocol", "any,emm,rmm,nm"]
+        words += ["--split", s.split, *s.evaluate.split(), *row.evaluate.split(), *root, "--json", str(file)]
+        run(words, device, base / f"{row.name}.log")
+        results.add(row, seed, text, found := score(file, row, s.modalities.split(",")))
+        print(f"seed {seed}, {row.what}: {', '.join(f'{k} {v:.2f}' for k, v in found.items())}", flush=True)
 
 
-def main() -> None:
-    args = parse()
+def table(data: dict) -> str:
+    """The Markdown table of a results file: mean over the seeds, ± half the range where there are several."""
+    rows = [name for name in BY_NAME if name in data["scores"]]
+    columns = list(next(iter(data["scores"][rows[0]].values())))
+    lines = [["row", *columns, "seeds"], ["---", *["---:"] * (len(columns) + 1)]]
+    for name in rows:
+        seeds = data["scores"][name]
+        cells = [[scores[c] for scores in seeds.values()] for c in columns]
+        texts = [f"{fmean(v):.1f}" + (f" ± {(max(v) - min(v)) / 2:.1f}" if len(v) > 1 else "") for v in cells]
+        lines.append([data["what"][name], *texts, str(len(seeds))])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def differences(data: dict, to: str, rows: list[str], columns: tuple[str, ...] = ("full", "missing")) -> str:
+    """A Markdown table of rows minus the row `to`, paired by seed: mean, and the range over the seeds."""
+    lines = [[f"minus: {data['what'][to]}", *columns], ["---", *["---:"] * len(columns)]]
+    for name in rows:
+        seeds = sorted(data["scores"][name].keys() & data["scores"][to].keys())
+        pairs = [(data["scores"][name][seed], data["scores"][to][seed]) for seed in seeds]
+        apart = [[a[c] - b[c] for a, b in pairs] for c in columns]
+        lines.append([data["what"][name], *(f"{fmean(d):+.2f} ({min(d):+.2f} to {max(d):+.2f})" for d in apart)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     os.chdir(ROOT)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    jobs = plan(args)
     if args.dry_run:
-        print(*(shlex.join(["python", *job.command, "--device", args.device[0]]) for job in jobs), sep="\n")
+        for seed in args.seeds:
+            base = f"runs/reproduce/{args.setting}/seed{seed}"
+            for row in [BY_NAME[name] for name in args.rows]:
+                if row.train not in BY_NAME:
+                    print("python", shlex.join([*command(args, row, base), "--out", f"{base}/{row.name}"]))
         return
-    try:
-        failed = work([] if args.report_only else jobs, args)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here.")
-    for backbone in args.backbone.split(","):
-        print(report(args, backbone))
-    sys.exit(failed > 0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results = Results(args.setting)
+    devices = [args.device[i % len(args.device)] for i in range(len(args.seeds))]
+    with ThreadPoolExecutor(len(args.device)) as pool:
+        for found in [pool.submit(seed_rows, args, results, *pair) for pair in zip(args.seeds, devices, strict=True)]:
+            found.result()
+    print(table(results.data))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -1,10 +1,11 @@
-"""Decoding the files of the data sets: PNG and JPEG of 8 and 16 bit, .npy and .npz, as arrays (H, W, C).
+"""Decoding the files of the data sets, PNG, JPEG, TIFF, .npy and .npz, as arrays (H, W, C).
 
 And the kind and range of each modality: learnt from training frames, kept in checkpoints, held wherever frames are
 read. Not in the paper. A missing, damaged or odd file is a FileNotFoundError or ValueError of one sentence.
 """
 
 import functools
+import glob
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,14 +13,19 @@ from statistics import mode
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from datasets.derived import derive_event, derive_lidar
 
 IGNORED = 255
 LARGEST = 1e6  # a float beyond it is a mark for "nothing measured" rather than a measurement
 FEW_BITS = {"1": 1, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey of 1, 2 and 4 bits by
-SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
+OTHER_ORDER = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B"}  # of the bytes of 16-bit colour
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".npz")
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its RGB
+# Normalised as published: RGB by ImageNet's numbers, the rest not at all. nyuv2 by measurement, see docs/data.md.
+PUBLISHED = ("deliver", "muses", "mcubes", "nyuv2")
+LARGEST_OF = {"8 bit": 255, "16 bit": 65535}
 KINDS = {"uint8": "8 bit", "uint16": "16 bit", "float32": "float"}
 
 
@@ -35,43 +41,69 @@ class Frame(NamedTuple):
 
 # ---- single files ---------------------------------------------------------------------------------------------------
 def read_file(path: Path, ids: bool = False) -> np.ndarray:
-    """The values of a file as stored, (H, W) or (H, W, C); a JPEG turned upright as its EXIF says.
+    """The values of a file as stored, (H, W) or (H, W, C), turned upright as its EXIF says.
 
-    ids: the file holds labels. Grey of 1, 2 or 4 bits is not scaled to 0..255 then, and a palette PNG becomes
-        (H, W, 4) uint8, index and colour.
+    ids: the file holds labels, so it must be no JPEG. Grey of 1, 2 or 4 bits is not scaled to 0..255 then, and a
+        palette picture becomes (H, W, 4) uint8, index and colour.
     """
     if not path.is_file():
-        for raw in (path.with_suffix(".h5"), path.with_suffix(".bin")):
-            if raw.is_file():
-                raise FileNotFoundError(f"{raw} is raw data; project it onto the camera with the MUSES SDK, to {path}")
-        raise FileNotFoundError(f"{path} is missing; restore it, choose other --modalities, or use --skip-broken")
+        raise FileNotFoundError(why_missing(path))
     try:
-        if path.suffix.lower() == ".npy":
-            return np.load(path, allow_pickle=False)
-        if path.suffix.lower() == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                if len(archive.files) != 1:
-                    raise ValueError(f"it holds {', '.join(archive.files) or 'nothing'}; save one array in it")
-                return archive[archive.files[0]]
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            mode, tile = image.mode, image.tile[0]
-            packing = str(tile[3])
-            if mode.startswith("I"):  # 16-bit grey
-                return np.asarray(image).astype(np.uint16)
-            if ids and packing in FEW_BITS:
-                return np.array(image).astype(np.uint8) // FEW_BITS[packing]
-            if ids and mode == "P":
-                return np.dstack([np.array(image), np.array(image.convert("RGB"))])
-            if not packing.endswith(";16B"):
-                image = ImageOps.exif_transpose(image) if image.format == "JPEG" else image
-                return np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-            high = np.asarray(image)
-        # Of 16-bit colour, Pillow keeps the high bytes. Told that the file is little-endian, it yields the low ones.
-        with Image.open(path, formats=("PNG",)) as image:
-            image.tile = [(*tile[:3], packing.replace("16B", "16L"))]
-            return (high.astype(np.uint16) << 8 | np.asarray(image))[..., :3]
+        if path.suffix.lower() in (".npy", ".npz"):
+            array = np.load(path, allow_pickle=False)
+            if path.suffix.lower() == ".npz":
+                if len(array.files) != 1:
+                    raise ValueError(f"it holds {', '.join(array.files) or 'nothing'}; save one array in it")
+                array = array[array.files[0]]
+            return array.astype(array.dtype.newbyteorder("="), copy=False)
+        # Not by its path: of a TIFF on its side, Pillow would map rows of the wrong length.
+        with path.open("rb") as file, Image.open(file, formats=("PNG", "JPEG", "TIFF")) as image:
+            kind, mode, packing = image.format, image.mode, packings(image)[0]
+            if kind != "MPO" and getattr(image, "n_frames", 1) > 1:  # of a phone's MPO, the second is a preview
+                raise ValueError("it holds several pictures; save one")
+            if ids and (kind in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"):
+                raise ValueError("it is a JPEG, whose compression changes class ids; write labels as PNG")
+            if mode.startswith("I;16") or (kind, mode) == ("PNG", "I"):  # 16-bit grey
+                array = np.asarray(image).astype(np.uint16)
+            elif ids and packing in FEW_BITS:
+                array = np.array(image).astype(np.uint8) // FEW_BITS[packing]
+            elif ids and mode == "P":
+                array = np.dstack([np.array(image), np.array(image.convert("RGB"))])
+            else:
+                array = np.array(image if mode in ("L", "RGB", "I", "F") else image.convert("RGB"))
+            turn = image.getexif().get(0x0112, 1)  # Pillow has turned a TIFF by itself, and says 1
+        if array.dtype == np.uint8 and packing[-4:] in OTHER_ORDER:
+            # Of 16-bit colour, Pillow keeps the high bytes. Told of the other byte order, it yields the low ones.
+            with Image.open(path, formats=("PNG", "TIFF")) as image:
+                packings(image, packing[:-4] + OTHER_ORDER[packing[-4:]])
+                array = array.astype(np.uint16) << 8 | np.asarray(image)[..., :3]
+        array = array.swapaxes(0, 1) if turn > 4 else array
+        array = array[::-1] if turn in (3, 4, 7, 8) else array
+        return np.ascontiguousarray(array[:, ::-1] if turn in (2, 3, 6, 7) else array)  # torch takes no flipped views
     except Exception as error:  # a decoder may raise anything on a damaged file
         raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+
+
+def packings(image: Image.Image, new: str | None = None) -> list[str]:
+    """How the tiles of an opened picture are packed, such as RGB;16B; `new` has them read as packed like that."""
+    tiles = [(*tile[:3], (tile[3],) if isinstance(tile[3], str) else tile[3]) for tile in image.tile]
+    if new:
+        make = getattr(image.tile[0], "_make", tuple)  # a named tuple since Pillow 11
+        image.tile = [make((*tile, (new, *rest) if rest else new)) for *tile, (_, *rest) in tiles]
+    return [arguments[0] for *_, arguments in tiles]
+
+
+def why_missing(path: Path) -> str:
+    """One sentence on a path that is no file."""
+    if path.is_dir():
+        return f"{path} is a folder; a file is expected there"
+    if path.is_symlink():
+        return f"{path} is a link to {path.readlink()}, which is missing; mend or remove it"
+    for found in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")) if path.parent.is_dir() else ():
+        if found.suffix in (".h5", ".bin"):
+            return f"{found} is raw data; project it onto the camera with the MUSES SDK, to {path}"
+        return f"{path} is missing; {found.name} is there, but only {', '.join(SUFFIXES)} are read: convert it"
+    return f"{path} is missing; restore it, or try a new run with --skip-broken or --modalities"
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -132,40 +164,68 @@ def derive(modality: str, depth: Path, read: Callable[[Path], np.ndarray]) -> np
 
 # ---- kinds and ranges -----------------------------------------------------------------------------------------------
 def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: np.ndarray) -> dict[str, list]:
-    """modality -> [kind, minimum, maximum] in these frames of a data set; codes: the table and palette of its labels.
+    """modality -> [kind, minimum, maximum, mean (3), deviation (3)] in these frames; codes: table, palette of labels.
 
-    Broken frames are left out, since whoever reads them will be told. Without a sound one there are no ranges.
+    Minimum and maximum: medians over the frames, of values as stored. Mean and deviation: of each channel, of values as
+    `scaled`; for the published data sets the published ones. A constant channel has deviation 1. Broken frames and
+    those beyond `limits` are left out; whoever reads them will be told. Without a sound one there are no ranges.
+    Raises ValueError for a modality that is constant over all frames.
     """
-    seen, ranges = [], {}  # seen: (kind, minimum, maximum) of each modality, by frame
+    seen, ranges = [], {}  # seen: (kind, minimum, maximum, mean, variance) of each modality, by frame
     for frame in frames:
         with suppress(ValueError, OSError):
             images, _ = read_frame(name, modalities, frame, *codes)
-            seen.append([(KINDS[image.dtype.name], float(image.min()), float(image.max())) for image in images])
+            images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
+            seen.append(
+                [(KINDS[i.dtype.name], i.min(), i.max(), i.mean((0, 1), float), i.var((0, 1), float)) for i in images]
+            )
     for modality, values in zip(modalities, zip(*seen, strict=True), strict=False):
-        kind = mode(kind for kind, _, _ in values)  # the most frequent: then it is the odd file that is refused
-        _, lows, highs = zip(*(value for value in values if value[0] == kind), strict=True)
-        ranges[modality] = [kind, min(lows), max(highs)]
+        kind = mode(kind for kind, *_ in values)  # the most frequent: then it is the odd file that is refused
+        values = [value for value in values if value[0] == kind]
+        ends = [value[1:3] for value in values if value[1] < value[2]] or [values[0][1:3]]
+        (low, high), top = np.median(ends, 0).tolist(), LARGEST_OF.get(kind, 1)
+        least, most = limits([kind, low, high], modality)
+        near = [value for value in values if least <= value[1] <= value[2] <= most] or values
+        *_, means, variances = zip(*near, strict=True)
+        mean, deviation = np.mean(means, 0), np.sqrt(np.mean(variances, 0) + np.var(means, 0))
+        varies = deviation > max(1e-4 * (high - low), 1e-9 * max(-low, high))  # the second is rounding
+        if name in PUBLISHED:
+            numbers = IMAGENET if modality == "rgb" else ([0.0] * 3, [1.0] * 3)
+        elif varies.any():
+            numbers = (mean / top).tolist(), np.where(varies, deviation / top, 1).tolist()
+        else:
+            raise ValueError(
+                f"{modality} is {mean[0]:g} (almost) everywhere in {len(means)} training frames; look at "
+                f"{frames[0].images[modalities.index(modality)]}, or leave {modality} out of --modalities"
+            )
+        ranges[modality] = [kind, low, high, *numbers]
     return ranges
 
 
-def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list]) -> np.ndarray:
-    """The image, 16 bit as float32 in 0..1; ValueError if it is of another kind than `ranges` says, or far outside.
+def limits(known: list, modality: str) -> tuple[float, float]:
+    """What values may be by an entry of `learn_ranges`: beyond its range by 4 widths, or 0 (nothing measured).
 
-    8 and 16 bit have limits of their own. Floats may lie outside by the width of the range, for it is of few frames.
+    Colours and 8 bit have limits of their own.
     """
-    kind = KINDS[image.dtype.name]
-    known, least, most = ranges.get(modality, (kind, -np.inf, np.inf))
-    if kind != known:
-        raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
-    if kind == "float":
-        low, high, width = image.min(), image.max(), most - least
-        least, most = (0, 1) if modality == "rgb" else (least - width, most + width)
-        if not least <= low <= high <= most:
+    kind, low, high, *_ = known
+    if modality == "rgb" or kind == "8 bit":
+        return 0, LARGEST_OF.get(kind, 1)
+    return min(0, low - 4 * (high - low)), max(0, high + 4 * (high - low))
+
+
+def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list]) -> np.ndarray:
+    """The image, 16 bit as float32 in 0..1; ValueError if it is of another kind than `ranges` says, or far outside."""
+    if modality in ranges:
+        kind, (known, *_) = KINDS[image.dtype.name], ranges[modality]
+        if kind != known:
+            raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
+        low, high, (least, most) = image.min(), image.max(), limits(ranges[modality], modality)
+        if low < least or high > most:
             raise ValueError(
                 f"{path} has values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, "
                 f"by the training split; correct the file or its unit"
             )
-    return scaled(image) if kind == "16 bit" else image
+    return scaled(image) if image.dtype == np.uint16 else image
 
 
 # ---- labels and frames ----------------------------------------------------------------------------------------------
@@ -175,8 +235,6 @@ def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) ->
     The indices of a palette PNG are taken for ids if its colours are those of the classes, `palette` (K, 3), or grey
     of the same number. Else the program that wrote it may have sorted them anew, and the file is refused.
     """
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise ValueError(f"{path} is a JPEG, whose compression changes class ids; write labels as PNG")
     ids = read_file(path, ids=True)
     if ids.ndim == 3 and ids.shape[2] == 4:
         ids, colours = ids[..., 0], ids[..., 1:]
@@ -187,8 +245,8 @@ def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) ->
                 f"{path} has a palette of other colours than the classes, so its indices may not be their "
                 f"ids; save the ids as 8-bit grey PNG, or write the palette's colours into classes.txt"
             )
-    ids = ids[..., 0] if name == "deliver" and ids.ndim == 3 else ids
-    if ids.ndim != 2 or ids.dtype not in ("u1", "u2"):
+    ids = ids[..., 0] if ids.ndim == 3 and (name == "deliver" or ids.shape[2] == 1) else ids
+    if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "ui" or not 0 <= ids.min() <= ids.max() < len(table):
         raise ValueError(f"{path} is no label map; expected class ids of 8 or 16 bit in one channel")
     label = table.take(ids)  # (H, W), in int16: no id can wrap around
     if label.min() < 0:
@@ -227,6 +285,11 @@ def read_frame(
             image = derive(modality, path, read)
         else:
             image = read(path)
+        if name == "nyuv2" and image.dtype == np.float32 and modality in (ranges or ()):
+            if np.median(image[image > 0]) == 1:  # as it has been cut off
+                raise ValueError(
+                    f"{path} is beyond 10 m in half of its pixels; 16 bit must be millimetres, floats metres"
+                )
         label = np.full(image.shape[:2], IGNORED, np.uint8) if label is None else label
         if image.shape[:2] != label.shape:
             if (name, modality) != ("deliver", "event"):  # whose eventlowres is of 512 x 512

@@ -91,27 +91,35 @@ def spread(frames: list, count: int | None) -> list:
     return [frames[i * len(frames) // count] for i in range(count)]
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text that are not empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"  # which UTF-16 has at every other byte
+    if "\0" in text:
+        raise ValueError(f"{path} is no UTF-8 text; save it as such")
+    return [line for line in text.split("\n") if line.strip()]  # splitlines would split at U+2028 as well
+
+
 def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     """A classes.txt: the K names, label 0 in the first line, and the palette (K, 3); a missing colour is made up."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; write a class a line, 'name' or 'name r g b', in label order")
-    try:  # split, since splitlines would split at U+2028 as well
-        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is no UTF-8 text; save it as such") from None
+    lines = [line.split() for line in read_lines(path)]
     if not 0 < len(lines) < 256:
         raise ValueError(f"{path} has {len(lines)} classes; expected 1 to 255, one a line")
     classes = {}
     for number, words in enumerate(lines):
-        hue, brightness = 0.618 * number % 1, 0.95 - 0.12 * (number % 5)  # golden ratio
-        colour = [int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.7, brightness)]
+        hue, brightness = 0.618 * number % 1, 0.95 - 0.12 * ((number - 1) % 5)  # golden ratio
+        colour = [int(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.7 * (number > 0), brightness)]  # 0: grey
         if len(words) > 3 and all(map(str.isdecimal, words[-3:])):
             words, colour = words[:-3], [int(word) for word in words[-3:]]
         name = " ".join(words)
-        if name.startswith("#") or max(colour) > 255 or name in classes:
+        if name.startswith("#") or max(colour) > 255 or name in classes or re.search("[,;]", name):
             raise ValueError(
                 f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line, "
-                f"no name twice, and r, g, b in 0..255"
+                f"no name twice, no comma or semicolon, and r, g, b in 0..255"
             )
         classes[name] = colour
     return list(classes), np.array(list(classes.values()), np.uint8)
@@ -159,6 +167,9 @@ def open_layout(
     root = Path(root) / layout.inner if (Path(root) / layout.inner).is_dir() else Path(root)
     if name == "folder":
         folders = {path.name for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)}
+        for found in folders:
+            if found != (right := found.lower()) and right in ("labels", "rgb", "depth", "event", "lidar"):
+                raise ValueError(f"{root / found} is named in capitals; rename it to {right}")
         known = {m: f"{m}/**/*.png" for m in sorted(folders - {"labels"}, key=lambda m: (m != "rgb", m))}
         unasked = tuple(m for m in known if LIKE_LABELS.search(m) or holds_labels(root, known[m]))
     if name == "muses":
@@ -217,8 +228,8 @@ def listed(name: str, root: Path, split: str, hold_out: int) -> list[str]:
     folder = next((path for path in (root / "list_folder", root.parent / "list_folder") if path.is_dir()), root)
     part = split if name == "mcubes" or split != "val" else "train" if hold_out else "test"
     path = folder / f"{part}.txt"
-    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else ()
-    files = [PureWindowsPath(line.split()[0]) for line in lines if line.strip()]  # its separators are / and \\
+    lines = read_lines(path) if path.is_file() else ()
+    files = [PureWindowsPath(line.split()[0]) for line in lines]  # its separators are / and \\
     keys = sorted({file.stem if file.suffix.lower() in SUFFIXES else file.name for file in files})
     if not hold_out or part == "test":
         return keys

@@ -1,6 +1,7 @@
 """Trained models as evaluate.py and predict.py take them: what a path holds, and the frames that they are shown."""
 
-import functools
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Frame, FrameDataset, normalise, open_dataset
+from data import Frame, FrameDataset, open_dataset
 from datasets.files import SUFFIXES, read_image
-from engine import pictures
 from engine.checkpoint import SAME, load_model, read, require
 from engine.loop import PHASES
 from engine.options import ROOTS
+from engine.output import ours, say
 from engine.subsets import load_fsm
 from fsm import FSM
 
@@ -27,7 +28,7 @@ def load_models(
     """
     files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
     if not files:
-        raise FileNotFoundError(f"{path} holds no teacher.pt, robust.pt, fsm.pt or student.pt.")
+        raise FileNotFoundError(f"{path} holds no model: none of {'.pt, '.join(PHASES)}.pt.")
     models, selection, first, expect = {}, None, None, {}
     for file in files:
         if "rule" in read(file)["meta"]:
@@ -41,7 +42,7 @@ def load_models(
     return models, selection, first
 
 
-def open_data(meta: dict, data: str | None, root: str | None, split: str, size, say=print, **options) -> FrameDataset:
+def open_data(meta: dict, data: str | None, root: str | None, split: str, size, say=say, **options) -> FrameDataset:
     """The data set that a model was trained on, or `data` if that is given; options: further ones of `open_dataset`.
 
     Raises ValueError if its classes are not the model's.
@@ -72,45 +73,72 @@ def titles(data: str, modalities: list[str]) -> list[str]:
 
 
 def samples(datasets: Iterable[FrameDataset], meta: dict, depth_unit: float) -> Iterator[tuple]:
-    """Each frame as a model with this meta sees it, resized as in validation, and as it is for the eye.
+    """Each frame at its own size -> (the Frame, {modality: (H, W, 1 or 3) uint8 or float32}, label (H, W) uint8).
 
-    -> (the Frame, images (M, 3, h, w) normalised with zeros where absent, {modality: picture at the frame's own size},
-    label (H, W) uint8 at the same size, 255 where there is none). depth_unit: see `given_depth`.
+    The label is 255 where there is none. depth_unit: see `given_depth`.
     """
-    known = meta["modalities"]
     for dataset in datasets:
-        dataset.read = functools.lru_cache(1)(dataset.read)  # for the eye and for the model: decoded once
         for index, frame in enumerate(dataset.frames):
-            (decoded, label), names = dataset.read(index), dataset.modalities
-            if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in names:
-                m = names.index("depth")  # changed in the list that is kept, so for both
-                decoded[m] = given_depth(frame.images[m], decoded[m], meta["depth"], depth_unit)
-            found = normalise(dataset[index][0], *normalisation_of(names, meta))  # (its modalities, 3, h, w)
-            images = found.new_zeros(len(known), *found.shape[1:])
-            images[[known.index(name) for name in names]] = found
-            yield frame, images, dict(zip(names, map(pictures.photograph, decoded), strict=True)), label
+            decoded, label = dataset.read(index)
+            images = dict(zip(dataset.modalities, decoded, strict=True))
+            if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in images:
+                file = frame.images[dataset.modalities.index("depth")]
+                images["depth"] = given_depth(file, images["depth"], meta["depth"], depth_unit)
+            yield frame, images, label
+
+
+def stems(path: Path) -> dict[Path, Path]:
+    """The files of an --input that may be images -> their names in its folder, without ending. No pictures of ours."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file() and file.name[0] != "."]
+    if path.is_dir() and (own := [file for file in found if ours(file)]):
+        say(f"left out: {len(own)} pictures in {path} that this program wrote, such as {own[0]}")
+        found = [file for file in found if file not in set(own)]
+    if not found:
+        raise ValueError(f"--input {path} holds no file that ends in {', '.join(SUFFIXES)}.")
+    return {file: file.relative_to(path if path.is_dir() else path.parent).with_suffix("") for file in found}
+
+
+def what_differs(names: Iterable[Path]) -> list[str]:
+    """Names without what they all begin and end with: color_0001, color_0002 -> 0001, 0002. Numbers stay whole."""
+    texts = [name.name for name in names]
+    number = r"\d+$" if len(texts) > 1 else r"\d.*"  # a lone file has nothing to differ from but in its number
+    head = re.sub(number, "", os.path.commonprefix(texts))
+    tails = [text[len(head) :][::-1] for text in texts]
+    tail = re.sub(number, "", os.path.commonprefix(tails))
+    return [str(name.parent / t[len(tail) :][::-1]) for name, t in zip(names, tails, strict=True)]
 
 
 def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]) -> Iterator[FrameDataset]:
-    """The frames of --input, each in a data set of its own, so that it is decoded as in training. In folders, files of
-    one stem are a frame, which may lack some modalities."""
-    frames: dict[str, dict[str, Path]] = {}
-    first = next(iter(given.values())).stem
-    for modality, path in given.items():
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            name = file.stem if path.is_dir() else first
-            if file.suffix.lower() in SUFFIXES and frames.setdefault(name, {}).setdefault(modality, file) != file:
-                raise ValueError(f"{file} and {frames[name][modality]} are of the same frame; remove one of them.")
-        if not any(modality in files for files in frames.values()):
-            raise ValueError(f"--input {modality}={path} holds no file that ends in {', '.join(SUFFIXES)}.")
-    if len(given) > 1 and max(map(len, frames.values())) == 1:
+    """The frames of --input, each in a data set of its own, so that it is decoded as in training.
+
+    In folders and those inside, files of one name are a frame, or if there are none, files whose names differ from the
+    others of their folder by the same part. A frame may lack some modalities.
+    """
+    found = {modality: stems(path) for modality, path in given.items()}
+    single = not any(path.is_dir() for path in given.values())  # one frame, whatever the names
+    for keys in (lambda names: ["one"] * single or list(map(str, names)), what_differs):
+        frames: dict[str, dict[str, Path]] = {}
+        for modality, names in found.items():
+            for file, key in zip(names, keys(names.values()), strict=True):
+                if frames.setdefault(key, {}).setdefault(modality, file) != file:
+                    raise ValueError(f"{file} and {frames[key][modality]} are of the same frame; remove one of them.")
+        if paired := len(given) == 1 or max(map(len, frames.values())) > 1:
+            break
+    if not paired or set(frames) == {"."}:
         raise ValueError(
-            f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a "
-            "stem in common; name a frame's files alike, and give files or folders for all modalities."
+            f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a name in "
+            "common; name a frame's files alike (rgb/7.png, depth/7.png) or alike but for one word at the beginning or "
+            "end (color_0007.png, depth_0007.png), and give files or folders for all modalities."
         )
+    if keys is what_differs:
+        pair = next(files for files in frames.values() if len(files) > 1)
+        say(f"frames are paired by what differs in their names: {' with '.join(map(str, pair.values()))}")
     decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # scenes have no files: 8 bit pictures do
-    for name, files in sorted(frames.items()):
-        frame, classes = Frame(name, "none", "none", tuple(files.values())), (meta["classes"], meta["palette"])
+    for _, files in sorted(frames.items()):
+        modality, file = next(iter(files.items()))
+        classes = meta["classes"], meta["palette"]
+        frame = Frame(found[modality][file].as_posix(), "none", "none", tuple(files.values()))
         dataset = FrameDataset(decoding, [frame], *classes, list(files), size, False, 0, None, "input")
         any_kind = ["depth"] if (decoding, meta["depth"]) == ("nyuv2", "raw") else []  # see `given_depth`
         dataset.ranges = {m: kept for m, kept in meta.get("ranges", {}).items() if m not in any_kind}
@@ -136,5 +164,5 @@ def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.nda
             f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model knows up "
             "to 10 m; of 16 bit, give the file's own --depth-unit, e.g. 0.0001."
         )
-    print(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
+    say(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
     return np.minimum(metres / 10, 1)

@@ -171,4 +171,5 @@ def versions() -> dict:
         "numpy": np.__version__,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
     }

@@ -47,14 +47,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows defaults, but not those that are None: their help says what None means."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        default = action.default
+        return action.help if default is None or default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one sentence, where argparse would put all of the usage before it."""
 
     def __init__(self, script: str, doc: str):
-        super().__init__(script, description=doc, formatter_class=Help, allow_abbrev=False)
+        usage = f"{script} [options]"  # all of them follow, in groups
+        super().__init__(script, usage, doc, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -134,11 +136,12 @@ def argument(name: str, value) -> str:
 
 def saved_options(parser: Parser, folder: Path) -> dict:
     """The options of the run in this folder, from its last checkpoint; files in its folder move along with it."""
-    state = load_last(folder)
+    state = load_last(folder, warn=False)  # the run itself will
     if state is None:
         parser.error(f"--resume {folder}: this folder holds no last.pt to continue from.")
-    if state["script"] != parser.prog:
-        parser.error(f"--resume {folder}: its last checkpoint is of {state['script']}; continue it with that script.")
+    if state["script"] != parser.prog or state["options"].get("losses") != parser.get_default("losses"):
+        begun = f"{state['script']}, losses {state['options'].get('losses', 'its own')}"
+        parser.error(f"--resume {folder}: its last checkpoint is of {begun}; continue it with the same.")
     saved = state["options"]
     for name in ("stage1", "teacher", "robust", "pretrained"):
         if saved.get(name) and Path(saved[name]).is_relative_to(saved["out"]):
@@ -188,8 +191,10 @@ def refuse(parser: Parser, names: tuple[str, ...], where: str) -> None:
         parser.error(f"--{given[0].replace('_', '-')} has no effect {where}: leave it out.")
 
 
-def stage1_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
+def stage1_options(doc: str, argv: list[str] | None = None, losses: str = "paper_losses") -> argparse.Namespace:
+    """losses: the name of the function of losses; a run is resumed with the same."""
     parser = Parser("train_stage1.py", doc)
+    parser.set_defaults(losses=losses)
     data_options(parser)
     add = parser.add_argument_group("stage 1").add_argument
     add("--teacher", metavar="FILE", help="a trained teacher: skip its training")

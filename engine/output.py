@@ -2,12 +2,29 @@
 
 import io
 import os
+import sys
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-MARK = "written by RMMSS"  # near the beginning of every output, so that a later run knows what it may replace
+MARK = "written by RMMSS"  # near an end of every output, so that a later run knows what it may replace
+
+
+def say(text: str) -> None:
+    """Prints a line. Once nobody reads any more, as after `| head`, the work goes on without."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def ours(path: Path) -> bool:
+    """Whether this program wrote the file: `MARK` is in its first or last 200 bytes."""
+    with path.open("rb") as file:
+        head = file.read(200)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 200))
+        return MARK.encode() in head + file.read()
 
 
 def check_output(path: str | Path | None, ending: str = "") -> None:
@@ -19,15 +36,16 @@ def check_output(path: str | Path | None, ending: str = "") -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist.")
-    if path.exists() and not (path.is_file() and MARK.encode() in path.open("rb").read(200)):
+    if path.exists() and not (path.is_file() and ours(path)):
         what = "is a folder" if path.is_dir() else f"exists and is not marked as {MARK}"
         raise ValueError(f"{path} {what}; choose the name of another file.")
 
 
 def write_output(path: str | Path, content: str | bytes) -> None:
-    """content: with `MARK` in its first 200 bytes; else the file is written once and never replaced."""
+    """content: with `MARK` where `ours` looks; else the file is written once and never replaced."""
     check_output(path)
-    replace(Path(path), content.encode() if isinstance(content, str) else content)
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    replace(Path(path), content, beside=f".{os.getpid()}.new")  # two processes may write it at the same time
 
 
 def write_picture(path: str | Path, image: Image.Image) -> None:
@@ -38,9 +56,9 @@ def write_picture(path: str | Path, image: Image.Image) -> None:
     write_output(path, buffer.getvalue())
 
 
-def replace(path: Path, content: bytes, previous: Path | None = None) -> None:
+def replace(path: Path, content: bytes, previous: Path | None = None, beside: str = ".new") -> None:
     """Writes beside, flushes, reads back and renames: an OSError leaves the old file, which else goes to `previous`."""
-    beside = path.with_name(f"{path.name}.new")
+    beside = path.with_name(path.name + beside)
     try:
         with open(beside, "wb") as file:
             file.write(content)

@@ -3,55 +3,87 @@
 import copy
 import io
 import json
+import time
+import zipfile
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from data import incomplete, normalise
 from engine.checkpoint import fitting
-from engine.output import write_output
+from engine.output import MARK, check_output, say, write_output
 from engine.subsets import present_of
 from model import CMNeXt
 
+DIVISORS = {"8 bit": 255, "16 bit": 65535, "float": 1}  # what brings a modality's files to 0..1
+
 
 class Program(nn.Module):
-    """What is exported: images (B, modalities, 3, H, W) as data.normalise gives them -> logits (B, K, H, W). Its
-    modalities are fixed: a robust model can be written for the modalities that a machine has."""
+    """What is exported: images (B, M, 3, H, W) in 0..1 and present (B, M) bool -> logits (B, K, H, W).
 
-    def __init__(self, model: nn.Module, modalities: list[str]):
+    At least one modality of each image must be present. Absent ones may hold anything; they cost as much as the others.
+    """
+
+    def __init__(self, model: nn.Module, meta: dict):
         super().__init__()
-        if isinstance(model, CMNeXt) and modalities != model.modalities:
-            raise ValueError(f"a CMNeXt is exported with all of its modalities: {', '.join(model.modalities)}.")
-        self.columns = [model.modalities.index(modality) for modality in modalities]
-        self.model = copy.deepcopy(model)
-        self.model.modalities = modalities  # what it encodes
+        self.model, self.normalisation = copy.deepcopy(model), meta["normalisation"]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, present: Tensor | None = None) -> Tensor:
+        x = normalise(images, *self.normalisation)
+        if present is None:  # a CMNeXt without zero images selects rows by value, which torch.export cannot trace
+            return self.model(x).logits
+        x = x.masked_fill(~present[:, :, None, None, None], 0)
+        x, present = incomplete(x, present, self.model.absent)
         if isinstance(self.model, CMNeXt):
-            return self.model(images).logits
-        return self.model(images).logits
+            return self.model(x).logits
+        return self.model.answer(self.model.encode(x), present, x.shape[-2:]).logits
 
 
 @torch.no_grad()
-def export(model: nn.Module, meta: dict, modalities: list[str], size: int | tuple[int, int], file: str) -> None:
-    """Writes a torch.export program for any number of images of this size; `about.json` in it says what it takes. It is
-    read back first, and compared with the model and its mask."""
+def export(model: nn.Module, meta: dict, size: int | tuple[int, int], file: str) -> None:
+    """Writes a torch.export program for any number of images of this size, and about.json beside it.
+
+    It is read back first, compared with the model on complete and incomplete images, and timed.
+    """
+    beside, names = Path(file).with_name("about.json"), meta["modalities"]
+    check_output(beside)
     height, width = (size, size) if isinstance(size, int) else size
+    rows = not isinstance(model, CMNeXt) or model.absent == "zero"  # whether it takes `present`
+    kinds = [meta.get("ranges", {}).get(name, ["8 bit"])[0] for name in names]
     about = {
-        "modalities": modalities,
+        "file": MARK,
+        "program": Path(file).name,
+        "inputs": ["images", "present"] if rows else ["images"],
+        "modalities": names,
+        "divisors": [DIVISORS[kind] for kind in kinds],
         "size": [height, width],
-        "normalisation": meta["normalisation"],
         "classes": meta["classes"],
         "palette": meta["palette"],
     }
-    program, buffer = Program(model, modalities).eval(), io.BytesIO()
-    images = torch.randn(3, len(model.modalities), 3, height, width)
-    given = images[:, program.columns]
-    made = torch.export.export(program, (given[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(made, buffer, extra_files={"about.json": json.dumps(about)})
-    buffer.seek(0)
-    present = present_of(program.columns, (3, len(model.modalities)))
-    found, expected = torch.export.load(buffer).module()(given), model(images, present).logits
-    with fitting(f"{file} is not written, the program differs from the model"):
+    images, buffer = torch.rand(2, len(names), 3, height, width), io.BytesIO()
+    present = torch.stack([present_of(subset, (len(names),)) for subset in (range(len(names)), [len(names) - 1])])
+    given = (images, present) if rows else (images,)
+    with fitting(f"{file} is not written, torch.export fails or gives another program than the model"):
+        batch = {0: torch.export.Dim("batch", min=1)}
+        made = torch.export.export(Program(model, meta).eval(), given, dynamic_shapes=(batch,) * len(given))
+        torch.export.save(made, buffer, extra_files={"about.json": json.dumps(about)})
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.comment = MARK.encode()  # at the end: so a later run may replace the file
+        buffer.seek(0)
+        program = torch.export.load(buffer).module()
+        x, seen = incomplete(normalise(images, *meta["normalisation"]), present, model.absent)
+        found, expected = program(*given), model(x, seen if rows else None).logits
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1, expected.abs().max().item()))
+        begun = time.perf_counter()
+        program(*(x[:1] for x in given))
+        ms = 1000 * (time.perf_counter() - begun)
     write_output(file, buffer.getvalue())
-    print(f"{file}: images (B, {', '.join(map(str, given.shape[1:]))}) of {', '.join(modalities)}")
+    write_output(beside, json.dumps(about, indent=1) + "\n")
+    say(
+        f"{file}: {' and '.join(about['inputs'])}, (B, {', '.join(map(str, images.shape[1:]))}) of {', '.join(names)}; "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {ms:.0f} ms an image on this CPU "
+        f"with {torch.get_num_threads()} thread(s). {beside} says what it takes."
+    )
+    if not rows:
+        say("This CMNeXt's program needs all modalities: torch.export cannot trace how it leaves out absent ones.")

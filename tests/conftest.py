@@ -62,14 +62,14 @@ def handlers():
 @pytest.fixture(scope="module")
 def whole(one_thread, tmp_path_factory):
     """Run folders of both stages that nothing interrupted."""
-    from kill_and_resume import SMALL, STAGE1, STAGE2, train
+    from kill_and_resume import SMALL, SMALL2, STAGE1, STAGE2, train
 
     from engine import loop
 
     folder = tmp_path_factory.mktemp("whole")
     before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
     assert train(1, [*SMALL, *STAGE1, "--out", str(folder / "1")]) == 0
-    assert train(2, [*SMALL, *STAGE2, "--stage1", str(folder / "1"), "--out", str(folder / "2")]) == 0
+    assert train(2, [*SMALL2, *STAGE2, "--stage1", str(folder / "1"), "--out", str(folder / "2")]) == 0
     for number, handler in before.items():
         signal.signal(number, handler)
     return folder

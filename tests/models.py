@@ -53,6 +53,24 @@ def agree(ours: torch.Tensor, golden: np.ndarray, atol: float = 1e-4) -> None:
     torch.testing.assert_close(ours, torch.from_numpy(golden), rtol=0, atol=atol)
 
 
+def about(**changes) -> dict:
+    """What a checkpoint says of its model (`checkpoint.describe`): an own data set of RGB and depth, two classes."""
+    meta = dict.fromkeys(("root", "label_map"))
+    meta |= {"backbone": "segformer_tiny", "modalities": ["rgb", "depth"], "classes": ["a", "b"], "palette": []}
+    meta |= {
+        "data": "folder",
+        "depth": "hha",
+        "hold_out": 0,
+        "size": 64,
+        "val_size": 64,
+        "absent": "skip",
+        "options": {},
+    }
+    meta |= changes
+    count = len(meta["modalities"])
+    return {"normalisation": [[[0.5] * 3] * count, [[0.25] * 3] * count], **meta}
+
+
 def random_present(b: int, m: int, seed: int) -> torch.Tensor:
     present = torch.rand(b, m, generator=torch.Generator().manual_seed(seed)) < 0.5
     present[torch.arange(b), torch.randint(0, m, (b,))] = True

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from kill_and_resume import SMALL, STAGE1, STAGE2
+from kill_and_resume import SMALL, SMALL2, STAGE1, STAGE2
 
 from engine import runs
 
@@ -12,8 +12,8 @@ TIMES = {"images_per_second", "data_wait", "minutes_left", "peak_memory_mb"}
 
 def start(stage: int, whole: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
     """The command line of `whole`'s run of this stage, into another folder."""
-    extra = STAGE1 if stage == 1 else [*STAGE2, "--stage1", str(whole / "1")]
-    return [*SMALL, *extra, "--out", str(out), *more]
+    options = [*SMALL, *STAGE1] if stage == 1 else [*SMALL2, *STAGE2, "--stage1", str(whole / "1")]
+    return [*options, "--out", str(out), *more]
 
 
 def during(monkeypatch, phase: str, step: int, act, of="check") -> None:

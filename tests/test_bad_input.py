@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import about
 from PIL import Image
 
 import data
@@ -110,26 +111,19 @@ def few_bits(path, ids, bits, palette=None):
 def model_of(root, modalities=("rgb", "depth"), **meta):
     """A model with random weights that says it was trained on the folder data set at root."""
     train = open_dataset("folder", root, "train", list(modalities))
-    meta = {
-        "backbone": "segformer_tiny",
-        "modalities": list(modalities),
-        "classes": train.classes,
-        "palette": train.palette.tolist(),
-        "size": SIDE,
-        "val_size": SIDE,
-        "data": "folder",
-        "root": str(root),
-        "depth": "hha",
-        "label_map": None,
-        "hold_out": 0,
-        "normalisation": "rgb",
-        "drop_path": 0.0,
-        "dropout": 0.0,
-        "ranges": getattr(train, "ranges", {}),
+    meta = about(
+        modalities=list(modalities),
+        classes=train.classes,
+        palette=train.palette.tolist(),
+        size=SIDE,
+        val_size=SIDE,
+        root=str(root),
+        ranges=train.ranges,
+        normalisation=train.normalisation,
         **meta,
-    }
+    )
     torch.manual_seed(0)
-    save_model(root / "m.pt", build_model("segformer_tiny", 3, list(modalities), 0.0, 0.0), meta)
+    save_model(root / "m.pt", build_model("segformer_tiny", 3, list(modalities)), meta)
     return root / "m.pt"
 
 
@@ -171,13 +165,13 @@ def evaluation_prints_the_modalities_in_use_and_the_absolute_root(root, monkeypa
     monkeypatch.chdir(root)
     model_of(Path("set")).rename("m.pt")
     text = printed(capsys, evaluate, "m.pt")
-    return "rgb (8 bit, 0..255), depth (float, 0.0" in text and str(root / "set") in text
+    return "rgb (8 bit, 0..255, mean" in text and "depth (float, 0.0" in text and str(root / "set") in text
 
 
 @case(True)
 def check_prints_the_modalities_in_use(root, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["data.py", "--check", "--data", "folder", "--root", str(folder(root))])
-    return data.main() == 0 and "rgb (8 bit, 0..255)" in capsys.readouterr().out
+    return data.main() == 0 and "rgb (8 bit, 0..255, mean" in capsys.readouterr().out
 
 
 @case(True)
@@ -236,7 +230,7 @@ def every_training_label_is_ignored(root):
     folder(root)
     for path in (root / "labels/train").iterdir():
         write_file(path, np.full((SIDE, SIDE), 255, np.uint8))
-    open_dataset("folder", root, "train")
+    open_dataset("folder", root, "train").unseen()
 
 
 # ---- kinds and ranges -----------------------------------------------------------------------------------------------

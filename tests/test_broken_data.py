@@ -1,11 +1,12 @@
 """Files, labels, names and lists that are missing or wrong: one clear sentence for each."""
 
 import pathlib
+import struct
 
 import numpy as np
 import pytest
 from data_files import SIZE, fails, folder_dataset, png
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data import open_dataset
 from datasets import files, layouts
@@ -230,22 +231,164 @@ def test_a_modality_is_of_one_kind_and_float_colours_in_range(mini):
         open_dataset("folder", root, "train", ["rgb", "depth"])[1]
     for frame in frames:
         frame.images[0].unlink()
-        np.save(frame.images[0].with_suffix(".npy"), np.full((SIZE, SIZE, 3), 255.0))
+        np.save(frame.images[0].with_suffix(".npy"), np.linspace(1, 255, SIZE**2 * 3).reshape(SIZE, SIZE, 3))
     with fails(ValueError, frames[0].images[0].with_suffix(".npy"), "255", "0..1"):
-        open_dataset("folder", root, "train", ["rgb"])
+        open_dataset("folder", root, "train", ["rgb"])[0]
 
 
-def test_labels_that_cannot_be_trusted_are_refused(mini):
+# ---- files are what they hold, not what they are called -------------------------------------------------------------
+@pytest.mark.parametrize("suffix, kind", [(".jpg", "JPEG"), (".png", "JPEG"), (".png", "MPO"), (".tif", "TIFF")])
+def test_labels_compressed_as_jpeg_are_refused_whatever_they_are_called(mini, suffix, kind):
     root = mini("folder")
     label = open_dataset("folder", root, "train").frames[0].label
-    Image.open(label).save(label.with_suffix(".jpg"))
+    picture = Image.open(label).convert("L")
     label.unlink()
-    with fails(ValueError, label.with_suffix(".jpg"), "PNG"):
+    picture.save(label.with_suffix(suffix), kind, **({"compression": "jpeg"} if kind == "TIFF" else {}))
+    with fails(ValueError, label.with_suffix(suffix), "JPEG", "PNG"):
         open_dataset("folder", root, "train")[0]
-    label.with_suffix(".jpg").unlink()
-    np.save(label.with_suffix(".npy"), np.full((SIZE, SIZE), 70000, np.uint32))
-    with fails(ValueError, label.with_suffix(".npy"), "8 or 16 bit"):
-        open_dataset("folder", root, "train")[0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_file_of_several_pictures_is_refused(tmp_path, suffix):
+    path, pictures = tmp_path / f"a{suffix}", [Image.new("L", (6, 4), grey) for grey in (0, 1, 2)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:])
+    for ids in (False, True):
+        with fails(ValueError, path, "several"):
+            files.read_file(path, ids)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix, kind", [(".jpg", "JPEG"), (".jpg", "MPO"), (".png", "PNG"), (".tif", "TIFF")])
+def test_pictures_are_turned_upright_as_their_exif_says(tmp_path, suffix, kind, orientation):
+    smooth = np.add.outer(np.arange(24) * 8, np.arange(16) * 2).astype(np.uint8)
+    exif, picture = Image.Exif(), Image.fromarray(smooth)
+    exif[0x0112] = orientation
+    more = {"save_all": True, "append_images": [picture.resize((4, 6))]} if kind == "MPO" else {}
+    more = {"tiffinfo": {0x0112: orientation}} if kind == "TIFF" else {**more, "exif": exif}
+    picture.save(path := tmp_path / f"a{suffix}", kind, **more)
+    found = files.read_file(path)
+    assert found.flags.c_contiguous  # torch takes no flipped views
+    picture.getexif()[0x0112] = orientation
+    turned = np.asarray(ImageOps.exif_transpose(picture))
+    assert found.shape == turned.shape and np.abs(found.astype(int) - turned).max() <= (0 if suffix != ".jpg" else 3)
+    assert (found.shape == (16, 24)) == (orientation > 4)
+
+
+def tiff_of_16_bit_colour(path, array, order, strips):
+    """A TIFF writer of the test's own, without compression; order: < or >."""
+    height, width, _ = array.shape
+    rows = -(-height // strips)
+    parts = [array[top : top + rows].astype(f"{order}u2").tobytes() for top in range(0, height, rows)]
+    tags, blob = [], b""
+    begin = 8 + 2 + 12 * 9 + 4
+    for tag, kind, values in (
+        (256, "H", [width]), (257, "H", [height]), (258, "H", [16] * 3), (259, "H", [1]), (262, "H", [2]),
+        (273, "I", [0] * len(parts)), (277, "H", [3]), (278, "H", [rows]), (279, "I", [*map(len, parts)]),
+    ):  # fmt: skip
+        tags.append((tag, kind, values, begin + len(blob)))
+        packed = struct.pack(f"{order}{len(values)}{kind}", *values)
+        blob += packed + bytes(-len(packed) % 4)
+    starts = np.cumsum([begin + len(blob), *map(len, parts)])[:-1]
+    entries = b""
+    for tag, kind, values, where in tags:
+        values = starts.tolist() if tag == 273 else values
+        packed = struct.pack(f"{order}{len(values)}{kind}", *values)
+        blob = blob[: where - begin] + packed + blob[where - begin + len(packed) :]
+        inline = packed + bytes(4 - len(packed)) if len(packed) <= 4 else struct.pack(f"{order}I", where)
+        entries += struct.pack(f"{order}HHI", tag, {"H": 3, "I": 4}[kind], len(values)) + inline
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    path.write_bytes(head + entries + bytes(4) + blob + b"".join(parts))
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("strips", [1, 3])
+def test_tiff_of_16_bit_colour_keeps_all_bits(tmp_path, order, strips):
+    stored = np.random.default_rng(0).integers(0, 65536, (7, 5, 3), np.uint16)
+    tiff_of_16_bit_colour(tmp_path / "a.tif", stored, order, strips)
+    assert np.array_equal(files.read_image(tmp_path / "a.tif"), stored)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate"])
+@pytest.mark.parametrize("kind", ["u1", "u2", "f4", "colour"])
+def test_tiff_of_8_and_16_bit_and_float_is_read_as_stored(tmp_path, kind, compression):
+    rng = np.random.default_rng(0)
+    colour, dtype = kind == "colour", "u1" if kind == "colour" else kind
+    stored = (rng.random((31, 45, 3) if colour else (31, 45)) * (60000 if dtype != "u1" else 255)).astype(dtype)
+    Image.fromarray(stored).save(tmp_path / "a.tif", compression=compression)
+    assert np.array_equal(files.read_image(tmp_path / "a.tif").squeeze(), stored)
+    Image.fromarray(stored.astype(np.int32) if not colour else stored).save(tmp_path / "b.tif")
+    if not colour:
+        with fails(ValueError, tmp_path / "b.tif", "int32"):
+            files.read_image(tmp_path / "b.tif")
+
+
+def test_a_folder_of_tiff_files_is_a_data_set(tmp_path):
+    root = folder_dataset(tmp_path / "d")
+    pictures = open_dataset("folder", root, "val")[1][:2]
+    for path in sorted(root.glob("*/*/*.png")):
+        Image.open(path).save(path.with_suffix(".TIF" if "1" in path.name else ".tiff"))
+        path.unlink()
+    again = open_dataset("folder", root, "val")[1][:2]
+    assert all((one == two).all() for one, two in zip(pictures, again, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["u1", ">u2", "<i8", ">i4"])
+@pytest.mark.parametrize("channels", [(), (1,)])
+def test_npy_labels_may_be_integers_of_any_kind_and_of_one_channel(mini, kind, channels):
+    root = mini("folder")
+    before = open_dataset("folder", root, "val")
+    path, label = before.frames[0].label, before[0][1].numpy()
+    path.unlink()
+    np.save(path.with_suffix(".npy"), label.astype(kind).reshape(label.shape + channels))
+    assert (open_dataset("folder", root, "val")[0][1].numpy() == label).all()
+    for wrong in (-1, 70000):
+        np.save(path.with_suffix(".npy"), np.full_like(label, wrong, "<i8"))
+        with fails(ValueError, path.with_suffix(".npy"), "8 or 16 bit"):
+            open_dataset("folder", root, "val")[0]
+    np.save(path.with_suffix(".npy"), label.astype(np.float32))
+    with fails(ValueError, path.with_suffix(".npy"), "8 or 16 bit"):
+        open_dataset("folder", root, "val")[0]
+
+
+@pytest.mark.parametrize("kind", [">u2", ">f4", ">f8"])
+def test_npy_images_may_be_big_endian(tmp_path, kind):
+    stored = np.random.default_rng(0).integers(0, 65536, (4, 5, 1)).astype(kind)
+    np.save(tmp_path / "a.npy", stored)
+    image = files.read_image(tmp_path / "a.npy")
+    assert image.dtype == ("u2" if kind == ">u2" else "f4") and (image == stored).all()
+
+
+@pytest.mark.parametrize("what", ["folder", "link", "bmp"])
+def test_what_lies_in_the_place_of_a_file_is_named(tmp_path, what):
+    root = folder_dataset(tmp_path / "d")
+    path = root / "labels/val/2.png"
+    path.unlink()
+    if what == "folder":
+        path.mkdir()
+    elif what == "link":
+        path.symlink_to(tmp_path / "nowhere.png")
+    else:
+        Image.new("L", (60, 40)).save(path.with_suffix(".bmp"))
+    telling = {"folder": "is a folder", "link": tmp_path / "nowhere.png", "bmp": "2.bmp"}[what]
+    with fails(FileNotFoundError, path, telling):
+        open_dataset("folder", root, "val")[2]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_lists_and_classes_must_be_utf_8(mini, encoding):
+    root = mini("nyuv2")
+    for path, name in ((root / "train.txt", "nyuv2"), (mini("folder") / "classes.txt", "folder")):
+        text = path.read_text() + ("höhe\n" if encoding == "latin-1" else "")
+        path.write_bytes(text.encode(encoding))
+        with fails(ValueError, path, "UTF-8"):
+            open_dataset(name, path.parent)
+
+
+@pytest.mark.parametrize("text", ["name,r,g,b\nroad,1,2,3\n", "0;road\n1;sky\n", "road, 1, 2, 3\n"])
+def test_classes_as_csv_are_refused(tmp_path, text):
+    (tmp_path / "classes.txt").write_text(text)
+    with fails(ValueError, "classes.txt", "comma"):
+        layouts.read_classes(tmp_path / "classes.txt")
 
 
 def test_floats_beyond_float32_count_as_infinite(tmp_path):

@@ -7,6 +7,7 @@ import signal
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from models import MODALITIES, golden_weights
@@ -14,22 +15,21 @@ from models import MODALITIES, golden_weights
 import evaluate
 import metrics
 from data import normalise, open_dataset, random_missing, sensor_noise
-from engine import checkpoint, files, loop
+from datasets.export import write_file
+from engine import checkpoint, loop, output
 from engine.subsets import all_subsets, subset_logits
 from fsm import FSM
-from model import build_model, condition_on_modalities
+from model import build_model
 
 BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-CONDITIONED = pytest.mark.parametrize("conditioned", [False, True], ids=["plain", "conditioned"])
 SUBSETS = all_subsets(4)
 CPU, SAME = torch.device("cpu"), ["classes", "modalities"]
+NORMALISATION = [[[0.0] * 3] * 4, [[1.0] * 3] * 4]
 K = 12  # as many as the scenes have
 
 
-def random_model(backbone, modalities=4, conditioned=False):
+def random_model(backbone, modalities=4):
     model = build_model(backbone, K, MODALITIES[:modalities])
-    if conditioned:
-        condition_on_modalities(model)
     shapes = {name: list(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
     model.load_state_dict(golden_weights(json.dumps(shapes).encode()), strict=False)  # so that predictions vary
     return model.eval()
@@ -67,9 +67,8 @@ def test_all_subsets_are_there_once_and_the_complete_one_is_last():
 
 @torch.no_grad()
 @BACKBONES
-@CONDITIONED
-def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone, conditioned):
-    model, images = random_model(backbone, conditioned=conditioned), random_images()
+def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone):
+    model, images = random_model(backbone), random_images()
     together = torch.stack(list(subset_logits(model, images, SUBSETS)))  # (15, B, K, H, W)
     present = torch.zeros(15, 4, dtype=torch.bool)
     for row, subset in zip(present, SUBSETS, strict=True):
@@ -80,9 +79,8 @@ def test_all_15_subsets_equal_complete_forwards_of_the_same_model(backbone, cond
 
 @torch.no_grad()
 @BACKBONES
-@CONDITIONED
-def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone, conditioned):
-    model, images = random_model(backbone, conditioned=conditioned), random_images((45, 64), samples=2)
+def test_zero_filled_and_damaged_sensors_equal_images_composed_by_hand(backbone):
+    model, images = random_model(backbone), random_images((45, 64), samples=2)
     damaged = images * (torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     subsets = SUBSETS if backbone == "segformer_tiny" else SUBSETS[::3] + SUBSETS[-1:]
     for degraded in (torch.zeros_like(images[:1]), damaged):
@@ -134,7 +132,7 @@ def test_every_protocol_equals_its_definition_frame_by_frame():
     matrices = {}
     for index, frame in enumerate(dataset.frames):
         images, label, name = dataset[index]
-        images = normalise(images[None], MODALITIES, dataset.normalisation)
+        images = normalise(images[None], *dataset.normalisation)
 
         def count(protocol, column, given, present=None, label=label):
             matrix = metrics.confusion(model(given.double(), present).logits.argmax(1), label[None], K)
@@ -282,10 +280,10 @@ def run_folder(tmp_path):
         "root": None,
         "depth": "hha",
         "label_map": None,
-        "normalisation": "all",
+        "normalisation": dataset.normalisation,
         "hold_out": 0,
-        "drop_path": 0.1,
-        "dropout": 0.1,
+        "absent": "skip",
+        "options": {},
     }
     folder = tmp_path / "demo"
     folder.mkdir()
@@ -331,7 +329,15 @@ def test_a_run_folder_gives_a_row_per_model_the_switch_and_the_ensemble(run_fold
     for row in stored["results"]:
         assert f"| {row} " in printed and f"| {row} " in (tmp_path / "out.md").read_text()
         scores = stored["results"][row]["any"]["EL"]
-        assert set(scores) == {"miou_published", "miou_occurring", "accuracy", "mean_accuracy", "f1", "iou"}
+        assert set(scores) == {
+            "miou_published",
+            "miou_occurring",
+            "accuracy",
+            "mean_accuracy",
+            "f1",
+            "iou",
+            "confusion",
+        }
         assert len(scores["iou"]) == K == len(stored["classes"])
     assert "published" in printed and "occurring" in printed
     rows = stored["results"]
@@ -352,7 +358,7 @@ def test_files_and_folders_of_one_name_keep_a_row_each(run_folder, tmp_path):
 
 
 def test_what_cannot_be_evaluated_is_named(run_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no teacher.pt, robust.pt, fsm.pt or student.pt"):
+    with pytest.raises(FileNotFoundError, match="holds no model: none of teacher.pt, .*single.pt"):
         evaluate.load_rows([str(tmp_path)], CPU, SAME)
     with pytest.raises(ValueError, match="an FSM selects between a teacher and a robust model"):
         evaluate.load_rows([str(run_folder / "fsm.pt")], CPU, SAME)
@@ -420,7 +426,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_tables_are_printed(run_folder, 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(output.os, "fsync", full)
     with pytest.raises(OSError, match="cannot write .*out.json .No space left on device.; what was there before"):
         evaluate.main(args)
     assert "| student " in capsys.readouterr().out
@@ -449,7 +455,14 @@ def test_an_answer_that_is_not_finite_stops_evaluation_and_validation_with_the_f
 
 def test_frames_without_a_label_give_no_scores():
     class Unlabelled:
-        name, split, modalities, classes, frames, normalisation = "none", "val", MODALITIES, list("abcde"), [], "all"
+        name, split, modalities, classes, frames, normalisation = (
+            "none",
+            "val",
+            MODALITIES,
+            list("abcde"),
+            [],
+            NORMALISATION,
+        )
 
         def __len__(self):
             return 2
@@ -477,3 +490,107 @@ def test_a_model_of_one_sensor_has_no_mean_over_missing_ones(monkeypatch):
 @pytest.mark.parametrize("protocol", ["all", "all,any"])
 def test_all_stands_for_every_protocol(protocol):
     assert evaluate.options(["student.pt", "--protocol", protocol]).protocol == list(evaluate.PROTOCOLS)
+
+
+# ---- data of one's own, and for people -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule, other", [("published", "occurring"), ("occurring", "published")])
+def test_the_rule_for_absent_classes_is_in_the_head_and_decides_what_is_shown_first(rule, other):
+    scores = {"R": {"miou_published": 10.0, "miou_occurring": 40.0}}
+    text = evaluate.tables({"a": {"any": scores}}, ["rgb"], ["any"], rule)
+    title, (head, row) = cells_of(text)
+    assert evaluate.RULES[rule] in title and evaluate.RULES[other] not in title
+    assert head == ["", "R", "full", "mean", f"mean, {other}"]
+    first, last = (f"{scores['R'][f'miou_{name}']:.2f}" for name in (rule, other))
+    assert row == ["a", first, first, first, last]
+
+
+def test_frames_that_are_all_of_the_case_none_give_no_table():
+    scores = {"none": {"miou_published": 10.0, "miou_occurring": 40.0}}
+    text = evaluate.tables({"a": {"case": scores}}, ["rgb"], ["case"])
+    assert "|" not in text and "case" in text
+
+
+def own_frames(tmp_path, sizes):
+    """A folder data set of frames of these sizes, in 4 of its 6 classes, and a model of it; val says "v0" and so on."""
+    rng = np.random.default_rng(4)
+    (tmp_path / "classes.txt").write_text("".join(f"kind {k}\n" for k in range(6)))
+    for split, name in (("train", "t"), ("val", "v")):
+        for i, size in enumerate(sizes):
+            for modality in ("rgb", "depth"):
+                write_file(tmp_path / modality / split / f"{name}{i}.png", rng.integers(0, 256, (*size, 3), np.uint8))
+            write_file(tmp_path / "labels" / split / f"{name}{i}.png", rng.integers(0, 4, size, np.uint8))
+    dataset = open_dataset("folder", tmp_path, "val", ["rgb", "depth"], size=32)
+    model = build_model("segformer_tiny", 6, ["rgb", "depth"])
+    shapes = {name: list(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    model.load_state_dict(golden_weights(json.dumps(shapes).encode()), strict=False)
+    meta = {"backbone": "segformer_tiny", "modalities": ["rgb", "depth"], "classes": dataset.classes, "palette": []}
+    meta |= {"size": 32, "val_size": 32, "data": "folder", "root": str(tmp_path), "depth": "hha", "label_map": None}
+    meta |= {"normalisation": dataset.normalisation, "hold_out": 0, "absent": "skip", "options": {}}
+    checkpoint.save_model(tmp_path / "single.pt", model, meta)
+    return dataset, model.eval()
+
+
+@torch.no_grad()
+def test_frames_of_different_sizes_are_evaluated_at_the_default_batch_and_each_class_is_shown(
+    tmp_path, capsys, signals
+):
+    sizes = [(40, 64), (64, 40), (48, 48)]
+    dataset, model = own_frames(tmp_path, sizes)
+    files = ["--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")]
+    evaluate.main(evaluate.options([str(tmp_path), "--protocol", "any,case", "--device", "cpu", *files]))
+    results = json.loads((tmp_path / "out.json").read_text())["results"]["single"]["any"]
+    for column, present in (("R", [True, False]), ("RD", [True, True])):
+        matrix = np.zeros((6, 6), int)
+        for images, label, _ in dataset:
+            x = normalise(images[None], *dataset.normalisation)
+            ids = model(x, torch.tensor([present])).logits.argmax(1)[0]
+            np.add.at(matrix, (label.numpy(), ids.numpy()), 1)
+        assert np.abs(np.array(results[column]["confusion"]) - matrix).sum() <= 4  # of 6,144 pixels: ties
+        assert sum(map(sum, results[column]["confusion"])) == matrix.sum()
+    text = (tmp_path / "out.md").read_text()
+    assert text.split("\n", 1)[1].strip() in capsys.readouterr().out
+    first, no_case, by_class = text.split("**")[1], text.split("No table of ")[1], text.split("IoU of each class")[1]
+    assert evaluate.RULES["occurring"] in first and no_case.startswith("case")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in by_class.splitlines() if "|" in line]
+    assert rows[0] == ["", "R", "D", "RD"] and [row[0] for row in rows[2:]] == [f"kind {k}" for k in range(6)]
+    for k, row in enumerate(rows[2:]):
+        expected = [results[column]["iou"][k] for column in ("R", "D", "RD")]
+        assert row[1:] == ["-" if v is None else f"{v:.1f}" for v in expected]
+    lines = (tmp_path / "out.json").read_text().splitlines()
+    assert len(lines) < 500  # a row of the matrix is a line
+
+
+def test_frames_of_different_sizes_in_one_batch_are_refused(tmp_path, signals):
+    own_frames(tmp_path, [(40, 64), (64, 40)])
+    with pytest.raises(ValueError, match="--batch-size 1"):
+        evaluate.main(evaluate.options([str(tmp_path), "--batch-size", "2", "--device", "cpu"]))
+
+
+@pytest.mark.parametrize("flag, value", [("--fsm-rule", "hard"), ("--fsm-level", "logits")])
+def test_options_of_the_fsm_are_refused_where_it_gives_no_row(run_folder, signals, flag, value):
+    for argv in ([str(run_folder / "student.pt")], [str(run_folder), "--only", "student"]):
+        with pytest.raises(ValueError, match="--fsm-rule and --fsm-level"):
+            evaluate.main(evaluate.options([*argv, flag, value, "--device", "cpu", "--limit", "1"]))
+    rows = [str(run_folder), "--only", "FSM ensemble", flag, value]
+    evaluate.main(evaluate.options([*rows, "--device", "cpu", "--limit", "1"]))
+
+
+def test_the_json_is_there_when_the_table_cannot_be_encoded_or_printed(run_folder, tmp_path, signals, monkeypatch):
+    name = "caf\udce9"  # a file whose name is no UTF-8
+    (tmp_path / name).mkdir()
+    for folder in (name, "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "student.pt").write_bytes((run_folder / "student.pt").read_bytes())
+    files = ["--json", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")]
+    argv = [str(tmp_path / name), str(tmp_path / "b"), "--limit", "1", "--device", "cpu", *files]
+
+    def say(self, text):
+        text.encode()  # as a terminal would
+
+    monkeypatch.setattr(evaluate.runs.Run, "say", say)
+    with pytest.raises(UnicodeEncodeError):
+        evaluate.main(evaluate.options(argv))
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
+    assert "caf\\udce9/student" in (tmp_path / "out.md").read_text()

@@ -7,12 +7,14 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from models import GOLDEN, MODALITIES, golden_images, golden_weights
 
 from engine import checkpoint
 from engine.subsets import load_fsm, selected_logits, switch_logits
 from fsm import FSM, feature_distance
-from model import Output, build_model, condition_on_modalities
+from model import build_model
+from segformer import Output
 
 WIDTHS, K = (6, 8, 10, 12), 5
 
@@ -52,8 +54,9 @@ def levels(outputs):
 
 def slow_score(fsm, level, source, f, present):
     """sigmoid(conv1x1(depthwise3x3(f)) + its modalities' biases), one convolution after the other -> (B, 1, h, w)."""
-    net, bias = fsm.scores[level], fsm.modality_bias[level, source]
-    raw = net.pointwise[source](net.depthwise[source](f))
+    bias, c = fsm.modality_bias[level, source], f.shape[1]
+    wide = F.conv2d(f, fsm.depthwise[level][source][:, None], fsm.depthwise_bias[level][source], padding=1, groups=c)
+    raw = F.conv2d(wide, fsm.pointwise[level][source][None, :, None, None], fsm.pointwise_bias[level][source, None])
     for b, row in enumerate(present.tolist()):
         raw[b] += sum(bias[m] for m, there in enumerate(row) if there) + (bias[-2] if all(row) else bias[-1])
     return torch.sigmoid(raw)
@@ -65,8 +68,9 @@ def test_the_hard_rule_reproduces_the_published_selection():
     fsm = FSM(widths, 25, 4, rule="hard")
     for name, value in golden_weights(golden["keys"]).items():
         stage, _, _, source, layer, kind = name.removeprefix("tokenselect").split(".")
-        net = fsm.scores[int(stage) - 1]
-        getattr((net.depthwise, net.pointwise)[int(layer)][int(source)], kind).data.copy_(value)
+        weights = f"{('depthwise', 'pointwise')[int(layer)]}{'_bias' * (kind == 'bias')}"
+        own = getattr(fsm, weights)[int(stage) - 1][int(source)]
+        own.data.copy_(value.reshape(own.shape))
     g = torch.Generator().manual_seed(7)
     golden_images(g)
     sizes = [(2, c, 64 // stride, 96 // stride) for c, stride in zip(widths, (4, 8, 16, 32), strict=True)]
@@ -135,8 +139,9 @@ def test_unconditioned_or_published_scores_start_without_knowing_the_modalities(
 @torch.no_grad()
 def test_conditioned_scores_start_near_the_switch():
     fsm, outputs = FSM(WIDTHS, K, 4), random_outputs(3)
-    for predictor in fsm.scores.parameters():
-        predictor.zero_()
+    for name, weights in fsm.named_parameters():
+        if name != "modality_bias":
+            weights.zero_()
     result = fsm(outputs, PRESENT)
     for b, complete in enumerate(PRESENT.all(1).tolist()):
         right, wrong = (outputs[0], outputs[1]) if complete else (outputs[1], outputs[0])
@@ -196,7 +201,6 @@ def test_feature_distance_is_the_mean_squared_difference_in_units_of_the_channel
 def models():
     """Teacher and robust model that disagree, and an FSM that fits them."""
     teacher, robust = (build_model("segformer_tiny", K, MODALITIES) for _ in range(2))
-    condition_on_modalities(robust)
     teacher, robust = with_random_weights(teacher), with_random_weights(robust)
     for p in robust.parameters():
         p.data += 0.3 * p.data.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -235,8 +239,7 @@ def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
         given, present = seen(images, degraded, subset)
         selected = fsm([teacher(*given), robust(*given)], present)
         decoder = teacher.decoder if present.all() else robust.decoder
-        declared = present if degraded is None else torch.ones_like(present)  # nobody announces zero-filled modalities
-        decoded = decoder(selected.fused, (45, 64), declared)
+        decoded = decoder(selected.fused, (45, 64))
         expected = {
             "logits": selected.logits,
             "features": decoded,

@@ -4,24 +4,21 @@ import pytest
 import torch
 from models import MODALITIES, randomised
 
+from data import incomplete
 from engine.subsets import all_subsets, present_of, subset_logits, subset_outputs
-from model import build_model, condition_on_modalities
+from model import build_model
 
 
-def model_and_images(backbone, conditioned, sides):
+def model_and_images(backbone, sides):
     torch.manual_seed(0)
-    model = build_model(backbone, 7, MODALITIES)
-    if conditioned:
-        condition_on_modalities(model)
-    return randomised(model), torch.randn(2, 4, 3, *sides).double()
+    return randomised(build_model(backbone, 7, MODALITIES)), torch.randn(2, 4, 3, *sides).double()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("sides", [(64, 96), (45, 70)])
-@pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-def test_every_subset_equals_a_masked_forward_pass(backbone, conditioned, sides):
-    model, images = model_and_images(backbone, conditioned, sides)
+def test_every_subset_equals_a_masked_forward_pass(backbone, sides):
+    model, images = model_and_images(backbone, sides)
     subsets = all_subsets(4)
     assert len(subsets) == 15 and subsets[-1] == (0, 1, 2, 3)
     for subset, ours in zip(subsets, subset_outputs(model, images, subsets), strict=True):
@@ -34,7 +31,7 @@ def test_every_subset_equals_a_masked_forward_pass(backbone, conditioned, sides)
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
 def test_degraded_modalities_equal_images_composed_by_hand(backbone):
-    model, images = model_and_images(backbone, True, (64, 64))
+    model, images = model_and_images(backbone, (64, 64))
     damaged, subsets = torch.randn(1, 4, 3, 64, 64).double(), [(1,), (0, 2, 3), (0, 1, 2, 3)]
     for subset, ours in zip(subsets, subset_logits(model, images, subsets, damaged), strict=True):
         composed = images.clone()
@@ -45,7 +42,7 @@ def test_degraded_modalities_equal_images_composed_by_hand(backbone):
 
 @torch.no_grad()
 def test_the_shared_pass_in_bfloat16_is_as_close_to_float32_as_the_masked_one():
-    model, images = model_and_images("segformer_tiny", True, (64, 64))
+    model, images = model_and_images("segformer_tiny", (64, 64))
     model, images = model.float(), images.float()
     subsets = all_subsets(4)
     exact = [model(images, present_of(subset, (2, 4))).logits for subset in subsets]
@@ -58,8 +55,19 @@ def test_the_shared_pass_in_bfloat16_is_as_close_to_float32_as_the_masked_one():
 
 @torch.no_grad()
 def test_a_model_in_training_mode_answers_as_in_eval_mode_and_keeps_its_running_statistics():
-    model, images = model_and_images("segformer_tiny", False, (64, 64))
+    model, images = model_and_images("segformer_tiny", (64, 64))
     expected, before = model(images).logits, model.decoder.bn.running_mean.clone()
     found = next(subset_logits(model.train(), images, [(0, 1, 2, 3)]))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(before, model.decoder.bn.running_mean) and not model.training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+def test_absent_modalities_of_a_model_trained_on_zero_images_are_zero_images(backbone):
+    model, images = model_and_images(backbone, (64, 64))
+    model.absent, subsets = "zero", [(1,), (0, 2, 3)]
+    for subset, ours in zip(subsets, subset_logits(model, images, subsets), strict=True):
+        filled, present = incomplete(images, present_of(subset, (2, 4)), "zero")
+        assert present.all() and filled[:, list(subset)].equal(images[:, list(subset)]) and not filled.all()
+        torch.testing.assert_close(ours, model(filled).logits, rtol=1e-6, atol=1e-6)

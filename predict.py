@@ -112,13 +112,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="model file, or run folder for its final model")
     what = "your files, or a data set (None: what the checkpoint was trained on)"
     add = parser.add_argument_group("input", what).add_argument
-    add(
-        "--input",
-        nargs="+",
-        default=[],
-        metavar="MODALITY=PATH",
-        help="aligned files of a frame, or folders of them; other modalities are missing",
-    )
+    given = "aligned files of a frame, or folders of them; other modalities are missing"
+    add("--input", nargs="+", default=[], metavar="MODALITY=PATH", help=given)
     add("--data", choices=RECIPES)
     add("--root", help="folder of the data set")
     add("--split", choices=("train", "val", "test"), help="None: val")
@@ -129,12 +124,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=image_size, help="shorter side, or HxW, that the network sees. None: the training's --val-size")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="pictures of each frame. None: predictions, if no other is asked")
-    add(
-        "--panel",
-        metavar="FILE.png",
-        help="frames by row; modalities, ground truth, and what each model says from "
-        "all modalities and from --modalities (None: without the first, and the first two)",
-    )
+    views = "from all modalities and from --modalities (None: without the first, and the first two)"
+    add("--panel", metavar="FILE.png", help=f"frames by row; modalities, ground truth, what each model says {views}")
     add("--file-ids", action="store_true", help="NAME_label.png in the ids of the training files, by their label map")
     add("--export", metavar="FILE.pt2", help="torch.export program for any of the modalities; about.json beside it")
     args = parser.parse_args(argv)
@@ -197,12 +188,8 @@ def main(args: argparse.Namespace) -> None:
 
     def frames(modalities: list[str]) -> Iterable[tuple]:
         where = meta, args.data, args.root, args.split or "val", size
-        found = (
-            input_frames(args.input, meta, size)
-            if args.input
-            else [open_data(*where, limit=args.count or 8, modalities=modalities)]
-        )
-        return samples(found, meta, args.depth_unit or 0.001)
+        found = [] if args.input else [open_data(*where, limit=args.count or 8, modalities=modalities)]
+        return samples(found or input_frames(args.input, meta, size), meta, args.depth_unit or 0.001)
 
     if args.panel:
         views = [known, chosen] if args.modalities else [known, known[1:], known[2:]]

@@ -4,10 +4,10 @@
     python -m benchmarks.bench --quick --only kernels           # smaller
 
 steps    Both training scripts with DELIVER's recipe, M-SegFormer-B0, 4 images of 256 x 256 (--quick: 128 x 128).
-kernels  Forward and backward of what training launches, in float32 even under autocast: DELIVER at 1024 x 1024 (--quick
-         or no GPU: 512), batch 2, four modalities, B0's widths, channels-last as MSegFormer's features and
-         channels-first as CMNeXt's; stage 2's logits. Beside each its plain definition, that under torch.compile, the
-         published loop over the classes, and a copy of the same bytes, which is as fast as the memory allows.
+kernels  Forward, then with backward, of what training launches, in float32 even under autocast: DELIVER at 1024 x 1024
+         (--quick or no GPU: 512), batch 2, four modalities, B0's widths, channels-last as MSegFormer's features and
+         channels-first as CMNeXt's; stage 2's logits. Beside each a copy of the same bytes and the plain definition;
+         channels-last also that under torch.compile, and the published loop over the classes.
 """
 
 import itertools
@@ -38,6 +38,7 @@ BATCH, MODALITIES, CLASSES, WIDTHS = 2, 4, 25, (32, 64, 160, 256)  # of the kern
 LAYOUTS = ("channels-last", "channels-first")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+COPY = "copy of the same bytes"
 Row = tuple[float, str, str]  # value, unit, of what
 
 
@@ -69,7 +70,7 @@ def step_rows(quick: bool) -> Iterator[Row]:
         export(Path(folder, "data"), "deliver", 16, side, 0)
         for command in (
             f"train_stage1.py --data deliver --root data --backbone {BACKBONE} --size {side} --batch-size 4 --out run "
-            f"--epochs 0.5 --teacher-subsets 0 --distill-epochs {epochs} --eval-every 99",
+            f"--epochs 0.5 --distill-epochs {epochs} --eval-every 99",
             f"train_stage2.py --stage1 run --fsm-epochs 0.5 --student-epochs {epochs} --eval-every 99",
         ):
             script, *options = command.split()
@@ -115,38 +116,48 @@ def run(function: Callable, given: tuple, gradient: Tensor | None = None) -> Ten
 def kernel_rows(quick: bool) -> Iterator[Row]:
     """Each operation in each layout at each level, then the sum of the levels, on each path to the same result."""
     quick = quick or not CUDA  # a CPU takes the definitions, and would need many minutes
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        False  # for definitions that are the truth
+    )
     pixels = 512 if quick else 1024
     stages = {f"stage {i}": (c, pixels // 2 ** (i + 1)) for i, c in enumerate(WIDTHS, 1)}
-    operations = [  # name; levels; how many maps of a level's size are read and written
-        ("prototype_distance", stages, 3 * MODALITIES),
-        ("feature_select", {**stages, "logits": (CLASSES, pixels)}, 6),
+    operations = [  # name; levels; how many maps of a level's size a forward pass, and that with backward, must move
+        ("prototype_distance", stages, (2 * MODALITIES, 3 * MODALITIES)),
+        ("feature_select", {**stages, "logits": (CLASSES, pixels)}, (3, 6)),
     ]
     for (name, levels, maps), layout in itertools.product(operations, LAYOUTS[: 1 if quick else 2]):
         public, definition = getattr(kernels, name), getattr(reference, name)  # without a GPU they are the same
         paths = {"kernels": public, "definition": definition} if CUDA else {"definition": public}
-        if not quick:
-            paths["compiled"] = torch.compile(definition, dynamic=False)
-        if name == "prototype_distance" and layout == LAYOUTS[0]:
-            paths["published loop"] = reference.prototype_distance_loop
-        sums = defaultdict(float)
+        if layout == LAYOUTS[0]:
+            paths |= {} if quick else {"compiled": torch.compile(definition, dynamic=False)}
+            paths |= {"published loop": reference.prototype_distance_loop} if name == "prototype_distance" else {}
+        moved, sums = defaultdict(int), defaultdict(float)  # bytes by direction, ms by direction and path
         for level, (c, side) in levels.items():
             torch.compiler.reset()
-            size = maps * BATCH * c * side**2 * 4  # bytes
-            number = min(16, 4 + 2**28 // size) if CUDA else 1  # inputs go round, lest the cache answers
+            sizes = [count * BATCH * c * side**2 * 4 for count in maps]  # bytes
+            number = min(16, 4 + 2**28 // sizes[1]) if CUDA else 1  # inputs go round, lest the cache answers
             sets = [inputs(name, c, side, layout) for _ in range(number)]
             truth = run(definition, sets[0])
             gradient = torch.randn_like(truth)
-            copies = torch.empty(number, 2, size // 2, dtype=torch.uint8, device=DEVICE)
-            rounds = {"copy of the same bytes": [lambda c=c: c[0].copy_(c[1]) for c in copies]}
-            for path, function in paths.items():
-                torch.testing.assert_close(run(function, sets[0]), truth, rtol=0, atol=1e-3 * float(truth.abs().max()))
-                rounds[path] = [lambda f=function, s=s, g=gradient: run(f, s, g) for s in sets]
-            for path, calls in rounds.items():
-                ms = measure(calls)
-                sums[path] += ms
-                yield ms, "ms", f"{name}, {layout}, {level}, {path}"
-        for path, ms in sums.items():
-            yield ms, "ms", f"{name}, {layout}, all levels, {path}"
+            for f in paths.values():
+                torch.testing.assert_close(run(f, sets[0]), truth, rtol=0, atol=1e-3 * float(truth.abs().max()))
+            for size, direction, g in zip(sizes, ("forward", "with backward"), (None, gradient), strict=True):
+                moved[direction] += size
+                copies = torch.empty(number, 2, size // 2, dtype=torch.uint8, device=DEVICE)
+                rounds = {COPY: [lambda c=c: c[0].copy_(c[1]) for c in copies]}
+                rounds |= {path: [lambda f=f, s=s, g=g: run(f, s, g) for s in sets] for path, f in paths.items()}
+                times = {}
+                for path, calls in rounds.items():
+                    times[path] = measure(calls)
+                    sums[direction, path] += times[path]
+                    yield row(f"{name}, {layout}, {level}, {direction}, {path}", size, times[path], times[COPY])
+        for (direction, path), ms in sums.items():
+            what = f"{name}, {layout}, all levels, {direction}, {path}"
+            yield row(what, moved[direction], ms, sums[direction, COPY])
+
+
+def row(what: str, size: int, ms: float, copy: float) -> Row:
+    return ms, "ms", f"{what}: {size / ms / 1e6:.3g} GB/s, {copy / ms:.0%} of the copy"
 
 
 SECTIONS = {"steps": step_rows, "kernels": kernel_rows}

@@ -5,7 +5,7 @@ python -m benchmarks.figures prototypes runs/demo --out docs/prototypes.png    #
 python -m benchmarks.figures selection runs/demo --out docs/selection.png      # where the FSM takes the teacher
 python -m benchmarks.figures lost runs/demo/results.json --out docs/lost.png   # mIoU over lost modalities
 python -m benchmarks.figures curves runs/demo/log.jsonl --out docs/curves.png  # losses and mIoU while training
-python -m benchmarks.figures sweep benchmarks/results/synthetic-segformer_tiny.json --out docs/sweep.png
+python -m benchmarks.figures scatter benchmarks/results/*.json --out docs/scatter.png    # all modalities, some missing
 """
 
 import itertools
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data import normalise
+from engine.checkpoint import fitting
 from engine.inference import load_models, open_data
 from engine.options import Parser
 from engine.output import check_output, write_picture
@@ -33,7 +34,15 @@ from kernels import reference
 
 INK, PALE, GRID = (40, 40, 40), (110, 110, 110), (225, 225, 225)
 COLOURS = {"teacher": (40, 90, 190), "robust": (200, 60, 40), "fsm": (150, 120, 40), "student": (40, 140, 70)}
+COLOURS["single"] = (130, 60, 150)
 FILLS = {"frozen": (222, 232, 245), "trained": (253, 231, 205), "tensor": (246, 246, 246), "loss": (250, 222, 222)}
+
+
+def axis(values: list[float]) -> tuple[float, int, int]:
+    """At most seven ticks around these values: step of 1, 2 or 5 times a power of ten, first and last one in steps."""
+    step = next(m * 10**e for e in range(-3, 9) for m in (1, 2, 5) if max(values) - min(values) <= 6 * m * 10**e)
+    low = math.floor(min(values) / step)
+    return step, low, max(math.ceil(max(values) / step), low + 1)
 
 
 def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = COLOURS) -> Image.Image:
@@ -43,9 +52,7 @@ def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = C
     shown = [value for points in series.values() for _, values in points for value in values]
     if not shown:
         raise ValueError(f"nothing to draw for {title}: the file does not hold these numbers.")
-    step = next(m * 10**e for e in range(-3, 9) for m in (1, 2, 5) if max(shown) - min(shown) <= 6 * m * 10**e)
-    low = math.floor(min(shown) / step)  # the axis goes from low * step to high * step
-    high = max(math.ceil(max(shown) / step), low + 1)
+    step, low, high = axis(shown)  # the axis goes from low * step to high * step
     image = Image.new("RGB", (1520, 1040), "white")  # as many rows for the legend as may be needed
     pen, font, small = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(36), ImageFont.load_default(32)
 
@@ -73,32 +80,63 @@ def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = C
     return image
 
 
-def sweep(file: Path) -> Image.Image:
-    """mIoU over the weight of HPDM, with both matchings; a JSON file of benchmarks.reproduce --rows main,sweep."""
-    results, charts = json.loads(file.read_text()), []
-    scores, alpha = results.get("scores", {}), results.get("values", {}).get("alpha", 0)
-    lines = {
-        "random matching (the paper's)": ("robust", "kl random_0.1 random_1 random_5 hpdm"),
-        "same-modality matching": ("teacher", "kl same_0.1 same_1 same_5 same"),
-        "modalities dropped, CE only": ("student", "dropped " * 5),
-        "AnySeg's losses": ("fsm", "anyseg " * 5),
-    }
-    shown = {row: set(scores[row]) for _, rows in lines.values() for row in rows.split() if scores.get(row)}
-    common = sorted(set.intersection(*shown.values())) if shown else []
-    shown = shown if common else {}  # only seeds that all rows have: else their differences would look like alpha's
-    colours = {name: COLOURS[model] for name, (model, _) in lines.items()}
-    ticks = dict(enumerate(("0", "0.1", "1", "5", f"{alpha:.3g}")))
-    for column, what in (("full", "all modalities"), ("missing", "mean of the subsets with some missing")):
-        series = {
-            name: [
-                (i, [scores[row][seed][column] for seed in common])
-                for i, row in enumerate(rows.split())
-                if row in shown
-            ]
-            for name, (_, rows) in lines.items()
-        }
-        charts.append(chart(f"mIoU in per cent, {what}", "alpha; 0: KL alone, last: published", ticks, series, colours))
-    return Image.fromarray(np.hstack(charts))
+def scatter(*files: Path) -> Image.Image:
+    """A point for each row that has a label, over mIoU with all modalities and its mean over the subsets with some
+    missing; its cross is the range over seeds. A panel for each JSON file of benchmarks.reproduce."""
+    panels = []
+    for file in files:
+        results = json.loads(file.read_text())
+        rows = {}
+        for row, label in results["labels"].items():
+            if seeds := results["scores"].get(row):
+                rows[label] = [[score[column] for score in seeds.values()] for column in ("full", "missing")]
+        if not rows:
+            raise ValueError("none of its rows has both a label and scores")
+        panels.append(scatter_panel(results.get("title", file.stem), rows))
+    return Image.fromarray(np.hstack(panels))
+
+
+def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image:
+    """rows: label -> its x values and y values, one of each a seed."""
+    image = Image.new("RGB", (1520, 1120), "white")
+    pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(34), ImageFont.load_default(32)
+    (dx, left, right), (dy, low, high) = (axis([v for row in rows.values() for v in row[i]]) for i in (0, 1))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 150 + (x / dx - left) / (right - left) * 1320, 970 - (y / dy - low) / (high - low) * 830
+
+    pen.text((120, 48), title, INK, ImageFont.load_default(44), "lm")
+    pen.text((120, 92), "mean mIoU with modalities missing, over mIoU with all, in per cent", PALE, small, "lm")
+    for n in range(left, right + 1):
+        pen.line((*at(n * dx, low * dy), *at(n * dx, high * dy)), GRID, 2)
+        pen.text((at(n * dx, 0)[0], 1000), f"{n * dx:g}", PALE, small, "mm")
+    for n in range(low, high + 1):
+        pen.line((*at(left * dx, n * dy), *at(right * dx, n * dy)), GRID, 2)
+        pen.text((134, at(0, n * dy)[1]), f"{n * dy:g}", PALE, small, "rm")
+    points = {label: at(fmean(x), fmean(y)) for label, (x, y) in rows.items()}
+    taken = [(x, y, x, y) for x, y in points.values()]  # boxes: left, top, right, bottom
+    for label, (x, y) in rows.items():
+        for line in (at(min(x), fmean(y)) + at(max(x), fmean(y)), at(fmean(x), max(y)) + at(fmean(x), min(y))):
+            pen.line(line, COLOURS["teacher"], 4)
+            taken.append(line)
+        pen.circle(points[label], 10, COLOURS["teacher"])
+    for label, (x, y) in points.items():  # each where it covers least, and then near its point
+        width, best = font.getlength(label) / 2, (math.inf,)
+        for radius, turn in itertools.product(range(24, 300, 24), range(16)):
+            across, down = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
+            cx, cy = x + across * (radius + width), y + down * (radius + 17)
+            box = cx - width, cy - 17, cx + width, cy + 17
+            sides = [[min(box[i + 2], t[i + 2]) - max(box[i], t[i]) + 16 for i in (0, 1)] for t in taken]
+            covered = sum(max(0, w) * max(0, h) for w, h in sides)
+            outside = max(0, 140 - box[0]) + max(0, box[2] - 1510) + max(0, 130 - box[1]) + max(0, box[3] - 970)
+            best = min(best, (covered + 1000 * outside, radius, turn, (cx, cy), box))
+        _, radius, _, middle, box = best
+        if radius > 24:
+            end = (min(max(v, low), high) for v, low, high in zip((x, y), box[:2], box[2:], strict=True))
+            pen.line((x, y, *end), PALE, 2)
+        pen.text(middle, label, INK, font, "mm")
+        taken.append(box)
+    return image
 
 
 def lost(file: Path) -> Image.Image:
@@ -118,6 +156,8 @@ def curves(file: Path) -> Image.Image:
     """Losses and validation mIoU of all phases of a run, one after the other; its log.jsonl."""
     losses, scores, begun, now = defaultdict(list), defaultdict(list), {}, 0
     for line in map(json.loads, file.read_text().splitlines()):
+        if not {"lr", "miou"} & line.keys():  # what the run is
+            continue
         phase = line["phase"]
         now = begun.setdefault(phase, now) + line["step"]  # steps since the run began
         if "lr" in line:  # a report, its losses stand before the learning rate
@@ -193,6 +233,8 @@ def pipeline(file: Path) -> Image.Image:
     """Both stages: teacher, robust model, feature selection and student, with the shapes that pass between them; the
     table docs/pipeline.txt, a box a line, in pixels of twice the figure's size."""
     rows = [[cell.strip() for cell in line.split(" | ")] for line in file.read_text().splitlines()[1:]]
+    if not rows:
+        raise ValueError("it has no boxes")
     for row in rows:
         row[1:4] = map(int, row[1:4])  # left, right, middle
     ends = {row[0]: row[2:4] for row in rows}  # where the arrows from a box start
@@ -215,14 +257,17 @@ def pipeline(file: Path) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    figures = {f.__name__: f for f in (pipeline, prototypes, selection, lost, curves, sweep)}
+    figures = {f.__name__: f for f in (pipeline, prototypes, selection, lost, curves, scatter)}
     parser = Parser("figures.py", __doc__)
     parser.add_argument("figure", choices=figures)
-    parser.add_argument("source", type=Path, help="the file or folder to draw it from, as above")
+    parser.add_argument("source", type=Path, nargs="+", help="the file or folder to draw it from; of scatter several")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     args = parser.parse_args(argv)
     check_output(args.out, ".png")
-    figure = figures[args.figure](args.source)
+    if len(args.source) > 1 and args.figure != "scatter":
+        parser.error(f"{args.figure} is drawn from one source, not from {args.source[1]} as well.")
+    with fitting(f"{args.figure} cannot be drawn from {', '.join(map(str, args.source))}"):
+        figure = figures[args.figure](*args.source)
     figure = ImageOps.expand(figure.crop(ImageOps.invert(figure).getbbox()), 20, "white")  # the same margin all round
     write_picture(args.out, figure.quantize(160, dither=Image.Dither.NONE))
 

@@ -103,7 +103,7 @@ def why_missing(path: Path) -> str:
         if found.suffix in (".h5", ".bin"):
             return f"{found} is raw data; project it onto the camera with the MUSES SDK, to {path}"
         return f"{path} is missing; {found.name} is there, but only {', '.join(SUFFIXES)} are read: convert it"
-    return f"{path} is missing; restore it, choose other --modalities, or use --skip-broken"
+    return f"{path} is missing; restore it, or try a new run with --skip-broken or --modalities"
 
 
 def read_image(path: Path) -> np.ndarray:

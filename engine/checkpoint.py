@@ -46,10 +46,7 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is no file.")
     with fitting(f"{path} is corrupt, or no checkpoint of tensors and plain values"):
-        with zipfile.ZipFile(path) as archive:
-            if bad := archive.testzip():  # by the CRC-32 that the zip container holds for every tensor
-                raise ValueError(f"the checksum of {bad} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = unpack(path.read_bytes())
     if not isinstance(state, dict) or not KEYS[what] <= state.keys() or not isinstance(state["meta"], dict):
         raise ValueError(
             f"{path} is not a {what} that this version of the project saved; a run's models are "
@@ -58,6 +55,15 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
     if lacking := [name for name in says if name not in state["meta"]]:
         raise ValueError(f"{path} does not say its {lacking[0]}: an older version wrote it; train again.")
     return state
+
+
+def unpack(data: bytes) -> object:
+    """What torch.save made these bytes of; runs no code in them. Raises anything if they are damaged."""
+    if data[:2] == b"PK":  # not so before torch 1.6
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if bad := archive.testzip():  # by the CRC-32 that the zip container holds for every tensor
+                raise ValueError(f"the checksum of {bad} is wrong")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def load_last(folder: Path, warn: bool = True) -> dict | None:

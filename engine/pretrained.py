@@ -4,7 +4,6 @@ report = load_pretrained(model, "mit_b0.pth")
 print(report.source, len(report.loaded), report.missing, report.unexpected)
 """
 
-import io
 import itertools
 import json
 import re
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import fitting, require
+from engine.checkpoint import fitting, require, unpack
 from model import build_model
 
 
@@ -76,12 +75,13 @@ NAMES = {
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
-def load_pretrained(model: nn.Module, path: str) -> LoadReport:
+def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = None) -> LoadReport:
     """Loads a file of weights (.pth, .pt, .bin or .safetensors) into `model` in place.
 
     MiT encoders go into either backbone: as published, or of the model hub, fine-tuned or not. In CMNeXt they start the
     auxiliary patch embeddings and norms, too; the authors' start from chance. Published M-SegFormer and CMNeXt weights
     and this project's checkpoints fill the whole model; published CMNeXt weights switch `published_layout` on.
+    classes: the model's; of a checkpoint of this project that says others, the classifier is left out.
     Raises FileNotFoundError, or ValueError if the file cannot be read or does not fit; then nothing is loaded.
     """
     state = read_weights(Path(path))
@@ -92,6 +92,7 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
     source = next((kind for mark, kind in KINDS.items() if any(mark in name for name in state)), "this project")
     part = "encoder" if source.endswith("encoder") else "model"
     parts = ("stages.",) if part == "encoder" else ("stages.", "aux.", "decoder.", "_extra_state")
+    other = ("decoder.classify.",) if classes and meta.get("classes", classes) != classes else ()
     own, is_cmnext = model.state_dict(), hasattr(model, "aux")
     if "modalities" in meta and is_cmnext:  # with weights of its own for each modality
         require(path, meta, {"modalities": model.modalities})
@@ -101,11 +102,14 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
         for pattern, replacement in NAMES.items() if source != "this project" else ():
             new = re.sub(pattern, replacement, new)
         new, _, row = new.partition("[")
-        if not new.startswith(parts):
+        if not new.startswith(parts) or new.startswith(other):
             unexpected.append(name)
             continue
+        if new != "_extra_state":
+            check_weight(path, name, state[name])
         value = state[name][None] if row and new.startswith("aux.") else state[name]  # else keys, values
-        found[new] = torch.cat((found[new], value)) if new in found else value
+        with fitting(f"{path} (taken for: {source}) has {name} twice, or its parts differ"):
+            found[new] = torch.cat((found[new], value)) if new in found else value
     tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
     for name in [name for name in found if name in tensors]:
         if tensors[name].ndim == 2 and found[name].shape[2:] == (1, 1):
@@ -115,7 +119,7 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
                 f"{path} (taken for: {source}) has {name} with shape {tuple(found[name].shape)}, "
                 f"but this model's has {tuple(tensors[name].shape)}."
             )
-    wanted = [name for name in tensors if name.startswith(parts)]
+    wanted = [name for name in tensors if name.startswith(parts) and not name.startswith(other)]
     missing, surplus = [name for name in wanted if name not in found], [name for name in found if name not in own]
     if missing or surplus:
         first = f"the first that is missing is {missing[0]}" if missing else f"but it has {surplus[0]}, too"
@@ -129,9 +133,20 @@ def load_pretrained(model: nn.Module, path: str) -> LoadReport:
             found[f"aux.{i}.embed.{p}"] = found[f"stages.{i}.embed.norm.{p}"].expand(len(model.modalities) - 1, -1)
     if source == "published CMNeXt":
         found["_extra_state"] = {"published_layout": True}
-    model.load_state_dict({**own, **found})
+    with fitting(f"{path} does not fit"):
+        model.load_state_dict({**own, **found})
     source += ", its head left out" if part == "encoder" and unexpected else ""
+    source += ", but of other classes: the classifier starts fresh" if other else ""
     return LoadReport(source, sorted(found), [name for name in tensors if name not in found], unexpected)
+
+
+def check_weight(path: str, name: str, value) -> None:
+    """Refuses what torch would cast, or what would show only in the results."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+    if not plain or not (value.is_floating_point() or name.endswith("num_batches_tracked")):
+        raise ValueError(f"{path}: {name} is no dense tensor of floating point.")
+    if not value.float().isfinite().all() or (name.endswith("running_var") and (value.float() < 0).any()):
+        raise ValueError(f"{path}: {name} holds values that are not finite, or variances below 0; the file is damaged.")
 
 
 def start_model(run, meta: dict) -> nn.Module:
@@ -140,7 +155,7 @@ def start_model(run, meta: dict) -> nn.Module:
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"]).to(run.device)
     model.absent = meta["absent"]
     if run.args.pretrained:
-        run.say(f"{run.args.pretrained}: {load_pretrained(model, run.args.pretrained)}")
+        run.say(f"{run.args.pretrained}: {load_pretrained(model, run.args.pretrained, meta['classes'])}")
     return model
 
 
@@ -155,11 +170,16 @@ def read_weights(path: Path) -> dict:
             state = json.loads(data[8 : 8 + n])
             state.pop("__metadata__", None)
             raw = torch.frombuffer(data, dtype=torch.uint8)[8 + n :]
+            spans = [[0, 0], *sorted(about["data_offsets"] for about in state.values()), [len(raw), len(raw)]]
+            if any(not start <= end == after for (start, end), (after, _) in itertools.pairwise(spans)):
+                raise ValueError("its tensors do not fill it one after the other, without a gap")
             for name, about in state.items():
                 start, end = about["data_offsets"]
+                if about["dtype"] not in DTYPES:
+                    raise ValueError(f"{name} is of {about['dtype']}, not one of {', '.join(DTYPES)}")
                 state[name] = raw[start:end].clone().view(DTYPES[about["dtype"]]).reshape(about["shape"])
         else:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = unpack(data)
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a dictionary of weights.")
     return state

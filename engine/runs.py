@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,9 @@ from engine import loop
 from engine.checkpoint import FILES, FREE, SAME, fitting, load_last, require, save_model, write
 from engine.output import replace
 
+# What torch, CUDA, NumPy and the system say, with types that tell less.
+NO_MEMORY = "out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED"
+NO_WORKER = r"DataLoader worker \(pid|shared memory|file </torch_"
 SCRIPTS = {"train_stage1.py", "train_stage2.py", "train_single.py"}
 
 
@@ -30,13 +34,17 @@ class Run:
 
     def __init__(self, args, script: str):
         self.args, self.script = args, script
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        with fitting("RANK, LOCAL_RANK and WORLD_SIZE are not as torchrun sets them, which alone should"):
+            given = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+            self.rank, local, self.world = (int(os.environ.get(name, default)) for name, default in given)
+            if not 0 <= self.rank < self.world or local < 0:
+                raise ValueError(f"process {self.rank} of {self.world}")
         self.share = slice(self.rank, None, self.world)  # this process's rows of what is drawn for the whole batch
-        cuda = torch.cuda.is_available() and args.device != "cpu"
-        if not cuda and args.device.startswith("cuda"):
-            raise ValueError(f"--device {args.device}: torch sees no CUDA device here; use --device cpu.")
-        own = args.device if ":" in args.device else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+        own = args.device if ":" in args.device else f"cuda:{local}"
         self.device = torch.device(own if cuda else "cpu")
+        if cuda and self.device.index >= (count := torch.cuda.device_count()):
+            raise ValueError(f"--device {args.device}: torch sees {count} CUDA devices here; use --device cpu or auto.")
         if cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # but see `claim`
@@ -50,6 +58,8 @@ class Run:
         args, self.folder, self.signalled, self.stopping = self.args, Path(self.args.out), 0, 0
         if args.batch_size % self.world:
             raise ValueError(f"--batch-size {args.batch_size} counts all processes: make it a multiple of {self.world}")
+        if args.size == 32 and args.batch_size == self.world:
+            raise ValueError("--batch-size 1 (a process) and --size 32 leave BatchNorm single values: enlarge one.")
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -303,14 +313,19 @@ class Phase:
         values = {name: float(f"{value:.6g}") for name, value in values.items()}
         line = {"phase": self.name, "step": self.step, "epoch": self.step / self.per_epoch, **values}
         if self.run.rank == 0:
-            with open(self.log_file, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.log_file, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                text = f"cannot write {self.log_file} ({error.strerror}): mend that, then --resume {self.run.folder}"
+                raise OSError(text) from error
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.run.say(f"{self.name} step {self.step} of {self.steps}: {shown}")
 
 
 def guarded(main: Callable, *arguments) -> int:
     """Runs a script's main -> exit status; what the user can mend is told in one sentence, status 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed from the start
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot print
     try:
         main(*arguments)
@@ -323,6 +338,11 @@ def guarded(main: Callable, *arguments) -> int:
         mendable, text = isinstance(error, (ValueError, OSError)), str(error).strip()
         if text.startswith("Caught "):  # a loader worker sends a traceback, the sentence in its last line
             text = text.splitlines()[-1].partition(": ")[2]
+        reason = f" ({text.splitlines()[0]})" if text else ""
+        if re.search(NO_WORKER, text):
+            mendable, text = True, f"a loader worker died or found too little shared memory: use --workers 0{reason}"
+        elif isinstance(error, MemoryError) or re.search(NO_MEMORY, text, re.IGNORECASE):
+            mendable, text = True, f"out of memory: a smaller --batch-size or --size needs less{reason}"
         print(f"\nerror: {text}" if mendable else traceback.format_exc(), file=sys.stderr)
         # The loader lives on in the frames of the error, its workers with it, and Python would wait for them for ever.
         traceback.clear_frames(error.__traceback__)

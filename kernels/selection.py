@@ -73,13 +73,13 @@ def taps_kernel(
     b = (tl.program_id(1) % B).to(tl.int64)
     offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_t = tl.arange(0, 16)  # a side of a product is a multiple of 16
-    x_ptr = x_1_ptr if j > 0 else x_0_ptr
+    x_ptr = (x_1_ptr if j > 0 else x_0_ptr) + b * x_strides[0]
     acc_taps = tl.zeros((16, BLOCK_P), tl.float32)
     for c in range(0, C, BLOCK_C):
         offs_c = c + tl.arange(0, BLOCK_C)
         offs_w = (j * C + offs_c)[None, :] * 9 + offs_t[:, None]
         w_tile = tl.load(weight_ptr + offs_w, mask=(offs_t < 9)[:, None] & (offs_c < C)[None, :], other=0)
-        x_tile = load_features(x_ptr + b * x_strides[0], offs_c, offs_p, C, P, x_strides[1], x_strides[2])
+        x_tile = load_features(x_ptr, offs_c, offs_p, C, P, x_strides[1], x_strides[2])
         acc_taps = tl.dot(w_tile, x_tile, acc_taps, input_precision="tf32x3")
     offs = (tl.program_id(1) * 9 + offs_t).to(tl.int64)[:, None] * P + offs_p[None, :]
     tl.store(taps_ptr + offs, acc_taps, mask=(offs_t < 9)[:, None] & (offs_p < P)[None, :])
@@ -214,16 +214,17 @@ def weight_backward_kernel(
     b = (tl.program_id(2) % B).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_t = tl.arange(0, 16)  # a side of a product is a multiple of 16
-    x_ptr = x_1_ptr if j > 0 else x_0_ptr
-    dz_ptr += tl.program_id(2).to(tl.int64) * H * W
+    P = H * W
+    x_ptr = (x_1_ptr if j > 0 else x_0_ptr) + b * x_strides[0]
+    dz_ptr += tl.program_id(2).to(tl.int64) * P
     acc_w = tl.zeros((16, BLOCK_C), tl.float32)
     start = tl.program_id(0) * chunk
-    for p in range(start, tl.minimum(start + chunk, H * W), BLOCK_P):
+    for p in range(start, tl.minimum(start + chunk, P), BLOCK_P):
         offs_p = p + tl.arange(0, BLOCK_P)
         q, inside = neighbour(offs_p[None, :], 1 - offs_t[:, None] // 3, 1 - offs_t[:, None] % 3, H, W)
-        inside = inside & (offs_t < 9)[:, None] & (offs_p < H * W)[None, :]
+        inside = inside & (offs_t < 9)[:, None] & (offs_p < P)[None, :]
         dz_taps = tl.load(dz_ptr + q, mask=inside, other=0)  # (16, BLOCK_P)
-        x_tile = load_features(x_ptr + b * x_strides[0], offs_c, offs_p, C, H * W, x_strides[1], x_strides[2])
+        x_tile = load_features(x_ptr, offs_c, offs_p, C, P, x_strides[1], x_strides[2])
         acc_w = tl.dot(dz_taps, tl.trans(x_tile), acc_w, input_precision="tf32x3")
     parts_ptr += (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * C * 9
     mask = (offs_t < 9)[:, None] & (offs_c < C)[None, :]
@@ -243,7 +244,7 @@ def select_op(
     taps = torch.empty((2, B, 9, H, W), device=x_0.device, dtype=torch.float32)
     scores = torch.empty((2, B, H, W), device=x_0.device, dtype=torch.float32)
     selected = torch.empty_like(x_0)
-    block = {"BLOCK_C": 32, "BLOCK_P": 128, "num_warps": 4, "num_stages": 1}
+    block = {"BLOCK_C": 32, "BLOCK_P": 128, "num_warps": 4, "num_stages": 1, "maxnreg": 255}  # else ptxas may spill
     with torch.cuda.device_of(x_0):  # Triton launches on the current device, whatever its arguments lie on
         taps_kernel[(pixel_blocks, 2 * B)](x_0, x_1, weight, taps, B, C, H * W, strides, **block)
         grid = (pixel_blocks, triton.cdiv(C, 32), B)
@@ -274,7 +275,8 @@ def select_backward_op(
         block = {"BLOCK_C": 32, "BLOCK_P": 64, "num_warps": 4}
         score_backward_kernel[(triton.cdiv(P, 64), B)](x_0, x_1, scores, grad, dz, *sizes, RULE=rule, **block)
         sizes = B, C, H, W, chunk, strides
-        block = {"BLOCK_C": 32, "BLOCK_P": 32, "num_warps": 1, "num_stages": 1}  # a warp: no two fetch the same values
+        # one warp, so that no two fetch the same values
+        block = {"BLOCK_C": 32, "BLOCK_P": 32, "num_warps": 1, "num_stages": 1, "maxnreg": 255}
         weight_backward_kernel[(parts.shape[2], channel_blocks, 2 * B)](x_0, x_1, dz, parts, *sizes, **block)
     return parts.sum((1, 2)).unflatten(2, (3, 3)), dz.sum((2, 3)).t()
 

@@ -166,11 +166,11 @@ def test_the_definition_of_the_selection_is_the_convolution_and_the_choice(rule,
 
 
 def test_equal_candidates_select_the_first_source(monkeypatch):
-    f = random(1, 3, 4, 5)
-    weight, bias = random(1, 3, 3, 3).expand(2, 3, 3, 3), torch.zeros(2, device=DEVICE)
-    for path in PATHS:
+    """Scores of 1 and 0 make (1 + 1) f and (1 + 0) 2 f of f and 2 f."""
+    f, weight, bias = random(1, 3, 4, 5), torch.zeros(2, 3, 3, 3, device=DEVICE), torch.tensor([80.0, -80.0])
+    for path, (sources, scores) in itertools.product(PATHS, [([f, 2 * f], bias), ([2 * f, f], -bias)]):
         monkeypatch.setenv("RMMSS_KERNELS", path)
-        assert torch.equal(kernels.feature_select([f, f.clone()], weight, bias, "hard", 0.2), f)
+        assert torch.equal(kernels.feature_select(sources, weight, scores.to(DEVICE), "hard", 0.2), sources[0])
 
 
 def test_an_ignored_pixel_that_is_not_a_number_poisons_nothing(monkeypatch):
@@ -318,6 +318,21 @@ def test_half_precision_errs_at_most_twice_as_much_as_pytorch(dtype, monkeypatch
             assert error <= allowed + 1e-6 * t.abs().max().item(), f"{name}, tensor {i}: {error} > {allowed}"
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_sums_and_weights_are_float32_whatever_the_features_are(path, monkeypatch):
+    B, M, C, h, w, K = 1, 2, 5, 24, 24, 3
+    labels, (present, match), bias = labelled(B, h, w, K), modalities(B, M), random(2)
+    student, teacher = (random(B, M, C, h, w, dtype=torch.bfloat16) for _ in range(2))
+    sources, weight = [student[:, 0], student[:, 1]], random(2, C, 3, 3, dtype=torch.bfloat16)
+    monkeypatch.setenv("RMMSS_KERNELS", path)
+    found = kernels.prototype_distance(student, teacher, labels, present, match, K)
+    expected = reference.prototype_distance(student.float(), teacher.float(), labels, present, match, K)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    sources = [source.float() for source in sources]  # of 16 bits are the weights alone
+    expected = reference.feature_select(sources, weight.float(), bias, "score", 0.2)
+    assert_close([kernels.feature_select(sources, weight, bias, "score", 0.2)], [expected])
+
+
 @needs_triton
 @pytest.mark.parametrize("case", ["all ignored", "one class", "one pixel", "strange values", "one sample ignored"])
 def test_triton_takes_every_kind_of_labels(case, monkeypatch):
@@ -341,19 +356,26 @@ def test_triton_takes_every_kind_of_labels(case, monkeypatch):
 def test_triton_takes_any_strides(monkeypatch):
     B, M, C, h, w, K = 2, 3, 5, 6, 8, 4
     labels, (present, match) = labelled(B, w, h, K).transpose(1, 2), modalities(B, M)
+    match[0, :2] = match[0, 2]  # no permutation
     present, match = present.t().contiguous().t(), match.t().contiguous().t()
-    views = {
-        "channels last": random(B, M, h, w, C).permute(0, 1, 4, 2, 3),
-        "every other channel": random(B, M, 2 * C, h, w)[:, :, ::2],
-        "cropped": random(B, M, C, h + 2, w + 3)[..., 1:-1, 2:-1],
-        "transposed": random(B, M, C, w, h).transpose(3, 4),
-        "expanded": random(1, M, C, h, w).expand(B, M, C, h, w),
-    }
+    views, twins = (
+        {
+            "channels last": random(B, M, h, w, C).permute(0, 1, 4, 2, 3),
+            "every other channel": random(B, M, 2 * C, h, w)[:, :, ::2],
+            "cropped": random(B, M, C, h + 2, w + 3)[..., 1:-1, 2:-1],
+            "transposed": random(B, M, C, w, h).transpose(3, 4),
+            "expanded": random(1, M, C, h, w).expand(B, M, C, h, w),
+        }
+        for _ in range(2)
+    )  # twins have equal strides
     weight, bias = random(C, 2, 3, 3).transpose(0, 1), random(2, B).t()
-    for student, teacher in zip(views.values(), [*views.values()][1:] + [views["channels last"]], strict=True):
+    others = [*views.values()][1:] + [views["channels last"]]
+    for student, twin, teacher in zip(views.values(), twins.values(), others, strict=True):
         assert_triton_agrees(distance_to(teacher, labels, present, match, K), [student], monkeypatch)
         assert_triton_agrees(distance_to(student.clone(), labels, present, match, K), [student], monkeypatch)
-        for sources in ([student[:, 0], student[:, 1]], [student[:, 0], teacher[:, 0]]):
+        assert_triton_agrees(distance_to(twin, labels, present, match, K), [student], monkeypatch)
+        dense, last = student[:, 0].contiguous(), teacher[:, 0].contiguous(memory_format=torch.channels_last)
+        for sources in ([student[:, 0], student[:, 1]], [student[:, 0], teacher[:, 0]], [dense, last], [last, dense]):
             assert_triton_agrees(selection_of(sources, "candidate", 1.0), [weight, bias], monkeypatch)
 
 
@@ -412,12 +434,15 @@ def test_torch_compile_goes_through_without_a_graph_break(path, monkeypatch):
 def test_the_custom_ops_keep_what_they_promise_to_torch_compile(monkeypatch):
     """Shapes, dtypes and strides of their fake versions, no aliases, and gradients that can be traced."""
     labels, (present, match) = labelled(1, 4, 5, 3), modalities(1, 2)
-    student, teacher = random(1, 2, 3, 20).requires_grad_(), random(1, 2, 3, 20)
-    args = student, teacher, labels.flatten(1), present, match, 3
-    torch.library.opcheck(kernels.prototype.distance_op, args)
-    sources = [random(1, 3, 4, 5) for _ in range(2)]
     weight, bias = random(2, 3, 3, 3).requires_grad_(), random(1, 2).requires_grad_()
-    torch.library.opcheck(kernels.selection.select_op, (*sources, weight, bias, "score", 0.5))
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = random(1, 2, 3, 20, dtype=dtype).requires_grad_(), random(1, 2, 3, 20, dtype=dtype)
+        args = student, teacher, labels.flatten(1), present, match, 3
+        torch.library.opcheck(kernels.prototype.distance_op, args)
+        sources = [random(1, 3, 4, 5, dtype=dtype) for _ in range(2)]
+        torch.library.opcheck(kernels.selection.select_op, (*sources, weight, bias, "score", 0.5))
+    assert not kernels.prototype.distance_op(*args)[1].requires_grad  # the table and the scores have no gradient
+    assert not kernels.selection.select_op(*sources, weight, bias, "score", 0.5)[1].requires_grad
 
 
 def test_autocast_does_not_lower_the_precision(monkeypatch):

@@ -231,7 +231,8 @@ def test_a_gradient_that_is_not_finite_stops_too(whole, tmp_path, monkeypatch, c
 
 def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd):
     for i, shape in enumerate([(64, 64), (64, 96)]):
-        for folder, array in (("rgb", np.zeros((*shape, 3), np.uint8)), ("labels", np.zeros(shape, np.uint8))):
+        noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+        for folder, array in (("rgb", noise), ("labels", np.zeros(shape, np.uint8))):
             file = tmp_path / f"data/{folder}/val/{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(file)
@@ -240,7 +241,12 @@ def test_frames_of_different_shapes_in_a_batch_are_named(whole, tmp_path, capfd)
     meta = about(modalities=["rgb"], root=str(tmp_path / "data"))
     runs.save_model(tmp_path / "a.pt", model, meta)
     for workers in "0", "2":
-        assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--workers", workers])) == 2
+        assert (
+            runs.guarded(
+                evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--batch-size", "2", "--workers", workers])
+            )
+            == 2
+        )
         sentence = said(capfd)
         assert "val/0 has 64 x 64 pixels, val/1 has 64 x 96 pixels; use --batch-size 1" in sentence, sentence
     assert runs.guarded(evaluate.main, evaluate.options([str(tmp_path / "a.pt"), "--batch-size", "1"])) == 0

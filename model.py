@@ -212,7 +212,7 @@ def build_model(backbone: str, num_classes: int, modalities: list[str]) -> MSegF
     """
     family, _, size = backbone.partition("_")
     preset = PRESETS.get(backbone if size == "tiny" else size)
-    if family not in ("segformer", "cmnext") or preset is None:
+    if family not in ("segformer", "cmnext") or preset is None or (family == "cmnext" and preset.stages):
         raise ValueError(f"unknown backbone '{backbone}'; choose one of {', '.join(BACKBONES)}.")
     build = MSegFormer if family == "segformer" else CMNeXt
     return build(preset, num_classes, modalities)

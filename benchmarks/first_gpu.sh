@@ -41,8 +41,8 @@ from benchmarks import bench
 small = os.environ["SMALL"] == "1"
 os.environ["RMMSS_KERNELS"] = "triton"
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-pixels = 64 if small else 1024
-levels = [(c, max(16, pixels // 2 ** (i + 2))) for i, c in enumerate(bench.WIDTHS)]
+pixels = 32 if small else 1024
+levels = [(c, max(8, pixels // 2 ** (i + 2))) for i, c in enumerate(bench.WIDTHS)]
 cases = [("prototype_distance", c, side) for c, side in levels]
 cases += [("feature_select", c, side) for c, side in [*levels, (bench.CLASSES, pixels)]]
 

@@ -76,7 +76,7 @@ def number(kind: type, least: float, most: float = 1e9):
 
 DEVICES = ("auto", "cpu", "cuda", *(f"cuda:{n}" for n in range(16)))
 COUNT, COUNT_OR_0, SIDE = number(int, 1), number(int, 0), number(int, 32)
-RATE, WEIGHT, SHARE, MINUTES = number(float, 1e-9), number(float, 0), number(float, 0, 1), number(float, 1e-3, 1e5)
+RATE, WEIGHT, SHARE, MINUTES = number(float, 1e-9), number(float, 0), number(float, 0, 1), number(float, 1e-6, 1e5)
 
 
 def names(text: str) -> list[str]:

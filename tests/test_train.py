@@ -120,7 +120,7 @@ def test_deterministic_algorithms_run_on_the_cpu_too(whole, tmp_path):
         (1, ["--data", "muses", "--hold-out", "3"], "--hold-out has no effect with --data muses"),
         (2, ["--stage1", "WHOLE/1", "--student-epochs", "0", "--gamma-logits", "1"], "--gamma-logits has no effect"),
         (2, ["--stage1", "WHOLE/1", "--gamma-logits=0", "--gamma-features=0", "--rule=score"], "--rule has no effect"),
-        (1, ["--max-minutes", "1e9"], "argument --max-minutes: invalid float from 0.001 to 100000 value: '1e9'"),
+        (1, ["--max-minutes", "1e9"], "argument --max-minutes: invalid float from 1e-06 to 100000 value: '1e9'"),
         (1, ["--teacher", "a.pt", "--distill-epochs", "0"], "--teacher a.pt with --distill-epochs 0 trains nothing"),
         (2, [], "give either --stage1 RUN, or both --teacher FILE and --robust FILE"),
         (2, ["--teacher", "a.pt"], "give either --stage1 RUN, or both"),

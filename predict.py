@@ -44,6 +44,7 @@ class Segmenter:
 
     def __init__(self, path: Path | str, device: str | None = None, size=None, keep_constant: bool = False):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.backends.cudnn.allow_tf32 = False  # the same bits as in evaluation
         self.models, _, self.meta = load_models(Path(path), device)
         self.size, self.keep_constant = size or self.meta["val_size"], keep_constant
 

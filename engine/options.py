@@ -114,7 +114,7 @@ def training_options(parser: Parser) -> None:
     add("--skip-broken", type=COUNT_OR_0, default=0, metavar="N", help="leave out at most N broken frames, listed")
     add("--workers", type=COUNT_OR_0, help="loader processes; more while the log's data_wait is above 0.05")
     add("--batch-size", type=COUNT, help="frames per step over all processes; halve --lr when you halve it")
-    add("--lr", type=RATE, help="peak of AdamW; from --pretrained 6e-5, a small model from random weights 1e-3 to 2e-3")
+    add("--lr", type=RATE, help="peak of AdamW; from --pretrained 6e-5; from random weights 1e-3, a tiny model 2e-3")
     add("--warmup-epochs", type=WEIGHT, help="linear rise from a tenth of --lr; at most half a phase is used")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; bf16: AMX or GPUs from 8.0")
     add("--eval-every", type=RATE, help="epochs between validations (fractions allowed); the best model is kept")
@@ -167,6 +167,7 @@ def parse(parser: Parser, argv: list[str] | None, inherited: Callable[[argparse.
     data = saved["data"] if "data" in saved else getattr(first, "data", "synthetic")
     recipe = RECIPES[data] | ({"epochs": RECIPES[data]["single_epochs"]} if parser.prog == "train_single.py" else {})
     recipe |= {"backbone": None} if getattr(first, "teacher", None) else {}
+    recipe |= {"lr": 1e-3} if data == "folder" and not getattr(first, "pretrained", None) else {}
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in first} | saved)
     args = parser.parse_args(argv)
     if first.resume:

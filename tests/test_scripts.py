@@ -77,6 +77,8 @@ def test_both_stages_and_all_protocols_run_on_every_layout(layout, tmp_path):
         backbone,
         "--size",
         64,
+        "--val-size",
+        64,
         "--limit",
         4,
         "--out",

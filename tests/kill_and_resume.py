@@ -88,7 +88,7 @@ def kill_and_resume(stage: int, start: list[str], kills: int, folder: pathlib.Pa
                 break
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            done, begun = done + 1, (out / "last.pt").exists()
+            done, begun = done + 1, any(out.glob("last*.pt"))  # killed between two renames, only the previous is there
         unequal = differences(folder / f"whole{stage}", out)
         equal = ended[1] == 0 and not unequal
         if not equal:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data import normalise, open_dataset
 from engine import loop
 from engine.checkpoint import FILES, FREE, SAME, fitting, load_last, require, save_model, write
-from engine.output import replace
+from engine.output import replace, say
 
 # What torch, CUDA, NumPy and the system say, with types that tell less.
 NO_MEMORY = "out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED"
@@ -148,10 +148,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            try:
-                print(text, flush=True)
-            except OSError:  # the pipe or terminal is closed; the log has it all
-                sys.stdout = open(os.devnull, "w")
+            say(text)
 
     def save_model(self, name: str, model: nn.Module, meta: dict) -> None:
         if self.rank == 0:

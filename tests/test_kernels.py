@@ -405,44 +405,7 @@ def test_triton_gives_identical_bits_twice(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# ------------------------------------------------------------------------- dispatch, torch.compile, errors
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_torch_compile_goes_through_without_a_graph_break(path, monkeypatch):
-    monkeypatch.setenv("RMMSS_KERNELS", path)
-    labels, (present, match) = labelled(2, 6, 7, 4), modalities(2, 3)
-    student, teacher = random(2, 3, 5, 6, 7).requires_grad_(), random(2, 3, 5, 6, 7)
-    sources, weight, bias = [random(2, 5, 6, 7) for _ in range(2)], random(2, 5, 3, 3).requires_grad_(), random(2)
-
-    def step(student, weight):
-        loss = kernels.prototype_distance(student, teacher, labels, present, match, 4)
-        for rule in kernels.RULES:
-            loss = loss + kernels.feature_select(sources, weight, bias, rule, 0.5).square().mean()
-        return loss
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (compiled, step):
-        loss = function(student, weight)
-        results.append([loss.detach(), *torch.autograd.grad(loss, [student, weight])])
-    assert_close(*results)
-
-
-@needs_triton
-def test_the_custom_ops_keep_what_they_promise_to_torch_compile(monkeypatch):
-    """Shapes, dtypes and strides of their fake versions, no aliases, and gradients that can be traced."""
-    labels, (present, match) = labelled(1, 4, 5, 3), modalities(1, 2)
-    weight, bias = random(2, 3, 3, 3).requires_grad_(), random(1, 2).requires_grad_()
-    for dtype in (torch.float32, torch.bfloat16):
-        student, teacher = random(1, 2, 3, 20, dtype=dtype).requires_grad_(), random(1, 2, 3, 20, dtype=dtype)
-        args = student, teacher, labels.flatten(1), present, match, 3
-        torch.library.opcheck(kernels.prototype.distance_op, args)
-        sources = [random(1, 3, 4, 5, dtype=dtype) for _ in range(2)]
-        torch.library.opcheck(kernels.selection.select_op, (*sources, weight, bias, "score", 0.5))
-    assert not kernels.prototype.distance_op(*args)[1].requires_grad  # the table and the scores have no gradient
-    assert not kernels.selection.select_op(*sources, weight, bias, "score", 0.5)[1].requires_grad
+# ------------------------------------------------------------------------- dispatch, errors
 
 
 def test_autocast_does_not_lower_the_precision(monkeypatch):

@@ -1,6 +1,5 @@
-"""Draws every figure of the docs but the panels, which predict.py draws.
+"""Draws every PNG of the docs but the panels, which predict.py draws.
 
-python -m benchmarks.figures pipeline docs/pipeline.txt --out docs/pipeline.png         # both stages, with shapes
 python -m benchmarks.figures prototypes runs/demo --out docs/prototypes.png    # do the modalities agree on a class?
 python -m benchmarks.figures selection runs/demo --out docs/selection.png      # where the FSM takes the teacher
 python -m benchmarks.figures lost runs/demo/results.json --out docs/lost.png   # mIoU over lost modalities
@@ -35,7 +34,6 @@ from kernels import reference
 INK, PALE, GRID = (40, 40, 40), (110, 110, 110), (225, 225, 225)
 COLOURS = {"teacher": (40, 90, 190), "robust": (200, 60, 40), "fsm": (150, 120, 40), "student": (40, 140, 70)}
 COLOURS["single"] = (130, 60, 150)
-FILLS = {"frozen": (222, 232, 245), "trained": (253, 231, 205), "tensor": (246, 246, 246), "loss": (250, 222, 222)}
 
 
 def axis(values: list[float]) -> tuple[float, int, int]:
@@ -229,35 +227,8 @@ def selection(run: Path) -> Image.Image:
     return draw(grid, columns, sides, key, "In the corners: mean weight of the teacher. Rule hard: the published one.")
 
 
-def pipeline(file: Path) -> Image.Image:
-    """Both stages: teacher, robust model, feature selection and student, with the shapes that pass between them; the
-    table docs/pipeline.txt, a box a line, in pixels of twice the figure's size."""
-    rows = [[cell.strip() for cell in line.split(" | ")] for line in file.read_text().splitlines()[1:]]
-    if not rows:
-        raise ValueError("it has no boxes")
-    for row in rows:
-        row[1:4] = map(int, row[1:4])  # left, right, middle
-    ends = {row[0]: row[2:4] for row in rows}  # where the arrows from a box start
-    image = Image.new("RGB", (3300, 1860), "white")
-    pen, (font, big, head) = ImageDraw.Draw(image), map(ImageFont.load_default, (38, 50, 60))
-    pen.text((60, 70), "Stage 1: Hybrid Prototype Distillation", INK, head, "lm")
-    pen.text((60, 980), "Stage 2: Feature Selection, and one student", INK, head, "lm")
-    for _, x, right, middle, colour, sources, title, *lines in reversed(rows):  # so a box covers an arrow's start
-        for source in filter(None, sources.split(", ")):
-            start, y = ends[source]
-            bend = start + (40 if source == "out T" else 90)  # two sources whose lines must not meet
-            pen.line((start, y, bend, y, bend, middle, x - 20, middle), INK, 6, "curve")
-            pen.polygon((x, middle, x - 28, middle - 14, x - 28, middle + 14), INK)
-        half = 50 + 26 * len(lines)
-        pen.rounded_rectangle((x, middle - half, right, middle + half), 24, FILLS[colour], PALE, 3)
-        for i, line in enumerate((title, *lines)):
-            place = (x + right) / 2, middle - 26 * len(lines) + 52 * i
-            pen.text(place, line, PALE if i else INK, font if i else big, "mm")
-    return image.reduce(2)
-
-
 def main(argv: list[str] | None = None) -> None:
-    figures = {f.__name__: f for f in (pipeline, prototypes, selection, lost, curves, scatter)}
+    figures = {f.__name__: f for f in (prototypes, selection, lost, curves, scatter)}
     parser = Parser("figures.py", __doc__)
     parser.add_argument("figure", choices=figures)
     parser.add_argument("source", type=Path, nargs="+", help="the file or folder to draw it from; of scatter several")

@@ -16,7 +16,6 @@ from engine.subsets import all_subsets
 from fsm import FSM
 from model import build_model
 
-DOCS = Path(__file__).parents[1] / "docs"
 MODALITIES = ["rgb", "depth", "event", "lidar"]
 
 
@@ -179,29 +178,10 @@ def test_the_selection_of_a_fresh_fsm_is_the_switch(tmp_path, monkeypatch, run):
     assert all(0 < share < 100 for row in hard for share in row)
 
 
-def test_the_pipeline_of_the_docs_lies_inside_the_picture(tmp_path):
-    figures.main(["pipeline", str(DOCS / "pipeline.txt"), "--out", str(tmp_path / "a.png")])
-    assert (tmp_path / "a.png").stat().st_size < 250_000
-    edge = np.asarray(figures.pipeline(DOCS / "pipeline.txt"))[[0, -1]]
-    assert (edge == 255).all()
-
-
-def test_the_pipeline_draws_a_box_in_its_place_and_an_arrow_to_it(tmp_path):
-    (tmp_path / "table.txt").write_text(
-        "box | left | right | middle | colour | arrows from | title\n"
-        "a | 100 | 500 | 400 | loss |  | first\n"
-        "b | 1100 | 1500 | 400 | frozen | a | second | line\n"
-    )
-    image = figures.pipeline(tmp_path / "table.txt")  # at half the size
-    assert image.getpixel((60, 200)) == figures.FILLS["loss"] and image.getpixel((560, 200)) == figures.FILLS["frozen"]
-    row = np.asarray(image)[200, 255:545].sum(1)  # between the boxes
-    assert (row == sum(figures.INK)).all()
-
-
 @pytest.mark.parametrize(
     "content", [b"{}", b"[1, 2]", b"17", b"", b"\x89PNG", b'{"scores": {"a": 1}, "labels": {"a": 2}}']
 )
-@pytest.mark.parametrize("figure", ["scatter", "lost", "curves", "pipeline", "selection", "prototypes"])
+@pytest.mark.parametrize("figure", ["scatter", "lost", "curves", "selection", "prototypes"])
 def test_a_source_that_is_not_ours_is_named_in_a_sentence(figure, content, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wrong.json").write_bytes(content)
@@ -219,7 +199,7 @@ def test_a_run_without_its_second_stage_has_no_selection_to_draw(tmp_path, run):
 def test_a_figure_replaces_no_foreign_file(tmp_path):
     (tmp_path / "a.png").write_bytes(b"somebody's own")
     with pytest.raises(ValueError, match="a.png exists and is not marked as written by RMMSS"):
-        figures.main(["pipeline", str(DOCS / "pipeline.txt"), "--out", str(tmp_path / "a.png")])
+        figures.main(["lost", "numbers.json", "--out", str(tmp_path / "a.png")])
 
 
 def test_only_a_scatter_takes_several_sources(capsys):

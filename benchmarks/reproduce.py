@@ -51,8 +51,9 @@ class Setting(NamedTuple):
 TINY = "--batch-size 16 --warmup-epochs 1 --eval-every 10000"  # validated at the end alone: last weights are kept
 SCENES = dict(train=f"--limit 300 {TINY}", epochs=(160, 48, 5), modalities=RDEL, evaluate="--limit 300")
 FRAMES = "--data nyuv2 --classes 13 --depth raw --backbone segformer_lite0 --modalities {modalities} --lr 1e-3"
-LITE0 = dict(prefix="-m benchmarks.lite0", teacher=FRAMES, distil="--lr 5e-4")
-NYU = dict(train=f"--size 120 {TINY}", epochs=(20, 10, 3), **LITE0)
+NYU = dict(
+    train=f"--size 120 {TINY}", teacher=FRAMES, distil="--lr 5e-4", epochs=(20, 10, 3), prefix="-m benchmarks.lite0"
+)
 PAPERS = dict(train="--workers 8", epochs=(200, 120, 10), split="val")
 SETTINGS = {
     "scenes": Setting("painted scenes, segformer_tiny", teacher="--backbone segformer_tiny", **SCENES),
@@ -69,7 +70,7 @@ class Row(NamedTuple):
     name: str
     label: str  # in the picture
     what: str  # in the table
-    train: str  # a command; a row whose folder {seed}/ROW it reads comes first. Or the row whose run this one takes
+    train: str  # a command, after the rows whose folders {seed}/ROW it reads. Or the row whose run this one takes
     take: str = "robust"  # the row's name in evaluate.py's table
     evaluate: str = ""
 

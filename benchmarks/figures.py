@@ -44,15 +44,13 @@ def axis(values: list[float]) -> tuple[float, int, int]:
 
 
 def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = COLOURS) -> Image.Image:
-    """Lines over x, at most eight, their legend below. ticks: x -> text. series: name -> [(x, values)]; of several
-    values at an x the line shows the mean, a band the range."""
-    series = {name: points for name, points in series.items() if points}
-    shown = [value for points in series.values() for _, values in points for value in values]
+    """Lines over x, at most eight, their legend below. ticks: x -> text. series: name -> {x: y}."""
+    shown = [y for points in series.values() for y in points.values()]
     if not shown:
         raise ValueError(f"nothing to draw for {title}: the file does not hold these numbers.")
     step, low, high = axis(shown)  # the axis goes from low * step to high * step
     image = Image.new("RGB", (1520, 1040), "white")  # as many rows for the legend as may be needed
-    pen, font, small = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(36), ImageFont.load_default(32)
+    pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(36), ImageFont.load_default(32)
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = 170 + (x - min(ticks)) / (max(ticks) - min(ticks) or 1) * 1260
@@ -67,8 +65,7 @@ def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = C
     for x, text in ticks.items():
         pen.text((at(x, 0)[0], 736), text, PALE, small, "mm")
     for i, (name, points) in enumerate(series.items()):
-        colour, line = colours[name], [at(x, fmean(values)) for x, values in points]
-        pen.polygon([at(x, max(v)) for x, v in points] + [at(x, min(v)) for x, v in points[::-1]], (*colour, 40))
+        colour, line = colours[name], [at(x, y) for x, y in points.items()]
         pen.line(line, colour, 6, "curve")
         for point in line if len(line) < 30 else ():
             pen.circle(point, 9, colour)
@@ -83,8 +80,7 @@ def scatter(*files: Path) -> Image.Image:
     missing; its cross is the range over seeds. A panel for each JSON file of benchmarks.reproduce."""
     panels = []
     for file in files:
-        results = json.loads(file.read_text())
-        rows = {}
+        results, rows = json.loads(file.read_text()), {}
         for row, label in results["labels"].items():
             if seeds := results["scores"].get(row):
                 rows[label] = [[score[column] for score in seeds.values()] for column in ("full", "missing")]
@@ -119,7 +115,7 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
             taken.append(line)
         pen.circle(points[label], 10, COLOURS["teacher"])
     for label, (x, y) in points.items():  # each where it covers least, and then near its point
-        width, best = font.getlength(label) / 2, (math.inf,)
+        width, places = font.getlength(label) / 2, []
         for radius, turn in itertools.product(range(24, 300, 24), range(16)):
             across, down = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
             cx, cy = x + across * (radius + width), y + down * (radius + 17)
@@ -127,8 +123,8 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
             sides = [[min(box[i + 2], t[i + 2]) - max(box[i], t[i]) + 16 for i in (0, 1)] for t in taken]
             covered = sum(max(0, w) * max(0, h) for w, h in sides)
             outside = max(0, 140 - box[0]) + max(0, box[2] - 1510) + max(0, 130 - box[1]) + max(0, box[3] - 970)
-            best = min(best, (covered + 1000 * outside, radius, turn, (cx, cy), box))
-        _, radius, _, middle, box = best
+            places.append((covered + 1000 * outside, radius, turn, (cx, cy), box))
+        _, radius, _, middle, box = min(places)
         if radius > 24:
             end = (min(max(v, low), high) for v, low, high in zip((x, y), box[:2], box[2:], strict=True))
             pen.line((x, y, *end), PALE, 2)
@@ -139,31 +135,29 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
 
 def lost(file: Path) -> Image.Image:
     """Mean mIoU over the subsets in which 0, 1, 2 ... modalities are lost; a JSON file of evaluate.py."""
-    results, series, ticks = json.loads(file.read_text()).get("results", {}), defaultdict(list), {}
+    results, series, ticks = json.loads(file.read_text()).get("results", {}), defaultdict(dict), {}
     for model in [name for name in COLOURS if name in results]:
         scores = [score["miou_published"] for score in results[model].get("any", {}).values()]
         m = len(scores).bit_length()  # 15 subsets of 4 modalities
         size = [len(subset) for subset in all_subsets(m)]
         for n in range(m):
-            series[model].append((n, [fmean(score for score, k in zip(scores, size, strict=True) if k == m - n)]))
+            series[model][n] = fmean(score for score, k in zip(scores, size, strict=True) if k == m - n)
             ticks[n] = f"{n} of {m}"
     return chart("mIoU in per cent, mean over the subsets", "modalities lost", ticks, series)
 
 
 def curves(file: Path) -> Image.Image:
     """Losses and validation mIoU of all phases of a run, one after the other; its log.jsonl."""
-    losses, scores, begun, now = defaultdict(list), defaultdict(list), {}, 0
+    losses, scores, begun, now = defaultdict(dict), defaultdict(dict), {}, 0
     for line in map(json.loads, file.read_text().splitlines()):
-        if not {"lr", "miou"} & line.keys():  # what the run is
-            continue
         phase = line["phase"]
         now = begun.setdefault(phase, now) + line["step"]  # steps since the run began
         if "lr" in line:  # a report, its losses stand before the learning rate
-            losses[phase].append((now, [sum(list(line.values())[3 : list(line).index("lr")])]))
+            losses[phase][now] = sum(list(line.values())[3 : list(line).index("lr")])
         else:  # the paper's teacher is validated on all modalities alone
-            scores[f"{phase}, all"].append((now, [line.get("miou_full", line["miou"])]))
+            scores[f"{phase}, all"][now] = line.get("miou_full", line["miou"])
             if "miou_missing" in line:
-                scores[f"{phase}, some missing"].append((now, [line["miou_missing"]]))
+                scores[f"{phase}, some missing"][now] = line["miou_missing"]
     colours = {f"{phase}, all": colour for phase, colour in COLOURS.items()}
     colours |= {f"{phase}, some missing": tuple((255 + c) // 2 for c in colour) for phase, colour in COLOURS.items()}
     ticks, x_label = {0: "0", now: str(now)}, "steps, all phases one after the other"
@@ -179,7 +173,7 @@ def prototypes(run: Path) -> Image.Image:
     dataset = open_data(meta, None, None, "val", meta["val_size"], limit=64)
     names = dataset.modalities
     pairs = list(itertools.combinations(range(len(names)), 2))
-    by_stage, by_pair = defaultdict(list), {}
+    by_stage, by_pair = defaultdict(dict), {}
     for model_name, model in models.items():
         sums, counts = [0.0] * 4, [0.0] * 4
         for image, label, _ in dataset:
@@ -193,8 +187,8 @@ def prototypes(run: Path) -> Image.Image:
             p = (total / count[:, None])[:, count > 0]  # (M, K', C): of the classes that occur
             p -= p.mean(1, keepdim=True)
             cosines = [float(F.cosine_similarity(p[m], p[n]).mean()) for m, n in pairs]
-            by_stage[model_name].append((stage, [fmean(cosines)]))
-        by_pair[model_name] = [(i, [cosine]) for i, cosine in enumerate(cosines)]
+            by_stage[model_name][stage] = fmean(cosines)
+        by_pair[model_name] = dict(enumerate(cosines))
     ticks, title = {i: str(i) for i in range(1, 5)}, "Cosine between two modalities' prototypes"
     left = chart(title, "stage, mean over the pairs", ticks, by_stage)
     ticks = {i: f"{names[m]}-{names[n]}" for i, (m, n) in enumerate(pairs)}

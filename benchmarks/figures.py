@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -36,11 +37,16 @@ COLOURS = {"teacher": (40, 90, 190), "robust": (200, 60, 40), "fsm": (150, 120, 
 COLOURS["single"] = (130, 60, 150)
 
 
-def axis(values: list[float]) -> tuple[float, int, int]:
-    """At most seven ticks around these values: step of 1, 2 or 5 times a power of ten, first and last one in steps."""
+def axis(values: list[float], first: int, last: int) -> tuple[Callable, list[tuple[str, float]]]:
+    """From pixel `first` to `last`, at round numbers -> value to pixel, and at most seven ticks: text and pixel."""
     step = next(m * 10**e for e in range(-3, 9) for m in (1, 2, 5) if max(values) - min(values) <= 6 * m * 10**e)
     low = math.floor(min(values) / step)
-    return step, low, max(math.ceil(max(values) / step), low + 1)
+    high = max(math.ceil(max(values) / step), low + 1)
+
+    def at(value: float) -> float:
+        return first + (value / step - low) / (high - low) * (last - first)
+
+    return at, [(f"{n * step:g}", at(n * step)) for n in range(low, high + 1)]
 
 
 def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = COLOURS) -> Image.Image:
@@ -48,24 +54,19 @@ def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = C
     shown = [y for points in series.values() for y in points.values()]
     if not shown:
         raise ValueError(f"nothing to draw for {title}: the file does not hold these numbers.")
-    step, low, high = axis(shown)  # the axis goes from low * step to high * step
     image = Image.new("RGB", (1520, 1040), "white")  # as many rows for the legend as may be needed
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(36), ImageFont.load_default(32)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = 170 + (x - min(ticks)) / (max(ticks) - min(ticks) or 1) * 1260
-        return across, 700 - (y / step - low) / (high - low) * 580
-
     pen.text((120, 48), title, INK, ImageFont.load_default(44), "lm")
     pen.text((800, 784), x_label, INK, font, "mm")
-    for n in range(low, high + 1):
-        y = at(0, n * step)[1]
+    up, heights = axis(shown, 700, 120)
+    for text, y in heights:
         pen.line((120, y, 1480, y), GRID, 2)
-        pen.text((104, y), f"{n * step:g}", PALE, small, "rm")
+        pen.text((104, y), text, PALE, small, "rm")
+    left, width = min(ticks), max(ticks) - min(ticks) or 1  # in units of x
     for x, text in ticks.items():
-        pen.text((at(x, 0)[0], 736), text, PALE, small, "mm")
+        pen.text((170 + (x - left) / width * 1260, 736), text, PALE, small, "mm")
     for i, (name, points) in enumerate(series.items()):
-        colour, line = colours[name], [at(x, y) for x, y in points.items()]
+        colour, line = colours[name], [(170 + (x - left) / width * 1260, up(y)) for x, y in points.items()]
         pen.line(line, colour, 6, "curve")
         for point in line if len(line) < 30 else ():
             pen.circle(point, 9, colour)
@@ -94,26 +95,24 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
     """rows: label -> its x values and y values, one of each a seed."""
     image = Image.new("RGB", (1520, 1120), "white")
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(34), ImageFont.load_default(32)
-    (dx, left, right), (dy, low, high) = (axis([v for row in rows.values() for v in row[i]]) for i in (0, 1))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return 150 + (x / dx - left) / (right - left) * 1320, 970 - (y / dy - low) / (high - low) * 830
-
+    across, columns = axis([v for x, _ in rows.values() for v in x], 150, 1470)
+    up, heights = axis([v for _, y in rows.values() for v in y], 970, 140)
     pen.text((120, 48), title, INK, ImageFont.load_default(44), "lm")
     pen.text((120, 92), "mean mIoU with modalities missing, over mIoU with all, in per cent", PALE, small, "lm")
-    for n in range(left, right + 1):
-        pen.line((*at(n * dx, low * dy), *at(n * dx, high * dy)), GRID, 2)
-        pen.text((at(n * dx, 0)[0], 1000), f"{n * dx:g}", PALE, small, "mm")
-    for n in range(low, high + 1):
-        pen.line((*at(left * dx, n * dy), *at(right * dx, n * dy)), GRID, 2)
-        pen.text((134, at(0, n * dy)[1]), f"{n * dy:g}", PALE, small, "rm")
-    points = {label: at(fmean(x), fmean(y)) for label, (x, y) in rows.items()}
+    for text, x in columns:
+        pen.line((x, 970, x, 140), GRID, 2)
+        pen.text((x, 1000), text, PALE, small, "mm")
+    for text, y in heights:
+        pen.line((150, y, 1470, y), GRID, 2)
+        pen.text((134, y), text, PALE, small, "rm")
+    points = {label: (across(fmean(x)), up(fmean(y))) for label, (x, y) in rows.items()}
     taken = [(x, y, x, y) for x, y in points.values()]  # boxes: left, top, right, bottom
-    for label, (x, y) in rows.items():
-        for line in (at(min(x), fmean(y)) + at(max(x), fmean(y)), at(fmean(x), max(y)) + at(fmean(x), min(y))):
+    for label, (xs, ys) in rows.items():
+        x, y = points[label]
+        for line in (across(min(xs)), y, across(max(xs)), y), (x, up(max(ys)), x, up(min(ys))):
             pen.line(line, COLOURS["teacher"], 4)
             taken.append(line)
-        pen.circle(points[label], 10, COLOURS["teacher"])
+        pen.circle((x, y), 10, COLOURS["teacher"])
     for label, (x, y) in points.items():  # each where it covers least, and then near its point
         width, places = font.getlength(label) / 2, []
         for radius, turn in itertools.product(range(24, 300, 24), range(16)):

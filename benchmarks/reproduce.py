@@ -5,9 +5,9 @@
     python -m benchmarks.reproduce deliver --root data/DELIVER --device cuda:0,cuda:1,cuda:2 --pretrained mit_b0.pth
     python -m benchmarks.reproduce scenes --dry-run           # prints the commands
 
-A seed is trained on one device, its rows one at a time, in the order of ROWS. The same command goes on where it was
-interrupted. Runs lie in runs/reproduce/SETTING/seedN/ROW. Each score enters benchmarks/results/SETTING.json as soon as
-it is there; a row that stands in that file with the same commands is not trained again, and no row ever leaves it.
+A device trains one seed after the other, and its rows one at a time. The same command goes on where it was interrupted.
+Runs lie in runs/reproduce/SETTING/seedN/ROW. Each score enters benchmarks/results/SETTING.json as soon as it is there;
+a row that stands in that file with the same commands is not trained again, and no row ever leaves it.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="by comma")
     parser.add_argument("--rows", type=names, default=list(BY_NAME), help="by comma; default: all")
     parser.add_argument("--pretrained", metavar="FILE", help="start weights of what starts from scratch")
-    parser.add_argument("--device", type=names, default=["cpu"], help="by comma; one seed on each")
+    parser.add_argument("--device", type=names, default=["cpu"], help="by comma; they share the seeds")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.rows) - set(BY_NAME)):

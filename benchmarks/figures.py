@@ -105,10 +105,9 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
     for text, y in heights:
         pen.line((150, y, 1470, y), GRID, 2)
         pen.text((134, y), text, PALE, small, "rm")
-    points = {label: (across(fmean(x)), up(fmean(y))) for label, (x, y) in rows.items()}
-    taken = [(x, y, x, y) for x, y in points.values()]  # boxes: left, top, right, bottom
+    points, taken = {}, []  # label -> pixel; boxes: left, top, right, bottom
     for label, (xs, ys) in rows.items():
-        x, y = points[label]
+        x, y = points[label] = across(fmean(xs)), up(fmean(ys))
         for line in (across(min(xs)), y, across(max(xs)), y), (x, up(max(ys)), x, up(min(ys))):
             pen.line(line, COLOURS["teacher"], 4)
             taken.append(line)
@@ -116,8 +115,8 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
     for label, (x, y) in points.items():  # each where it covers least, and then near its point
         width, places = font.getlength(label) / 2, []
         for radius, turn in itertools.product(range(24, 300, 24), range(16)):
-            across, down = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
-            cx, cy = x + across * (radius + width), y + down * (radius + 17)
+            cx = x + math.cos(turn * math.pi / 8) * (radius + width)
+            cy = y + math.sin(turn * math.pi / 8) * (radius + 17)
             box = cx - width, cy - 17, cx + width, cy + 17
             sides = [[min(box[i + 2], t[i + 2]) - max(box[i], t[i]) + 16 for i in (0, 1)] for t in taken]
             covered = sum(max(0, w) * max(0, h) for w, h in sides)

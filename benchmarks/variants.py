@@ -113,11 +113,9 @@ def dominant_modalities(per_modality: Sequence[Tensor], fused: Sequence[Tensor])
 def feature_variation_loss(
     robust: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor, counted: Tensor, classes: int
 ) -> Tensor:
-    """Lets the robust model's features vary within a class as the teacher's do, on the `counted` pairs -> scalar.
-
-    Per pixel the cosine between its feature and its class's prototype; softmax over the labelled positions;
-    KL(teacher || robust) over positions, averaged over the counted (sample, modality) pairs, summed over stages.
-    """
+    """Lets the robust model's features vary within a class as the teacher's do, on the `counted` pairs -> scalar. Per
+    pixel the cosine of its feature and the prototype of its class; softmax over the labelled positions;
+    KL(teacher || robust) over positions, averaged over the counted (sample, modality) pairs, summed over stages."""
     loss = labels.new_zeros((), dtype=torch.float32)
     for r, t in zip(robust, teacher, strict=True):
         y = labels_at(labels, r.shape[-2:])

@@ -93,11 +93,8 @@ def spread(frames: list, count: int | None) -> list:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text that are not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"  # which UTF-16 has at every other byte
-    if "\0" in text:
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if "\0" in text or "\ufffd" in text:  # the first is at every other byte of UTF-16, the second for no UTF-8
         raise ValueError(f"{path} is no UTF-8 text; save it as such")
     return [line for line in text.split("\n") if line.strip()]  # splitlines would split at U+2028 as well
 
@@ -117,10 +114,8 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
             words, colour = words[:-3], [int(word) for word in words[-3:]]
         name = " ".join(words)
         if name.startswith("#") or max(colour) > 255 or name in classes or re.search("[,;]", name):
-            raise ValueError(
-                f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line, "
-                f"no name twice, no comma or semicolon, and r, g, b in 0..255"
-            )
+            what = f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line"
+            raise ValueError(f"{what}, no name twice, no comma or semicolon, and r, g, b in 0..255")
         classes[name] = colour
     return list(classes), np.array(list(classes.values()), np.uint8)
 
@@ -153,10 +148,8 @@ def label_table(label_map: str, num_classes: int) -> np.ndarray:
 
 
 # ---- frames ---------------------------------------------------------------------------------------------------------
-def open_layout(
-    name: str, root: str | Path | None, depth: str, classes: int
-) -> tuple[Layout, Path | None, list[str], np.ndarray]:
-    """The layout as the options have it, the folder its paths begin at, the class names and the palette (K, 3)."""
+def open_layout(name: str, root: str | Path | None, depth: str, classes: int) -> tuple:
+    """The Layout as the options have it, the Path its files are below, the class names and the palette (K, 3)."""
     if name == "synthetic":
         layout = Layout(dict.fromkeys(("rgb", "depth", "event", "lidar"), ""), "", -1)
         return layout, None, *read_classes(CLASSES / "synthetic.txt")

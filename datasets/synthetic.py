@@ -2,10 +2,9 @@
 
     scene = paint(seed=0, split="train", index=7, size=64)      # rgb, depth, event, lidar, label
 
-Not in the paper: it stands in for DELIVER (Zhang et al. 2023, the paper's main data set), whose four modalities, five
-weather conditions and five sensor failures it copies. A scene is laid out in metres in front of a pinhole camera and
-painted far to near, so that colour, depth, height, scan lines and motion agree with each other. By construction no
-modality tells all classes apart:
+Not in the paper: it stands in for DELIVER (Zhang et al. 2023), whose four modalities, five weather conditions and
+five sensor failures it copies. A scene is laid out in metres in front of a pinhole camera and painted far to near, so
+that its modalities agree with each other. By construction none of them tells all classes apart:
 
     by colour only      LaneMark | Road, hedge (Vegetation) | low wall (Building)
     by distance only    Sidewalk | Road (the same greys, one is raised), Billboard (a flat painted car) | a real car

@@ -36,50 +36,26 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "deliver": Layout(
-        {
-            "rgb": "img/**/*_rgb_front.png",
-            "depth": "hha/**/*_depth_front.png",
-            "event": "event/**/*_event_front.png",
-            "lidar": "lidar/**/*_lidar_front.png",
-        },
-        "semantic/**/*_semantic_front.png",
-        1,
-        raw_depth="depth/**/*_depth_front.png",
-        label_map="shift:-1",
+        {"rgb": "img/**/*_rgb_front.png", "depth": "hha/**/*_depth_front.png",
+         "event": "event/**/*_event_front.png", "lidar": "lidar/**/*_lidar_front.png"},
+        "semantic/**/*_semantic_front.png", 1, raw_depth="depth/**/*_depth_front.png", label_map="shift:-1",
     ),
     "muses": Layout(
-        {
-            "rgb": "frame_camera/**/*_frame_camera.png",
-            "event": "event_camera/**/*_event_camera.png",
-            "lidar": "lidar/**/*_lidar.png",
-            "radar": "radar/**/*_radar.png",
-        },
-        "gt_semantic/**/*_gt_labelTrainIds.png",
-        0,
-        unasked=("radar",),
-    ),  # as in the papers' tables
+        {"rgb": "frame_camera/**/*_frame_camera.png", "event": "event_camera/**/*_event_camera.png",
+         "lidar": "lidar/**/*_lidar.png", "radar": "radar/**/*_radar.png"},
+        "gt_semantic/**/*_gt_labelTrainIds.png", 0, unasked=("radar",),  # as in the papers' tables
+    ),
     "mcubes": Layout(
-        {
-            "rgb": "polL_color/**/*.png",
-            "aolp": "polL_aolp_sin/**/*.npy",
-            "dolp": "polL_dolp/**/*.npy",
-            "nir": "NIR_warped/**/*.png",
-        },
-        "GT/**/*.png",
-        -1,
-        inner="multimodal_dataset",
+        {"rgb": "polL_color/**/*.png", "aolp": "polL_aolp_sin/**/*.npy",
+         "dolp": "polL_dolp/**/*.npy", "nir": "NIR_warped/**/*.png"},
+        "GT/**/*.png", -1, inner="multimodal_dataset",
     ),
     "nyuv2": Layout(  # event and lidar are derived from rgb and raw depth
         {"rgb": "RGB/**/*.jpg", "depth": "HHA/**/*.png", "event": "Depth/**/*.png", "lidar": "Depth/**/*.png"},
-        "Label/**/*.png",
-        -1,
-        "NYUDepthv2",
-        "Depth/**/*.png",
-        "shift:-1",
-        unasked=("event", "lidar"),
+        "Label/**/*.png", -1, "NYUDepthv2", "Depth/**/*.png", "shift:-1", unasked=("event", "lidar"),
     ),
     "folder": Layout({"<modality>": "<modality>/**/*.png"}, "labels/**/*.png", 0),  # its own are found on disk
-}
+}  # fmt: skip
 DATASETS = ("synthetic", *LAYOUTS)
 LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment", re.IGNORECASE)  # names of folders
 CLASSES = Path(__file__).parent / "classes"  # NAME.txt for each data set, in the format of a folder's classes.txt

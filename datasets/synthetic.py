@@ -44,38 +44,32 @@ SIGNS = ((0.8, 0.12, 0.12), (0.12, 0.25, 0.75), (0.85, 0.7, 0.1))
 # Colours that vary: from and to, of red, green and blue.
 LEAF, PLASTER, ANY = ((0.15, 0.4), (0.3, 0.5), (0.1, 0.22)), ((1, 1.15), (0.85, 1), (0.75, 1)), ((0.1, 0.8),) * 3
 PARTS = {
-    "box": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0),),
-    "plate": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0), (BOX, 0.3, 0.7, 0.35, 0.65, UPRIGHT, 1.6)),
-    "disc": ((OVAL, 0, 1, 0, 1, UPRIGHT, 1.0), (OVAL, 0.3, 0.7, 0.3, 0.7, UPRIGHT, 1.6)),
-    "tree": (
-        (BOX, 0.44, 0.56, 0, 0.5, UPRIGHT, (0.32, 0.25, 0.18)),
-        (LEAVES, 0, 0.75, 0.35, 0.85, UPRIGHT, 0.85),
-        (LEAVES, 0.2, 1, 0.4, 1, UPRIGHT, 1.0),
-    ),
-    "person": (
-        (BOX, 0.15, 0.45, 0, 0.5, UPRIGHT, 0.5),
-        (BOX, 0.55, 0.85, 0, 0.5, UPRIGHT, 0.5),
-        (BOX, 0, 1, 0.42, 0.84, UPRIGHT, 1.0),
-        (OVAL, 0.22, 0.78, 0.82, 1, UPRIGHT, SKIN),
-    ),
-    "side of a car": (
-        (BOX, 0.18, 0.78, 0.55, 1, FLAT, 0.9),
-        (BOX, 0.22, 0.74, 0.6, 0.92, SLOPE, GLASS),
-        (BOX, 0, 1, 0.15, 0.53, UPRIGHT, 1.0),
-        (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
-        (OVAL, 0.1, 0.3, 0, 0.32, UPRIGHT, TYRE),
-        (OVAL, 0.7, 0.9, 0, 0.32, UPRIGHT, TYRE),
-    ),
-    "back of a car": (
-        (BOX, 0.05, 0.95, 0, 0.3, UPRIGHT, TYRE),
-        (BOX, 0.1, 0.9, 0.55, 1, FLAT, 0.9),
-        (BOX, 0.16, 0.84, 0.6, 0.92, SLOPE, GLASS),
-        (BOX, 0, 1, 0.16, 0.53, UPRIGHT, 1.0),
-        (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
-        (BOX, 0.02, 0.18, 0.38, 0.5, UPRIGHT, LAMP),
-        (BOX, 0.82, 0.98, 0.38, 0.5, UPRIGHT, LAMP),
-    ),
-}
+    "box":           ((BOX,    0,    1,    0,    1,    UPRIGHT, 1.0),),
+    "plate":         ((BOX,    0,    1,    0,    1,    UPRIGHT, 1.0),
+                      (BOX,    0.3,  0.7,  0.35, 0.65, UPRIGHT, 1.6)),
+    "disc":          ((OVAL,   0,    1,    0,    1,    UPRIGHT, 1.0),
+                      (OVAL,   0.3,  0.7,  0.3,  0.7,  UPRIGHT, 1.6)),
+    "tree":          ((BOX,    0.44, 0.56, 0,    0.5,  UPRIGHT, (0.32, 0.25, 0.18)),
+                      (LEAVES, 0,    0.75, 0.35, 0.85, UPRIGHT, 0.85),
+                      (LEAVES, 0.2,  1,    0.4,  1,    UPRIGHT, 1.0)),
+    "person":        ((BOX,    0.15, 0.45, 0,    0.5,  UPRIGHT, 0.5),
+                      (BOX,    0.55, 0.85, 0,    0.5,  UPRIGHT, 0.5),
+                      (BOX,    0,    1,    0.42, 0.84, UPRIGHT, 1.0),
+                      (OVAL,   0.22, 0.78, 0.82, 1,    UPRIGHT, SKIN)),
+    "side of a car": ((BOX,    0.18, 0.78, 0.55, 1,    FLAT,    0.9),
+                      (BOX,    0.22, 0.74, 0.6,  0.92, SLOPE,   GLASS),
+                      (BOX,    0,    1,    0.15, 0.53, UPRIGHT, 1.0),
+                      (BOX,    0,    1,    0.52, 0.6,  FLAT,    1.15),
+                      (OVAL,   0.1,  0.3,  0,    0.32, UPRIGHT, TYRE),
+                      (OVAL,   0.7,  0.9,  0,    0.32, UPRIGHT, TYRE)),
+    "back of a car": ((BOX,    0.05, 0.95, 0,    0.3,  UPRIGHT, TYRE),
+                      (BOX,    0.1,  0.9,  0.55, 1,    FLAT,    0.9),
+                      (BOX,    0.16, 0.84, 0.6,  0.92, SLOPE,   GLASS),
+                      (BOX,    0,    1,    0.16, 0.53, UPRIGHT, 1.0),
+                      (BOX,    0,    1,    0.52, 0.6,  FLAT,    1.15),
+                      (BOX,    0.02, 0.18, 0.38, 0.5,  UPRIGHT, LAMP),
+                      (BOX,    0.82, 0.98, 0.38, 0.5,  UPRIGHT, LAMP)),
+}  # fmt: skip
 # One of them on the street, in metres; base: how high it stands, speed: sideways, in image widths between two frames.
 Thing = make_dataclass("Thing", "kind label x z width height colour speed base".split())
 

@@ -270,8 +270,8 @@ def read_frame(
             image = derive(modality, path, read)
         else:
             image = read(path)
-        metres = name == "nyuv2" and image.dtype == np.float32 and modality in (ranges or ())
-        if metres and np.median(image[image > 0]) == 1:  # as it has been cut off
+        raw_depth = name == "nyuv2" and image.dtype == np.float32 and modality in (ranges or ())
+        if raw_depth and np.median(image[image > 0]) == 1:  # as it has been cut off
             raise ValueError(f"{path} is beyond 10 m in half of its pixels; 16 bit must be millimetres, floats metres")
         label = np.full(image.shape[:2], IGNORED, np.uint8) if label is None else label
         (h, w), (H, W) = image.shape[:2], label.shape

@@ -37,8 +37,7 @@ def scene_files(layout: str, split: str, index: int, scene: dict) -> dict[str, n
     elif layout == "muses":
         key = f"{split}/{MUSES_WEATHER[condition]}/REC{index % 3:04d}_frame_{index:06d}"
         lidar = 15000 + 60 * lidar.astype(np.uint16)  # 0..255 as 0..102 metres
-        # Radar is every fourth column of the lidar.
-        radar = np.where(np.arange(lidar.shape[1])[:, None] % 4, 15000, lidar).astype(np.uint16)
+        radar = np.where(np.arange(lidar.shape[1])[:, None] % 4, 15000, lidar).astype(np.uint16)  # every fourth column
         files = {"frame_camera/KEY_frame_camera.png": rgb, "event_camera/KEY_event_camera.png": event}
         files |= {"lidar/KEY_lidar.png": lidar, "radar/KEY_radar.png": radar}
         if split != "test":

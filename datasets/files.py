@@ -23,8 +23,7 @@ FEW_BITS = {"1": 1, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey of 1, 2
 OTHER_ORDER = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B"}  # of the bytes of 16-bit colour
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".npz")
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its RGB
-# Normalised as published: RGB by ImageNet's numbers, the rest not at all.
-PUBLISHED = ("deliver", "muses", "mcubes")
+PUBLISHED = ("deliver", "muses", "mcubes")  # normalised as published: RGB by ImageNet's numbers, the rest not at all
 LARGEST_OF = {"8 bit": 255, "16 bit": 65535}
 KINDS = {"uint8": "8 bit", "uint16": "16 bit", "float32": "float"}
 

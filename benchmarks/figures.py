@@ -28,7 +28,7 @@ from engine.options import Parser
 from engine.output import check_output, write_picture
 from engine.pictures import Cell, draw, photograph
 from engine.runs import guarded
-from engine.subsets import all_subsets, present_of, subset_outputs
+from engine.subsets import present_of, subset_outputs
 from hpdm import labels_at
 from kernels import reference
 
@@ -133,21 +133,26 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
 
 def lost(file: Path) -> Image.Image:
     """Mean mIoU over the subsets in which 0, 1, 2 ... modalities are lost; a JSON file of evaluate.py."""
-    results, series, ticks = json.loads(file.read_text()).get("results", {}), defaultdict(dict), {}
-    for model in [name for name in COLOURS if name in results]:
-        scores = [score["miou_published"] for score in results[model].get("any", {}).values()]
-        m = len(scores).bit_length()  # 15 subsets of 4 modalities
-        size = [len(subset) for subset in all_subsets(m)]
+    report, series, ticks = json.loads(file.read_text()), defaultdict(dict), {}
+    for model in [name for name in COLOURS if name in report["results"]]:
+        scores = {name: s[f"miou_{report['rule']}"] for name, s in report["results"][model].get("any", {}).items()}
+        joined = any("+" in name for name in scores)  # "rgb+depth", else initials
+        size = {name: name.count("+") + 1 if joined else len(name) for name in scores}
+        m = max(size.values(), default=0)
+        if len(scores) != 2**m - 1:
+            raise ValueError(f"its row {model} has {len(scores)} of the {2**m - 1} subsets of {m} modalities")
         for n in range(m):
-            series[model][n] = fmean(score for score, k in zip(scores, size, strict=True) if k == m - n)
+            series[model][n] = fmean(scores[name] for name in scores if size[name] == m - n)
             ticks[n] = f"{n} of {m}"
-    return chart("mIoU in per cent, mean over the subsets", "modalities lost", ticks, series)
+    title = f"mIoU in per cent ({report['rule']} rule), mean over the subsets"
+    return chart(title, "modalities lost", ticks, series)
 
 
 def curves(file: Path) -> Image.Image:
     """Losses and validation mIoU of all phases of a run, one after the other; its log.jsonl."""
     losses, scores, begun, now = defaultdict(dict), defaultdict(dict), {}, 0
-    for line in map(json.loads, file.read_text().splitlines()):
+    for text in [line for line in file.read_text().splitlines() if line.endswith("}")]:  # a crash tears lines
+        line = json.loads(text)
         phase = line["phase"]
         now = begun.setdefault(phase, now) + line["step"]  # steps since the run began
         if "lr" in line:  # a report, its losses stand before the learning rate

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -73,6 +74,7 @@ class Row(NamedTuple):
     train: str  # a command, after the rows whose folders {seed}/ROW it reads. Or the row whose run this one takes
     take: str = "robust"  # the row's name in evaluate.py's table
     evaluate: str = ""
+    against: str = "dropped"  # the row that it is compared with, in the table's Δ
 
 
 # {long} teacher, {short} a model that starts from it, {both} robust model and student, {all} these three, in epochs
@@ -82,10 +84,11 @@ VARIANT = "benchmarks/variants.py %s --teacher {seed}/teacher/teacher.pt --disti
 STAGE2 = "train_stage2.py --stage1 {seed}/hpdm --fsm-epochs {fsm} --student-epochs "
 ROWS = [
     Row("teacher", "teacher", "teacher", TEACHER % "{long}", "teacher"),
-    Row("longer", "teacher, all", "teacher, as long as all three models", TEACHER % "{all}", "teacher"),
+    Row("longer", "teacher, all", "teacher, as long as all three models", TEACHER % "{all}", "teacher",
+        against="dropped_longer"),
     Row("dropped", "dropping", "modalities dropped, CE", FROM + "{short} --lambda-kl 0 --alpha 0"),
     Row("dropped_longer", "dropping, long", "the same, as long as robust model and student",
-        FROM + "{both} --lambda-kl 0 --alpha 0"),
+        FROM + "{both} --lambda-kl 0 --alpha 0", against="dropped_longer"),
     Row("kl", "CE+KL", "CE + KL", FROM + "{short} --alpha 0"),
     Row("hpdm", "HPDM", "CE + KL + HPDM, random matching (the paper)", FROM + "{short}"),
     Row("same", "HPDM same", "CE + KL + HPDM, same matching", FROM + "{short} --match same"),
@@ -94,16 +97,17 @@ ROWS = [
     Row("anyseg", "AnySeg", "AnySeg's losses", VARIANT % "anyseg"),
     Row("zero", "HPDM zero", "the paper, absent modalities as zero images", FROM + "{short} --absent zero"),
     Row("switch", "switch", "switch: teacher if complete, else robust model", "hpdm", "switch"),
-    Row("student", "student", "student", STAGE2 + "{short}", "student"),
+    Row("student", "student", "student", STAGE2 + "{short}", "student", against="dropped_longer"),
     Row("fsm", "FSM", "FSM, scores that know what is missing", "student", "FSM ensemble"),
     Row("hard", "FSM hard", "FSM, published hard rule", STAGE2 + "0 --rule candidate", "FSM ensemble",
         "--fsm-rule hard"),
     Row("single", "single", "single model (train_single.py), as long as all three",
-        "train_single.py {new} --epochs {all}", "single"),
+        "train_single.py {new} --epochs {all}", "single", against="dropped_longer"),
     Row("alpha1", "alpha 1", "the paper, alpha 1", FROM + "{short} --alpha 1"),
     Row("alpha10", "alpha 10", "the paper, alpha 10", FROM + "{short} --alpha 10"),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
+CHILDREN = []  # the commands that were started
 
 
 def seeds(text: str) -> list[int]:
@@ -159,6 +163,14 @@ class Results:
                 self.data = json.loads(self.file.read_text())
                 if self.data["title"] != SETTINGS[setting].title:
                     raise ValueError(f"its title is {self.data['title']}")
+                found = self.data["scores"]
+                cells = [scores for seeds in found.values() for scores in seeds.values()]
+                if any(found.keys() != self.data[key].keys() for key in ("labels", "what", "commands")):
+                    raise ValueError("its labels, texts and commands are not those of its rows")
+                if any(scores.keys() != cells[0].keys() for scores in cells) or not all(found.values()):
+                    raise ValueError("its rows differ in columns, or have none")
+                if not all(isfinite(value) for scores in cells for value in scores.values()):
+                    raise ValueError("a score is not finite")
 
     def has(self, row: Row, seed: int, text: str) -> bool:
         known = self.data["commands"].get(row.name, text)
@@ -180,9 +192,9 @@ def run(words: list[str], device: str, log: Path) -> None:
     threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}  # beside another run, one thread is faster than two
     with open(log, "a") as file:
         whole = [sys.executable, *words, "--device", device]
-        done = subprocess.run(whole, stdout=file, stderr=file, env=os.environ | threads)
-    if done.returncode:
-        raise ValueError(f"{shlex.join(words)} ended with {done.returncode}: {log.read_text().splitlines()[-1]}")
+        CHILDREN.append(child := subprocess.Popen(whole, stdout=file, stderr=file, env=os.environ | threads))
+    if status := child.wait():
+        raise ValueError(f"{shlex.join(words)} ended with {status}: {log.read_text().splitlines()[-1]}")
 
 
 def train(args: argparse.Namespace, row: Row, base: Path, device: str) -> Path:
@@ -190,7 +202,7 @@ def train(args: argparse.Namespace, row: Row, base: Path, device: str) -> Path:
     for needed in re.findall(r"{seed}/(\w+)", row.train):
         train(args, BY_NAME[needed], base, device)
     folder, done, words = base / row.name, base / f"{row.name}.done", command(args, row, str(base))
-    if not done.exists():
+    if not (done.exists() and folder.is_dir()):
         way = "--resume" if (folder / "last.pt").exists() else "--out"  # resumed, the script compares the options
         run([*words, *args.root, way, str(folder)], device, base / f"{row.name}.log")
         done.write_text(shlex.join(words))
@@ -221,26 +233,24 @@ def train_seeds(args: argparse.Namespace, results: Results, seeds: list[int], de
 
 
 def table(data: dict) -> str:
-    """The Markdown table of a results file: mean over the seeds, ± half the range where there are several."""
-    rows = [name for name in BY_NAME if name in data["scores"]]
-    columns = list(next(iter(data["scores"][rows[0]].values())))
-    lines = [["row", *columns, "seeds"], ["---", *["---:"] * (len(columns) + 1)]]
-    for name in rows:
-        seeds = data["scores"][name]
-        cells = [[scores[c] for scores in seeds.values()] for c in columns]
-        texts = [f"{fmean(v):.1f}" + (f" ± {(max(v) - min(v)) / 2:.1f}" if len(v) > 1 else "") for v in cells]
-        lines.append([data["what"][name], *texts, str(len(seeds))])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """The Markdown table of a results file: mean over the seeds, ± half the range where there are several.
 
-
-def differences(data: dict, to: str, rows: list[str], columns: tuple[str, ...] = ("full", "missing")) -> str:
-    """A Markdown table of rows minus the row `to`, paired by seed: mean, and the range over the seeds."""
-    lines = [[f"minus: {data['what'][to]}", *columns], ["---", *["---:"] * len(columns)]]
-    for name in rows:
-        seeds = sorted(data["scores"][name].keys() & data["scores"][to].keys())
-        pairs = [(data["scores"][name][seed], data["scores"][to][seed]) for seed in seeds]
-        apart = [[a[c] - b[c] for a, b in pairs] for c in columns]
-        lines.append([data["what"][name], *(f"{fmean(d):+.2f} ({min(d):+.2f} to {max(d):+.2f})" for d in apart)])
+    Δ: minus the row `against`, paired by seed: mean, and where there are several the range.
+    """
+    rows = [row for row in ROWS if row.name in data["scores"]]
+    columns = list(next(iter(data["scores"][rows[0].name].values())))
+    lines = [["row", *columns, "Δ full", "Δ missing", "seeds"], ["---", *["---:"] * (len(columns) + 3)]]
+    for row in rows:
+        seeds, others = data["scores"][row.name], data["scores"].get(row.against, {})
+        texts = []
+        for column in columns:
+            values = [scores[column] for scores in seeds.values()]
+            texts.append(f"{fmean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if values[1:] else ""))
+        for column in ("full", "missing"):
+            apart = [seeds[seed][column] - others[seed][column] for seed in seeds if seed in others]
+            mean = f"{fmean(apart):+.1f}" if apart and row.against != row.name else ""
+            texts.append(mean + (f" ({min(apart):+.1f} to {max(apart):+.1f})" if mean and apart[1:] else ""))
+        lines.append([data["what"][row.name], *texts, str(len(seeds))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -253,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             if row.train not in BY_NAME:
                 print("python", shlex.join([*command(args, row, base), "--out", f"{base}/{row.name}"]))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in CHILDREN])  # each device's seeds end
     results, step = Results(args.setting), len(args.device)
     with ThreadPoolExecutor(step) as pool:
         shares = [(args.seeds[i::step], device) for i, device in enumerate(args.device)]

@@ -8,6 +8,7 @@ Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 
 """
 
 import argparse
+import filecmp
 import math
 import os
 import sys
@@ -75,12 +76,13 @@ class FrameDataset(torch.utils.data.Dataset):
         return item
 
     def describe(self) -> str:
-        """One line: name, split, number of frames, each modality with kind, range, mean and deviation."""
+        """One line: name, split, number of frames; each modality with kind, range, mean and deviation in train."""
         what = [
             f"{modality} ({kind}, {low:g}..{high:g}, mean {np.mean(mean):.3g}, deviation {np.mean(deviation):.3g})"
             for modality, (kind, low, high, mean, deviation) in self.ranges.items()
         ]
-        return f"{self.name} {self.split}, {len(self)} frames: {', '.join(what)}"
+        frames = f"{len(self)} frames" + (", by train" if self.split != "train" else "")
+        return f"{self.name} {self.split}, {frames}: {', '.join(what)}"
 
     def unseen(self) -> list[str]:
         """The classes that no pixel of this split has, read until none is left; ValueError if no pixel has a class."""
@@ -227,15 +229,21 @@ def open_dataset(
     else:
         frames = find_frames(name, layout, root, split, modalities, hold_out) if modalities else []
         if not frames:
-            alike = [path for path in Path(root).glob("*/*") if path.name.lower().startswith(split) and path.is_dir()]
+            near = [path for path in Path(root).glob("*/*") if path.name.lower().startswith(split) and path.is_dir()]
+            alike = [path for path in near if path.name != split]
             what = f"rename {alike[0]} and its like to {split}" if alike else LAYOUTS[name].expected()
             raise FileNotFoundError(f"{root} has no {split} frames of {name}; {what}")
         train = frames if split == "train" else find_frames(name, layout, root, "train", modalities, hold_out)
-        here, there = ({os.path.realpath(frame.images[0]) for frame in part} for part in (frames, train))
-        if split != "train" and (both := here & there):
-            raise ValueError(f"{len(both)} frames of {split} are frames of train as well, such as {min(both)}")
+        if split != "train":
+            real = {os.path.realpath(frame.images[0]) for frame in train}
+            both = [frame.name for frame in frames if os.path.realpath(frame.images[0]) in real]
+            both += [f.name for f in spread(frames, 16) if all(is_copy(path, split) for path in f.images)]
+            if both:
+                raise ValueError(f"{len(both)} frames of {split} are frames of train as well, such as {both[0]}")
     table = label_table(label_map or layout.label_map, len(names))
     dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
+    if ranges and split != "train" and name in ("nyuv2", "folder"):
+        refuse_unlike(learn_ranges(name, modalities, spread(frames, 16), table, palette), ranges, split)
     ranges = ranges or learn_ranges(name, modalities, spread(train or frames, 64), table, palette)
     if ranges:  # if any of those frames is sound
         dataset.ranges = {modality: ranges[modality] for modality in modalities}
@@ -243,6 +251,21 @@ def open_dataset(
     if skip_broken != 0:
         dataset.open_all(skip_broken)
     return dataset
+
+
+def is_copy(path: Path, split: str) -> bool:
+    """Whether train has a file of this name and content."""
+    twin = Path(*("train" if part == split else part for part in path.parts))
+    return twin != path and path.is_file() and twin.is_file() and filecmp.cmp(path, twin, shallow=False)
+
+
+def refuse_unlike(found: dict[str, list], ranges: dict[str, list], split: str) -> None:
+    """ValueError if a modality of 16 bit or float is of another unit in a split than in training (`learn_ranges`)."""
+    for modality, (kind, low, _, mean, _) in found.items():
+        here, there = np.mean(mean), np.mean(ranges[modality][3])
+        if kind != "8 bit" and low >= 0 and not there / 4 < here < 4 * there:
+            what = f"{modality} of {split} has a mean of {here:.3g} of its full range, of train {there:.3g}"
+            raise ValueError(f"{what}; is one of the splits in another unit?")
 
 
 # ---- on the device: normalisation, modality dropping, corruptions ---------------------------------------------------
@@ -319,6 +342,8 @@ def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
     """What a person would want to know of a split of which every frame was read; pixels (256,) of each class."""
     sizes = Counter(f"{rows} x {columns}" for (rows, columns), *_ in dataset.looks).most_common(5)
     found = [f"{count} frames of {size} pixels" for size, count in sizes] + dataset.broken
+    if not dataset.looks:
+        return [f"{dataset.split}: {text}" for text in found]
     if pixels[0] and pixels[IGNORED] and not pixels[1:IGNORED].any():
         found.append("warning: labels of 0 and 255 alone, and 255 is ignored; for binary masks, --label-map 0=0,255=1")
     for m, (modality, (kind, low, high, *_)) in enumerate(dataset.ranges.items()):
@@ -382,7 +407,8 @@ def main() -> int:
             return check(args)
         export(args.export, args.layout, args.count, args.size, args.seed)
     except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+        unfinished = f"{args.export} is not complete: " if args.export and isinstance(error, OSError) else ""
+        print(f"data.py: {unfinished}{error}", file=sys.stderr)
         return 2
     say(f"{args.count} scenes written; next: python data.py --data {args.layout} --root {args.export} --check")
     return 0

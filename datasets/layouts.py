@@ -57,7 +57,8 @@ LAYOUTS = {
     "folder": Layout({"<modality>": "<modality>/**/*.png"}, "labels/**/*.png", 0),  # its own are found on disk
 }  # fmt: skip
 DATASETS = ("synthetic", *LAYOUTS)
-LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment", re.IGNORECASE)  # names of folders
+# Names of folders that are no modalities, unless they are asked for.
+LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment|panoptic|instance", re.IGNORECASE)
 CLASSES = Path(__file__).parent / "classes"  # NAME.txt for each data set, in the format of a folder's classes.txt
 
 
@@ -82,6 +83,9 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     lines = [line.split() for line in read_lines(path)]
     if not 0 < len(lines) < 256:
         raise ValueError(f"{path} has {len(lines)} classes; expected 1 to 255, one a line")
+    ids = [words[0].rstrip(":.)") for words in lines]
+    if all(map(str.isdecimal, ids)) and ids != [str(number) for number in range(len(ids))]:
+        raise ValueError(f"{path} numbers its lines {', '.join(ids[:4])}, ...; write only names, label 0 first")
     classes = {}
     for number, words in enumerate(lines):
         hue, brightness = 0.618 * number % 1, 0.95 - 0.12 * ((number - 1) % 5)  # golden ratio
@@ -216,6 +220,9 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
     keys = listed(name, root, split, hold_out) if name in ("mcubes", "nyuv2") else keys
     if keys and indexed.get(LAYOUTS["nyuv2"].modalities["depth"]) == {}:
         raise FileNotFoundError(f"{root / 'HHA'} has no files; --depth raw reads {root / 'Depth'} instead")
+    labels = root / layout.label.partition("/**")[0]
+    if keys and split != "test" and not indexed[layout.label]:
+        raise FileNotFoundError(f"{labels} has no labels of {split}; the labels' folder must be called {labels.name}")
     frames = []
     for key in keys:
         # A file that is not there keeps the path where it should be, so that reading the frame names it.

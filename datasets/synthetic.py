@@ -311,6 +311,8 @@ def _lidar(scene, view, condition: str, case: str, rng: np.random.Generator) -> 
     H, W = view.z.shape
     texel = (view.v[:, 0] * TEXELS).astype(np.intp)
     scan = np.flatnonzero(texel % 4 == 1)  # every fourth row of texels
+    if not scan.size:
+        scan = np.arange(1, len(texel), 4)  # at some sizes, such as 48, no pixel lies in such a row
     chance = rng.random((scan.size, W), np.float32)
     error = 0.98 + 0.04 * rng.random((scan.size, W), np.float32)
     shifts = ((rng.random(TEXELS) - 0.5) * W / 6).astype(np.intp)

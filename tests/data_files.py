@@ -1,5 +1,6 @@
 """What the tests of data sets share: small data sets to write, scenes to compare with, errors to expect."""
 
+import contextlib
 import struct
 import zlib
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from datasets import synthetic
+from datasets.export import write_file
 
 SIZE = 64  # of the scenes of the fixture `exported`
 
@@ -23,48 +25,50 @@ def chw(image, scale=1):
 
 def png(path, array, filters=None):
     """A PNG writer of the test's own; `filters` chooses None (0), Sub (1) or Up (2) for each row."""
-    height, width, channels = array.shape
+    height, _, channels = array.shape
     rows = array.astype(">u2" if array.dtype == np.uint16 else "u1").reshape(height, -1).view(np.uint8).astype(int)
     pixel, lines = array.dtype.itemsize * channels, b""
     for y in range(height):
         kind = filters[y] if filters is not None else 0
         before = {0: 0, 1: np.concatenate([np.zeros(pixel, int), rows[y, :-pixel]]), 2: rows[y - 1] if y else 0}[kind]
         lines += bytes([kind]) + ((rows[y] - before) % 256).astype(np.uint8).tobytes()
-    colour = {1: 0, 3: 2, 4: 6}[channels]
-    head = struct.pack(">IIBBBBB", width, height, 8 * array.dtype.itemsize, colour, 0, 0, 0)
+    put_together(path, array, 8 * array.dtype.itemsize, {1: 0, 3: 2, 4: 6}[channels], lines)
+
+
+def few_bits(path, ids, bits, palette=None):
+    """A PNG of 1, 2, 4 or 8 bits a pixel, grey, or with a palette."""
+    packed = np.packbits(np.unpackbits(ids[..., None], axis=2)[..., 8 - bits :].reshape(len(ids), -1), axis=1)
+    colours = [] if palette is None else [b"PLTE" + np.array(palette, np.uint8).tobytes()]
+    put_together(path, ids, bits, 0 if palette is None else 3, np.pad(packed, ((0, 0), (1, 0))).tobytes(), *colours)
+
+
+def put_together(path, array, bits, colour, rows, *more):
+    """Writes the chunks of a PNG; a row begins with its filter."""
+    head = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], bits, colour, 0, 0, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
-        for chunk in (b"IHDR" + head, b"IDAT" + zlib.compress(lines), b"IEND"):
+        for chunk in (b"IHDR" + head, *more, b"IDAT" + zlib.compress(rows), b"IEND"):
             file.write(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)))
 
 
 def folder_dataset(root, count=4, height=40, width=60, classes=5, seed=0):
     """A folder data set of noise whose event image repeats the label, so that both must move together."""
     rng = np.random.default_rng(seed)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "classes.txt").write_text("".join(f"class {k}\n" for k in range(classes)))
+    write_file(root / "classes.txt", "".join(f"class {k}\n" for k in range(classes)))
     for split in synthetic.SPLITS:
         for i in range(count):
-            label = rng.integers(0, classes, (height, width, 1), np.uint8)
-            png(root / f"rgb/{split}/{i}.png", rng.integers(0, 256, (height, width, 3), np.uint8))
-            png(root / f"event/{split}/{i}.png", np.repeat(label + 1, 3, axis=2))
-            png(root / f"labels/{split}/{i}.png", label)
+            label = rng.integers(0, classes, (height, width), np.uint8)
+            write_file(root / f"rgb/{split}/{i}.png", rng.integers(0, 256, (height, width, 3), np.uint8))
+            write_file(root / f"event/{split}/{i}.png", np.dstack([label + 1] * 3))
+            write_file(root / f"labels/{split}/{i}.png", label)
     return root
 
 
+@contextlib.contextmanager
 def fails(kind, *parts):
     """Expect an error of one line that has all these parts."""
-
-    class Check:
-        def __enter__(self):
-            self.raises = pytest.raises(kind)
-            self.error = self.raises.__enter__()
-
-        def __exit__(self, *args):
-            caught = self.raises.__exit__(*args)
-            text = str(self.error.value)
-            assert "\n" not in text and all(str(part) in text for part in parts), text
-            return caught
-
-    return Check()
+    with pytest.raises(kind) as error:
+        yield
+    text = str(error.value)
+    assert "\n" not in text and all(str(part) in text for part in parts), text

@@ -1,19 +1,20 @@
 """data.py: sizes and augmentation, modality dropping and corruptions, the two commands."""
 
-import pathlib
+import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from data_files import SIZE, fails, png
+from data_files import SIZE, fails, folder_dataset
+from models import GOLDEN
 
 import data
-from data import open_dataset
+from data import nearest, normalise, open_dataset
 from datasets import layouts
-
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+from datasets.export import write_file
 
 
 # ---- sizes, augmentation, reproducibility ---------------------------------------------------------------------------
@@ -37,36 +38,32 @@ def test_deliver_frames_are_what_the_published_loader_and_transform_give(size, l
     assert found < 1.001 * levels and wrong == 0
 
 
-@pytest.mark.parametrize("rule", ["normalisation", "interpolation", "labels", "sizes"])
-def test_the_published_frames_tell_other_rules_apart(rule, monkeypatch):
-    normalise, centre = data.normalise, lambda old, new: ((np.arange(new) + 0.5) * old / new).astype(int)
-    levels, wrong = 2, 0
-    if rule == "normalisation":
-        monkeypatch.setattr(
-            data, "normalise", lambda images, mean, deviation: normalise(images, mean[:1], deviation[:1])
-        )
-    elif rule == "interpolation":
-        monkeypatch.setattr(data, "resize", data.nearest)
-    elif rule == "labels":
-        monkeypatch.setattr(
-            data,
-            "nearest",
-            lambda pixels, size: pixels[centre(pixels.shape[0], size[0])][:, centre(pixels.shape[1], size[1])],
-        )
-        levels, wrong = 1e9, 50
-    else:  # at once, without the step in between
-        monkeypatch.setattr(data, "resized_to", lambda shape, size: [(128, 128)])
+def centred(pixels, size):
+    rows, columns = (((np.arange(n) + 0.5) * old / n).astype(int) for old, n in zip(pixels.shape, size, strict=False))
+    return pixels[rows][:, columns]
+
+
+@pytest.mark.parametrize(
+    "function, other, levels, wrong",
+    [
+        ("normalise", lambda images, mean, deviation: normalise(images, mean[:1], deviation[:1]), 2, 0),
+        ("resize", nearest, 2, 0),
+        ("nearest", centred, 1e9, 50),  # of the labels
+        ("resized_to", lambda shape, size: [(128, 128)], 2, 0),  # at once, without the step in between
+    ],
+)
+def test_the_published_frames_tell_other_rules_apart(function, other, levels, wrong, monkeypatch):
+    monkeypatch.setattr(data, function, other)
     found = from_golden(100)
     assert found[0] > levels or found[1] > wrong
 
 
 def test_evaluation_sizes_are_multiples_of_32_and_labels_are_not_mixed(exported):
-    dataset = open_dataset("muses", exported / "muses", "val", size=32)
-    images, label, _ = dataset[0]
+    images, label, _ = open_dataset("muses", exported / "muses", "val", size=32)[0]
     assert images.shape == (3, 3, 32, 64) and label.shape == (32, 64)  # 64 x 113, then 32 x 56
     assert set(label.unique().tolist()) <= set(open_dataset("muses", exported / "muses", "val")[0][1].unique().tolist())
-    exact = open_dataset("muses", exported / "muses", "val", size=(48, 40))[0]
-    assert exact[0].shape == (3, 3, 48, 40) and exact[1].shape == (48, 40)
+    images, label, _ = open_dataset("muses", exported / "muses", "val", size=(48, 40))[0]
+    assert images.shape == (3, 3, 48, 40) and label.shape == (48, 40)
     larger = open_dataset("folder", exported / "folder", "val", size=2 * SIZE)[0]
     assert larger[0].shape == (4, 3, 2 * SIZE, 2 * SIZE)
 
@@ -74,11 +71,10 @@ def test_evaluation_sizes_are_multiples_of_32_and_labels_are_not_mixed(exported)
 def gradient_dataset(root):
     """Frames of 40 x 60 whose event image tells a pixel's column and row, and whose label tells the same in bands."""
     y, x = np.mgrid[:40, :60].astype(np.uint8)
-    root.mkdir()
-    (root / "classes.txt").write_text("".join(f"class {k}\n" for k in range(50)))
+    write_file(root / "classes.txt", "".join(f"class {k}\n" for k in range(50)))
     for i in range(12):
-        png(root / f"event/train/{i:02d}.png", np.dstack([4 * x, 6 * y, np.full_like(x, 200)]))
-        png(root / f"labels/train/{i:02d}.png", (y // 8 * 10 + x // 6)[..., None])
+        write_file(root / f"event/train/{i:02d}.png", np.dstack([4 * x, 6 * y, np.full_like(x, 200)]))
+        write_file(root / f"labels/train/{i:02d}.png", y // 8 * 10 + x // 6)
     return root
 
 
@@ -106,25 +102,17 @@ def test_the_scale_is_relative_to_the_crop_and_flips_and_places_vary(tmp_path):
         height, width = (label != 255).sum(0).max(), (label != 255).sum(1).max()
         assert (height, width) == (min(30, round(40 * scale)), min(30, round(60 * scale)))
         across, down = image[0, 0, :width].double(), image[1, :height, 0].double()
-        middle = slice(2, -2)
-        assert abs(across[middle].diff().mean()).item() == pytest.approx(4 / scale, rel=0.06)
-        assert down[middle].diff().mean().item() == pytest.approx(6 / scale, rel=0.06)
+        assert abs(across[2:-2].diff().mean()).item() == pytest.approx(4 / scale, rel=0.06)
+        assert down[2:-2].diff().mean().item() == pytest.approx(6 / scale, rel=0.06)
         flips.add(bool(across[0] > across[-1]))
         starts.add((across.min().item() // 8, down.min().item() // 8))
     assert flips == {True, False} and len(starts) > 5
 
 
-class Chance:
+def chance(draws, factors=()):
     """A source of chance whose answers are known."""
-
-    def __init__(self, draws, factors=()):
-        self.draws, self.factors = np.array(draws), iter(factors)
-
-    def random(self, _):
-        return self.draws
-
-    def uniform(self, *_):
-        return next(self.factors)
+    left = iter(factors)
+    return SimpleNamespace(random=lambda _: np.array(draws), uniform=lambda *_: next(left))
 
 
 @pytest.mark.parametrize("top", [255, 1])
@@ -138,7 +126,7 @@ def test_colour_jitter_is_brightness_then_contrast_then_saturation(top):
     values = grey(values).mean() + 0.7 * (values - grey(values).mean())
     values = grey(values) + 0.6 * (values - grey(values))
     given = image if top == 255 else image / np.float32(255)
-    jittered = data.jitter(given, Chance([0, 1], (1.2, 0.7, 0.6)))
+    jittered = data.jitter(given, chance([0, 1], (1.2, 0.7, 0.6)))
     assert jittered.dtype == np.uint8 and np.abs(jittered - values).max() < 2.5  # rounded after each of the three
 
 
@@ -146,11 +134,11 @@ def test_blur_has_a_deviation_of_0_8_pixels_and_nothing_happens_by_default():
     image = np.zeros((7, 7, 3), np.uint8)
     image[3, 3] = 255
     weights = np.exp(-np.array([1, 0, 1]) / (2 * 0.8**2))
-    weights /= weights.sum()
-    blurred = data.jitter(image, Chance([1, 0]))
-    assert np.abs(blurred[2:5, 2:5, 0] - 255 * np.outer(weights, weights)).max() < 1
+    expected = 255 * np.outer(weights, weights) / weights.sum() ** 2
+    blurred = data.jitter(image, chance([1, 0]))
+    assert np.abs(blurred[2:5, 2:5, 0] - expected).max() < 1
     assert blurred.sum((0, 1)).tolist() == [blurred[2:5, 2:5, 0].sum()] * 3
-    assert data.jitter(image, Chance([0.2, 0.2])) is image
+    assert data.jitter(image, chance([0.2, 0.2])) is image
 
 
 def test_only_rgb_is_jittered(tmp_path):
@@ -165,7 +153,7 @@ def test_only_rgb_is_jittered(tmp_path):
 def test_rgb_of_16_bit_has_one_range_whether_it_is_jittered_or_not(tmp_path, modalities):
     root, rng = gradient_dataset(tmp_path / "d"), np.random.default_rng(0)
     for i in range(12):
-        png(root / f"rgb/train/{i:02d}.png", rng.integers(30000, 60000, (40, 60, 3), np.uint16))
+        write_file(root / f"rgb/train/{i:02d}.png", rng.integers(30000, 60000, (40, 60, 3), np.uint16))
     dataset = open_dataset("folder", root, modalities=modalities, size=24, augment=True)
     images = [dataset[0, i][0][0] for i in range(12)]
     assert {image.dtype for image in images} == {torch.float32} and max(image.max() for image in images) <= 1
@@ -207,13 +195,6 @@ def test_normalise_gives_the_same_for_bytes_and_floats():
         data.normalise(images.to(torch.uint16), mean.tolist(), deviation.tolist())
 
 
-def test_published_data_sets_have_published_numbers_by_which_a_zero_filled_modality_is_an_empty_one(exported):
-    for name in ("deliver", "muses", "mcubes"):
-        dataset = open_dataset(name, exported / name, "val", limit=1)
-        nothing = data.normalise(torch.zeros(1, len(dataset.modalities), 3, 2, 2), *dataset.normalisation)
-        assert not nothing[:, 1:].any() and nothing[:, 0].max() < -1.8, name
-
-
 def test_present_has_uniform_sizes_and_uniform_subsets():
     draws = data.draw_present(60000, 4, torch.Generator().manual_seed(0))
     assert draws.any(1).all()
@@ -227,11 +208,10 @@ def test_present_has_uniform_sizes_and_uniform_subsets():
     assert data.draw_present(50, 1, torch.Generator().manual_seed(0)).all()
 
 
-def noise_inputs(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(7, 3, 3, 24, 20, generator=generator)
-    present = data.draw_present(7, 3, generator)
-    return images, present, [f"frame {i}" for i in range(7)]
+def noise_inputs():
+    generator = torch.Generator().manual_seed(0)
+    images, present = torch.randn(7, 3, 3, 24, 20, generator=generator), data.draw_present(7, 3, generator)
+    return images, present, [*(f"frame {i}" for i in range(6)), os.fsdecode(b"caf\xe9")]  # a name that is no UTF-8
 
 
 @pytest.mark.parametrize("r", [0.25, 0.5, 0.75])
@@ -260,22 +240,18 @@ def test_sensor_noise_has_the_stated_density_and_deviation(level, density, devia
     assert abs(untouched.std() - deviation) < 0.05 * deviation + 0.02
 
 
-def test_corruptions_do_not_depend_on_the_batch():
+@pytest.mark.parametrize(
+    "corrupted",
+    [
+        lambda images, present, names, seed=0: data.random_missing(images, present, 0.5, names, seed),
+        lambda images, _, names, seed=0: data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"], seed),
+    ],
+)
+def test_corruptions_depend_on_the_seed_and_not_on_the_batch(corrupted):
     images, present, names = noise_inputs()
-    order = [5, 0, 3]
-    for whole, part in (
-        (
-            data.random_missing(images, present, 0.5, names),
-            data.random_missing(images[order], present[order], 0.5, [names[i] for i in order]),
-        ),
-        (
-            data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"]),
-            data.sensor_noise(images[order], "mid", [names[i] for i in order], ["rgb", "depth", "event"]),
-        ),
-    ):
-        assert torch.equal(whole[order], part)
-    other = data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"], seed=1)
-    assert not torch.equal(other, data.sensor_noise(images, "mid", names, ["rgb", "depth", "event"]))
+    whole, order = corrupted(images, present, names), [5, 0, 3]
+    assert torch.equal(whole[order], corrupted(images[order], present[order], [names[i] for i in order]))
+    assert not torch.equal(whole, corrupted(images, present, names, seed=1))
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------
@@ -284,22 +260,27 @@ def run(monkeypatch, capsys, *arguments):
     return data.main(), capsys.readouterr()
 
 
-def test_check_counts_every_split_and_lists_the_broken(mini, monkeypatch, capsys):
-    for layout in layouts.LAYOUTS:
-        root = mini(layout)
-        status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
-        assert status == 0
-        held = "6" if layout == "nyuv2" else "3"  # which has two lists
-        assert [line.partition(": rgb (")[0] for line in printed.out.splitlines()[:3]] == [
-            f"{layout} train, 6 frames",
-            f"{layout} val, {held} frames",
-            f"{layout} test, {held} frames",
-        ]
-        victim = open_dataset(layout, root, "train").frames[1].images[0]
-        victim.write_bytes(victim.read_bytes()[:50])
-        status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
-        assert status == 1 and f"{layout} train, 5 frames" in printed.out and "; 1 broken" in printed.out
-        assert sum(str(victim) in line for line in printed.out.splitlines()) == 1
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_check_counts_every_split_and_lists_the_broken(mini, monkeypatch, capsys, layout):
+    root = mini(layout)
+    status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
+    held = 6 if layout == "nyuv2" else 3  # which has two lists
+    found = [line.partition(": rgb (")[0] for line in printed.out.splitlines()[:3]]
+    assert status == 0 and found == [
+        f"{layout} {part} frames" for part in ("train, 6", f"val, {held}", f"test, {held}")
+    ]
+    path = open_dataset(layout, root, "train").frames[1].images[0]
+    path.write_bytes(path.read_bytes()[:50])
+    status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
+    assert status == 1 and f"{layout} train, 5 frames" in printed.out and "; 1 broken" in printed.out
+    assert sum(str(path) in line for line in printed.out.splitlines()) == 1
+
+
+def test_check_prints_kinds_and_ranges_and_a_file_name_that_is_no_utf_8(tmp_path, monkeypatch, capsys):
+    root = folder_dataset(tmp_path / "d")
+    (root / "rgb/val" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"no picture")
+    status, printed = run(monkeypatch, capsys, "--data", "folder", "--root", root, "--check")
+    assert status == 1 and "rgb (8 bit, 0..255, mean" in printed.out and r"caf\udce9.png" in printed.out
 
 
 def test_check_and_export_explain_what_they_cannot_do(tmp_path, monkeypatch, capsys):
@@ -313,16 +294,16 @@ def test_check_and_export_explain_what_they_cannot_do(tmp_path, monkeypatch, cap
 
 
 def test_export_command_writes_what_check_accepts(tmp_path, monkeypatch, capsys):
-    status, _ = run(monkeypatch, capsys, "--export", tmp_path / "new", "--layout", "mcubes", "--count", 4, "--size", 16)
-    assert status == 0
+    assert (
+        run(monkeypatch, capsys, "--export", tmp_path / "new", "--layout", "mcubes", "--count", 4, "--size", 16)[0] == 0
+    )
     assert run(monkeypatch, capsys, "--check", "--data", "mcubes", "--root", tmp_path / "new")[0] == 0
 
 
-def test_check_names_the_classes_that_never_occur(mini, capsys, monkeypatch):
+def test_check_names_the_classes_that_never_occur(mini, monkeypatch, capsys):
     root = mini("folder")
-    with open(root / "classes.txt", "a") as file:
-        file.write("unicorn\n")
-    monkeypatch.setattr(sys, "argv", ["data.py", "--data", "folder", "--root", str(root), "--check"])
-    assert data.main() == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["unicorn", "none", "none", "none"] in rows and [row[1:] for row in rows].count(["none"] * 3) == 2
+    write_file(root / "classes.txt", (root / "classes.txt").read_text() + "unicorn\n")
+    status, printed = run(monkeypatch, capsys, "--data", "folder", "--root", root, "--check")
+    rows = [line.split() for line in printed.out.splitlines()]
+    assert status == 0 and ["unicorn", "none", "none", "none"] in rows
+    assert [row[1:] for row in rows].count(["none"] * 3) == 2

@@ -53,7 +53,7 @@ def alone():
 
 
 @pytest.fixture
-def as_a_script():
+def handlers():
     """For tests that train, and send themselves signals: they leave neither handlers nor loader workers behind."""
     with alone():
         yield

@@ -281,7 +281,7 @@ def test_own_checkpoints_come_back_whole(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_a_checkpoint_of_other_classes_starts_all_but_the_classifier(whole, as_a_script, tmp_path, capfd):
+def test_a_checkpoint_of_other_classes_starts_all_but_the_classifier(whole, handlers, tmp_path, capfd):
     file, other = whole / "1/teacher.pt", tmp_path / "a.pt"
     meta = torch.load(file, weights_only=True)["meta"]
     many, same = len(meta["classes"]), meta["classes"]

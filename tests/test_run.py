@@ -28,7 +28,7 @@ from data import FrameDataset
 from datasets import files
 from engine import loop, options, runs
 
-pytestmark = pytest.mark.usefixtures("as_a_script")
+pytestmark = pytest.mark.usefixtures("handlers")
 STOPS = [("teacher", "SIGTERM", 143), ("robust", "SIGINT", 130), ("fsm", "SIGUSR1", 0), ("student", "SIGHUP", 129)]
 
 

@@ -21,7 +21,7 @@ from datasets.export import export
 from engine import checkpoint, loop, options, runs
 from model import build_model
 
-pytestmark = pytest.mark.usefixtures("as_a_script")
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_hpdm import K, slow_kl, slow_labels, slow_prototypes
 
 from benchmarks import anyseg, variants
 from hpdm import draw_match
 
+K = 6
 STAGES = ((5, 4, 6), (7, 2, 3))  # C, h, w for images of 16 x 24
 SCENES = ["any", "absent classes", "a sample without labels", "no labels", "one modality", "one present modality"]
 cosine = functools.partial(F.cosine_similarity, dim=0)
@@ -38,6 +38,19 @@ def scene(case="any", modalities=3):
         present = torch.eye(3, dtype=torch.bool)[[1, 2, 0]]
     match = draw_match(3, modalities, "random", g)
     return [s.requires_grad_() for s in student], teacher, fused, labels, present, match
+
+
+def slow_labels(labels, h, w):
+    return F.interpolate(labels[:, None].double(), size=(h, w), mode="nearest")[:, 0].long()
+
+
+def slow_prototypes(features, labels):
+    """features (C, h, w), labels (h, w) -> {class: mean feature (C,)}."""
+    return {c: features[:, labels == c].mean(1) for c in labels.unique().tolist() if c != 255}
+
+
+def slow_kl(p, q):
+    return sum(a * (a.log() - b.log()) for a, b in zip(p, q, strict=True))
 
 
 def agree(loss, slow, student, value=(1e-9, 1e-12), gradient=(1e-7, 1e-11)):

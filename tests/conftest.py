@@ -1,5 +1,6 @@
 """Settings that must stand before anything else is imported, and fixtures that several modules share."""
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -35,41 +36,43 @@ def mini(exported, tmp_path):
     return lambda layout: shutil.copytree(exported / layout, tmp_path / layout)
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """As in the runs started as processes of their own: other threads, other sums."""
-    threads, before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+@contextlib.contextmanager
+def alone():
+    """One thread, as in runs that are processes of their own (other threads, other sums); signals return at its end."""
+    from engine.loop import EXIT_STATUS
+
+    threads, handlers = torch.get_num_threads(), {number: signal.getsignal(number) for number in EXIT_STATUS}
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(threads)
-    os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def handlers():
-    """A test that sends itself signals leaves neither handlers nor loader workers behind."""
-    from engine import loop
-
-    before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    """For tests that train, and send themselves signals: they leave neither handlers nor loader workers behind."""
+    with alone():
+        yield
     assert multiprocessing.active_children() == []  # a loader worker left behind would keep a script from ending
 
 
-@pytest.fixture(scope="module")
-def whole(one_thread, tmp_path_factory):
-    """Run folders of both stages that nothing interrupted."""
-    from kill_and_resume import SMALL, SMALL2, STAGE1, STAGE2, train
-
-    from engine import loop
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Run folders of both stages that nothing interrupted. Read them, and change nothing."""
+    from small_runs import start, train
 
     folder = tmp_path_factory.mktemp("whole")
-    before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
-    assert train(1, [*SMALL, *STAGE1, "--out", str(folder / "1")]) == 0
-    assert train(2, [*SMALL2, *STAGE2, "--stage1", str(folder / "1"), "--out", str(folder / "2")]) == 0
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with alone():
+        for stage in (1, 2):
+            assert train(stage, start(stage, folder, folder / str(stage))) == 0
     return folder
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of the finished stage 1, for a test that breaks something in it."""
+    return shutil.copytree(whole / "1", tmp_path / "1")

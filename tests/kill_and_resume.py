@@ -7,6 +7,7 @@ over the time that the uninterrupted run took, so they hit loading, steps, valid
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 import random
@@ -35,52 +36,51 @@ def train(stage: int, argv: list[str]) -> int:
     return runs.guarded((train_stage1.main, train_stage2.main)[stage - 1], argv)
 
 
+def leaves(x, where: str = "") -> dict:
+    """Every tensor and value in nested dictionaries and lists, by its place."""
+    if not isinstance(x, (dict, list)) or not len(x):
+        return {where: x}
+    parts = x.items() if isinstance(x, dict) else enumerate(x)
+    return {place: leaf for key, part in parts for place, leaf in leaves(part, f"{where}/{key}").items()}
+
+
+def same(x, y) -> bool:
+    if torch.is_tensor(x) and torch.is_tensor(y):
+        return x.dtype == y.dtype and torch.equal(x, y)
+    return torch.is_tensor(x) == torch.is_tensor(y) and x == y
+
+
 def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
-    """What is not equal, bit for bit, in the checkpoints of two run folders."""
-    files = sorted({file.name for folder in (a, b) for file in folder.glob("*.pt")} - {"last.previous.pt"})
-    found, free = [], {"last.pt/logged", *(f"last.pt/options/{name}" for name in FREE | FILES)}
-
-    def compare(where: str, x, y) -> None:
-        if isinstance(x, dict) and isinstance(y, dict) and x.keys() == y.keys():
-            for key in x:
-                compare(f"{where}/{key}", x[key], y[key])
-        elif isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
-            for i, pair in enumerate(zip(x, y, strict=True)):
-                compare(f"{where}/{i}", *pair)
-        elif torch.is_tensor(x) and torch.is_tensor(y):
-            if x.dtype != y.dtype or not torch.equal(x, y):
-                found.append(f"{where}: {x.flatten()[:3].tolist()} and {y.flatten()[:3].tolist()} ...")
-        elif x != y and where not in free:  # the log's length changes with the digits of its times
-            found.append(f"{where}: {x} and {y}")
-
-    for name in files:
-        if not ((a / name).exists() and (b / name).exists()):
-            found.append(f"{name} is in one folder only")
-        else:
-            compare(name, *(torch.load(folder / name, weights_only=True) for folder in (a, b)))
-    return found
+    """The places in the checkpoints of two run folders where they are not equal, bit for bit."""
+    one, other = (
+        leaves({file.name: torch.load(file, weights_only=True) for file in folder.glob("*.pt")}) for folder in (a, b)
+    )
+    free = {"/last.pt/logged", *(f"/last.pt/options/{name}" for name in FREE | FILES)}  # the log has times: its length
+    places = [place for place in one | other if place not in free and not place.startswith("/last.previous.pt")]
+    return [place for place in places if not same(one.get(place, "absent"), other.get(place, "absent"))]
 
 
-def spawn(stage: int, argv: list[str], log: pathlib.Path) -> int:
-    """`train` in a child process, which finds torch loaded -> its process id."""
+def spawn(log: pathlib.Path, act) -> int:
+    """act() in a child process, which finds torch loaded; its exit status is what act returns -> its process id."""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
         with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            status = train(stage, argv)
+            status = act()
         os._exit(status)
     return pid
 
 
 def kill_and_resume(stage: int, start: list[str], kills: int, folder: pathlib.Path, rng: random.Random) -> bool:
     """Kills runs of a stage until `kills` is reached -> whether all of them ended as the uninterrupted one did."""
-    log, began = folder / f"stage{stage}.txt", time.time()
-    _, status = os.waitpid(spawn(stage, [*start, "--out", str(folder / f"whole{stage}")], log), 0)
+    log, whole, began = folder / f"stage{stage}.txt", folder / f"whole{stage}", time.time()
+    _, status = os.waitpid(spawn(log, functools.partial(train, stage, [*start, "--out", str(whole)])), 0)
     length, done, equal, runs = time.time() - began, 0, status == 0, 0
     while done < kills and equal:
-        out, runs, begun = folder / f"killed{stage}.{runs + 1}", runs + 1, False
+        runs, out = runs + 1, folder / f"killed{stage}.{runs + 1}"
+        argv = [*start, "--out", str(out)]
         while True:
-            pid = spawn(stage, ["--resume", str(out)] if begun else [*start, "--out", str(out)], log)
+            pid = spawn(log, functools.partial(train, stage, argv))
             end = time.time() + rng.uniform(0, length) if done < kills else float("inf")
             while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.time() < end:
                 time.sleep(0.002)
@@ -88,19 +88,15 @@ def kill_and_resume(stage: int, start: list[str], kills: int, folder: pathlib.Pa
                 break
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            done, begun = done + 1, any(out.glob("last*.pt"))  # killed between two renames, only the previous is there
-        unequal = differences(folder / f"whole{stage}", out)
+            done += 1
+            if any(out.glob("last*.pt")):  # killed between two renames, only the previous is there
+                argv = ["--resume", str(out)]
+        unequal = differences(whole, out)
         equal = ended[1] == 0 and not unequal
         if not equal:
-            print(
-                f"stage {stage}, run {runs}: exit status {ended[1]}, {unequal[:5]}",
-                *log.read_text().splitlines()[-5:],
-                sep="\n",
-            )
-    print(
-        f"stage {stage}: {done} kills, {runs} runs resumed to the end, "
-        f"{'all equal to the uninterrupted run, bit for bit' if equal else 'NOT equal'}"
-    )
+            print(f"stage {stage}, run {runs}: exit status {ended[1]}, {unequal[:5]}\n{log.read_text()[-600:]}")
+    verdict = "all equal to the uninterrupted run, bit for bit" if equal else "NOT equal"
+    print(f"stage {stage}: {done} kills, {runs} runs resumed to the end, {verdict}")
     return equal
 
 
@@ -109,10 +105,10 @@ def main(kills: int, seed: int = 0) -> int:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        first = kill_and_resume(1, SMALL + STAGE1, kills, folder, rng)
-        start = ["--stage1", str(folder / "whole1"), *SMALL2, *STAGE2]
-        second = first and kill_and_resume(2, start, kills, folder, rng)
-    return 0 if first and second else 1
+        equal = kill_and_resume(1, [*SMALL, *STAGE1], kills, folder, rng)
+        second = [*SMALL2, *STAGE2, "--stage1", str(folder / "whole1")]
+        equal = equal and kill_and_resume(2, second, kills, folder, rng)
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":

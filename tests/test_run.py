@@ -1,4 +1,8 @@
-"""Long runs that nothing can ruin: resuming, signals, kills, folders. All runs are tiny."""
+"""Long runs that nothing can ruin, and that are silent about nothing. All runs are tiny.
+
+What the machine does is caused for real where a CPU can: sizes that no machine has, a worker that kills itself, a pipe
+without a reader, a full disk. What only CUDA or a container can say is raised with their words.
+"""
 
 import json
 import os
@@ -11,41 +15,34 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from kill_and_resume import SMALL2, STAGE2, differences, train
-from small_runs import TIMES, crash, during, log, said, start
+from kill_and_resume import differences, train
+from small_runs import ROOT, TIMES, change, crash, during, log, refused, said, start, stop
 
-from engine import options, runs
+import evaluate
+import predict
+import segformer
+from data import FrameDataset
+from datasets import files
+from engine import loop, options, runs
 
-pytestmark = pytest.mark.usefixtures("one_thread", "handlers")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-PHASES = {"teacher": 1, "robust": 1, "fsm": 2, "student": 2}
+pytestmark = pytest.mark.usefixtures("handlers")
+STOPS = [("teacher", "SIGTERM", 143), ("robust", "SIGINT", 130), ("fsm", "SIGUSR1", 0), ("student", "SIGHUP", 129)]
 
 
 # ---- continuing ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "phase, number, status",
-    [
-        ("teacher", signal.SIGTERM, 143),
-        ("robust", signal.SIGINT, 130),
-        ("fsm", signal.SIGUSR1, 0),
-        ("student", signal.SIGHUP, 129),
-    ],
-)
-def test_a_signal_saves_at_the_next_step_and_the_resumed_run_equals_the_uninterrupted_one(
-    whole, tmp_path, monkeypatch, phase, number, status
-):
-    with monkeypatch.context() as patch:
-        during(patch, phase, 1, lambda *_: os.kill(os.getpid(), number))
-        more = ["--save-every", "100", "--workers", "2" if phase == "robust" else "0"]
-        assert train(PHASES[phase], start(PHASES[phase], whole, tmp_path, *more)) == status
+@pytest.mark.parametrize("phase, name, status", STOPS)
+def test_a_signal_saves_at_the_next_step_and_the_resumed_run_equals_the_whole_one(whole, tmp_path, phase, name, status):
+    stage = 1 if phase in ("teacher", "robust") else 2
+    more = ["--save-every", "100", "--workers", "2" if phase == "robust" else "0"]
+    with during(phase, 1, lambda *_: signal.raise_signal(signal.Signals[name])):
+        assert train(stage, start(stage, whole, tmp_path, *more)) == status
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (saved["phase"], saved["step"]) == (phase, 2)
-    assert train(PHASES[phase], ["--resume", str(tmp_path / "last.pt")]) == 0
-    assert differences(whole / str(PHASES[phase]), tmp_path) == []
+    assert train(stage, ["--resume", str(tmp_path / "last.pt")]) == 0
+    assert differences(whole / str(stage), tmp_path) == []
 
 
 def test_a_run_stops_by_the_clock_and_goes_on(whole, tmp_path):
@@ -64,55 +61,38 @@ def test_a_second_interrupt_stops_at_once():
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_run_goes_on_when_nobody_reads_its_output_any_more(whole, tmp_path):
-    command = [sys.executable, ROOT / "train_stage1.py", *start(1, whole, tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.stdout.close()
-    error = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=120) == 0, error
-    assert differences(whole / "1", tmp_path) == []
-
-
-def test_the_log_of_a_run_that_crashed_has_every_step_once(whole, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        during(patch, "robust", 3, crash)  # after the validation of step 2; the last checkpoint is of step 0
+def test_the_log_of_a_run_that_crashed_has_every_step_once(whole, tmp_path):
+    with during("robust", 3, crash):  # after the validation of step 2; the last checkpoint is of step 0
         assert train(1, start(1, whole, tmp_path, "--save-every", "100")) == 130
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"phase": "robust", "st\0\0\0')  # cut off, and zeros as after a loss of power
     assert (log(whole / "1")[-3]["phase"], log(whole / "1")[-3]["step"]) == ("robust", 2)
     assert train(1, ["--resume", str(tmp_path)]) == 0
     for a, b in zip(log(whole / "1"), log(tmp_path), strict=True):
-        same = a.keys() - TIMES
-        assert {k: a[k] for k in same} == {k: b[k] for k in same}
+        assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
     assert differences(whole / "1", tmp_path) == []
 
 
-def test_a_corrupt_last_checkpoint_costs_only_the_steps_since_the_one_before(whole, tmp_path, capfd, monkeypatch):
-    with monkeypatch.context() as patch:
-        during(patch, "robust", 2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+def test_a_corrupt_last_checkpoint_costs_only_the_steps_since_the_one_before(whole, tmp_path, capfd):
+    with during("robust", 2, stop):
         assert train(1, start(1, whole, tmp_path, "--save-every", "1")) == 143
     data = bytearray((tmp_path / "last.pt").read_bytes())
     data[len(data) // 2] ^= 16
     (tmp_path / "last.pt").write_bytes(data)
     capfd.readouterr()
     assert train(1, ["--resume", str(tmp_path)]) == 0
-    assert re.match(
-        r"warning: .*last.pt is corrupt, or .* Continuing from .*last.previous.pt, step 2\.\n$", capfd.readouterr().err
-    )
+    warning = r"warning: .*last.pt is corrupt, or .* Continuing from .*last.previous.pt, step 2\.\n"
+    assert re.fullmatch(warning, capfd.readouterr().err)
     assert differences(whole / "1", tmp_path) == []
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again_by_the_same_command(whole, tmp_path, monkeypatch):
-    for stage, phase in ((1, "teacher"), (2, "fsm")):
-        out = tmp_path / str(stage)
-        with monkeypatch.context() as patch:
-            during(patch, phase, 0, crash, of="save")
-            assert train(stage, start(stage, whole, out)) == 130
-        assert sorted(os.listdir(out)) == ["config.json", "lock"]
-        assert train(stage, start(stage, whole, out)) == 0
-        assert differences(whole / str(stage), out) == []
+@pytest.mark.parametrize("stage, phase", [(1, "teacher"), (2, "fsm")])
+def test_a_run_killed_before_its_first_checkpoint_begins_again_by_the_same_command(whole, tmp_path, stage, phase):
+    with during(phase, 0, crash, of="save"):
+        assert train(stage, start(stage, whole, tmp_path)) == 130
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "lock"]
+    assert train(stage, start(stage, whole, tmp_path)) == 0
+    assert differences(whole / str(stage), tmp_path) == []
 
 
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been():
@@ -121,59 +101,126 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been():
     assert done.returncode == 0 and done.stdout.count("equal to the uninterrupted run") == 2, done.stdout + done.stderr
 
 
+# ---- memory, workers, streams, disks --------------------------------------------------------------------------------
+SCRIPTS = {
+    "training": lambda whole, out: train(1, start(1, whole, out)),
+    "evaluate": lambda whole, _: runs.guarded(evaluate.main, evaluate.options([f"{whole}/1", "--device", "cpu"])),
+    "predict": lambda whole, out: runs.guarded(predict.main, predict.options([f"{whole}/1", "--out", str(out)])),
+    "export": lambda whole, out: runs.guarded(predict.main, predict.options([f"{whole}/1", "--export", f"{out}.pt2"])),
+}
+
+
+@pytest.mark.parametrize(
+    "script, needs",
+    [  # while it traces, torch.export takes no memory
+        *((script, lambda: torch.empty(2**50)) for script in SCRIPTS if script != "export"),
+        *((script, lambda: np.empty(2**50)) for script in SCRIPTS),
+        ("training", lambda: bytearray(2**62)),
+    ],
+)
+def test_too_little_memory_is_one_sentence_in_every_script(whole, tmp_path, monkeypatch, capfd, script, needs):
+    monkeypatch.setattr(segformer.MSegFormer, "encode", lambda *_: needs())
+    assert SCRIPTS[script](whole, tmp_path / "out") == 2
+    sentence = said(capfd)
+    assert all(part in sentence for part in ("out of memory", "--batch-size", "--size")), sentence
+
+
+def fail(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_what_cuda_and_the_system_say_of_memory_is_understood(error, capfd):
+    assert runs.guarded(fail, error) == 2
+    assert "--batch-size" in said(capfd)
+
+
+@pytest.mark.parametrize(
+    "act, option",
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "--workers 0"),
+        (lambda: fail(RuntimeError("unable to write to file </torch_7_1>: No space left on")), "--workers 0"),
+        (lambda: fail(RuntimeError("unable to allocate shared memory(shm) for file </torch_7_1>")), "--workers 0"),
+        (lambda: bytearray(2**62), "--batch-size"),
+    ],
+)
+def test_a_loader_worker_that_gives_out_is_one_sentence(whole, tmp_path, monkeypatch, capfd, act, option):
+    monkeypatch.setattr(FrameDataset, "__getitem__", lambda *_: act())
+    assert option in refused(capfd, 1, start(1, whole, tmp_path, "--workers", "1"))
+
+
+@pytest.mark.parametrize(
+    "script, closed",
+    [
+        ("train_stage1.py", "no stdout"),
+        ("train_stage1.py", "no reader"),
+        ("train_stage1.py", "a reader of one line"),
+        ("evaluate.py", "no stdout"),
+        ("evaluate.py", "no reader"),
+        ("data.py", "no reader"),
+    ],
+)
+def test_a_closed_stdout_costs_nothing(whole, exported, tmp_path, script, closed):
+    words = {
+        "train_stage1.py": start(1, whole, tmp_path),
+        "evaluate.py": [str(whole / "1"), "--json", str(tmp_path / "out.json"), "--limit", "2"],
+        "data.py": ["--data", "folder", "--root", str(exported / "folder"), "--check"],
+    }[script]
+    shell = 'exec "$@" >&-' if closed == "no stdout" else 'exec "$@"'
+    command = ["sh", "-c", shell, "sh", sys.executable, ROOT / script, *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if "one line" in closed:
+        process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    process.stderr.close()
+    if script == "train_stage1.py":
+        assert differences(whole / "1", tmp_path) == []
+    assert script != "evaluate.py" or (tmp_path / "out.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_at_a_log_line_ends_in_one_sentence_and_the_run_goes_on(whole, tmp_path, capfd):
+    file = tmp_path / "log.jsonl"
+    with during("teacher", 1, lambda *_: file.symlink_to("/dev/full")):
+        sentence = refused(capfd, 1, start(1, whole, tmp_path))
+    assert all(part in sentence for part in (str(file), "No space left", f"--resume {tmp_path}"))
+    file.unlink()
+    assert train(1, ["--resume", str(tmp_path)]) == 0
+    assert [line["phase"] for line in log(tmp_path)] == [line["phase"] for line in log(whole / "1")]
+
+
 # ---- folders ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_used_folder_is_refused_with_both_ways_out_and_left_alone(whole, capfd, stage):
     out = whole / str(stage)
     before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-    assert train(stage, start(stage, whole, out)) == 2
-    sentence = said(capfd)
-    assert f"{out} holds a run of train_stage{stage}.py" in sentence and f"--resume {out}" in sentence
-    assert "--out" in sentence
+    sentence = refused(capfd, stage, start(stage, whole, out))
+    assert all(part in sentence for part in (f"{out} holds a run of train_stage{stage}.py", f"--resume {out}", "--out"))
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
 
 
-def test_stage_two_goes_on_in_the_folder_of_stage_one_and_stage_one_then_refuses_it(whole, tmp_path, capfd):
-    shutil.copytree(whole / "1", tmp_path / "run")
-    out = str(tmp_path / "run")
-    assert train(2, [*SMALL2, *STAGE2, "--stage1", out]) == 0
-    assert differences(whole / "2", tmp_path / "run")[:1] != ["fsm.pt is in one folder only"]
-    assert torch.equal(
-        *(
-            torch.load(f / "student.pt", weights_only=True)["model"]["decoder.classify.weight"]
-            for f in (whole / "2", tmp_path / "run")
-        )
-    )
-    capfd.readouterr()
-    assert train(1, ["--resume", out]) == 2
-    assert "train_stage2.py" in capfd.readouterr().err
+def test_a_folder_whose_checkpoint_was_deleted_is_not_trained_again(whole, run, capfd):
+    for name in ("last.pt", "last.previous.pt", "log.jsonl"):
+        (run / name).unlink()
+    assert "teacher.pt" in refused(capfd, 1, start(1, whole, run))
 
 
-def test_a_folder_whose_checkpoint_was_deleted_is_not_trained_again(whole, tmp_path, capfd):
-    for name in ("config.json", "teacher.pt", "robust.pt"):
-        shutil.copy(whole / "1" / name, tmp_path)
-    assert train(1, ["--resume", str(tmp_path)]) == 2
-    assert f"{tmp_path}: this folder holds no last.pt" in capfd.readouterr().err
-    assert train(1, start(1, whole, tmp_path)) == 2
-    assert "teacher.pt" in said(capfd)
-
-
-@pytest.mark.parametrize(
-    "phase, step, sentence",
-    [
-        ("robust", 1, "is not complete (step 1 of 4 of phase robust): finish it with train_stage1.py --resume"),
-        ("teacher", 4, "is not complete (step 4 of 4 of phase teacher): finish it"),
-    ],
-)
-def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(whole, tmp_path, capfd, phase, step, sentence):
-    shutil.copytree(whole / "1", tmp_path / "run")
-    last = tmp_path / "run/last.pt"
-    torch.save({**torch.load(last, weights_only=True), "phase": phase, "step": step, "steps": 4}, last)
-    before = last.read_bytes()
-    assert train(2, [*SMALL2, *STAGE2, "--stage1", str(tmp_path / "run")]) == 2
-    assert sentence in said(capfd) and last.read_bytes() == before
+@pytest.mark.parametrize("phase, step", [("robust", 1), ("teacher", 4)])
+def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(run, capfd, phase, step):
+    change(run / "last.pt", phase=phase, step=step, steps=4)
+    before = (run / "last.pt").read_bytes()
+    sentence = f"is not complete (step {step} of 4 of phase {phase}): finish it with train_stage1.py --resume"
+    assert sentence in refused(capfd, 2, start(2, run.parent, None))
+    assert (run / "last.pt").read_bytes() == before
 
 
 def test_a_teacher_alone_is_no_start_for_stage_two(whole, tmp_path, capfd):
@@ -188,75 +235,99 @@ def test_a_run_may_be_named_by_one_of_its_files(whole):
     assert o.stage1 == o.out == str(whole / "1")
 
 
-def test_a_start_that_failed_does_not_take_the_folder(whole, tmp_path, capfd):
-    for _ in range(2):
-        assert train(1, start(1, whole, tmp_path, "--teacher", "nowhere.pt")) == 2
-        assert "nowhere.pt does not exist" in said(capfd)
+def change_option(model: pathlib.Path, **options) -> None:
+    """Lets a model say that it was trained by other options."""
+    change(model, "meta", options={**torch.load(model)["meta"]["options"], **options})
 
 
-def test_a_run_on_other_frames_than_it_began_with_is_not_continued(whole, tmp_path, capfd):
-    shutil.copytree(whole / "1", tmp_path / "run")
-    change(tmp_path / "run/last.pt", "options", limit=12)
-    meta = torch.load(tmp_path / "run/teacher.pt")["meta"]
-    change(tmp_path / "run/teacher.pt", "meta", options={**meta["options"], "limit": 12})
-    (tmp_path / "run/config.json").unlink()
-    assert train(1, ["--resume", str(tmp_path / "run")]) == 2
-    assert "last.pt was trained with frames 8, but here it is 12" in said(capfd)
+@pytest.fixture
+def stopped(whole, tmp_path, monkeypatch):
+    """A function that stops a run of a stage in its second phase, in the folder 1 and told so by its relative name."""
+
+    def run(stage: int) -> pathlib.Path:
+        monkeypatch.chdir(tmp_path)
+        if stage == 2:  # which goes on in the folder of stage 1
+            shutil.copytree(whole / "1", "1")
+        with during("robust" if stage == 1 else "student", 1, stop):
+            assert train(stage, start(stage, pathlib.Path(), "1" if stage == 1 else None)) == 143
+        monkeypatch.chdir("/")
+        return tmp_path / "1"
+
+    return run
 
 
-def change(file: pathlib.Path, key: str, **entries) -> None:
-    state = torch.load(file, weights_only=True)
-    state[key].update(entries)
-    torch.save(state, file)
-
-
-@pytest.mark.parametrize("stage, moved", [(1, "robust"), (2, "student")])
-def test_a_folder_may_be_renamed_and_resumed_from_anywhere(whole, tmp_path, monkeypatch, stage, moved):
-    """Stage 2 goes on in the folder of stage 1, by its relative name."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(whole / "1", "run") if stage == 2 else None
-    first = start(1, whole, "run") if stage == 1 else [*SMALL2, *STAGE2, "--stage1", "run"]
-    with monkeypatch.context() as patch:
-        during(patch, moved, 1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(stage, first) == 143
-    (tmp_path / "run").rename(tmp_path / "other")
-    monkeypatch.chdir("/")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_folder_may_be_renamed_and_resumed_from_anywhere(whole, tmp_path, stopped, stage):
+    stopped(stage).rename(tmp_path / "other")
     assert train(stage, ["--resume", str(tmp_path / "other")]) == 0
     for model in ("teacher", "robust") if stage == 1 else ("fsm", "student"):
         weights = [torch.load(f / f"{model}.pt")["model"] for f in (whole / str(stage), tmp_path / "other")]
         assert all(torch.equal(v, weights[1][name]) for name, v in weights[0].items())
 
 
-@pytest.mark.parametrize(
-    "option, value", [("lr", 0.5), ("seed", 3), ("epochs", 9.0), ("batch_size", 2), ("size", 64), ("amp", "bf16")]
-)
-def test_an_edited_config_is_refused_by_the_option(whole, tmp_path, capfd, option, value):
-    shutil.copytree(whole / "1", tmp_path / "run")
-    file = tmp_path / "run/config.json"
-    config = json.loads(file.read_text())
+@pytest.mark.parametrize("option, value", dict(lr=0.5, seed=3, epochs=9.0, batch_size=2, size=64, amp="bf16").items())
+def test_an_edited_config_is_refused_by_the_option(run, capfd, option, value):
+    config = json.loads((run / "config.json").read_text())
     config["train_stage1.py"]["options"][option] = value
-    file.write_text(json.dumps(config))
-    assert train(1, ["--resume", str(tmp_path / "run")]) == 2
-    sentence = said(capfd)
-    assert str(file) in sentence and f"{option} {value}" in sentence
+    (run / "config.json").write_text(json.dumps(config))
+    sentence = refused(capfd, 1, ["--resume", str(run)])
+    assert str(run / "config.json") in sentence and f"{option} {value}" in sentence
 
 
-def test_models_of_another_run_laid_into_the_folder_are_refused(whole, tmp_path, monkeypatch, capfd):
-    for stage, phase, laid in ((1, "robust", "teacher"), (2, "student", "robust")):
-        out = shutil.copytree(whole / "1", tmp_path / f"from{stage}") if stage == 2 else tmp_path / "from1"
-        with monkeypatch.context() as patch:
-            during(patch, phase, 1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-            first = start(1, whole, out) if stage == 1 else [*SMALL2, *STAGE2, "--stage1", str(out)]
-            assert train(stage, first) == 143
-        change(out / f"{laid}.pt", "meta", options={**torch.load(out / f"{laid}.pt")["meta"]["options"], "lr": 0.25})
-        capfd.readouterr()
-        assert train(stage, ["--resume", str(out)]) == 2
-        assert "0.25" in said(capfd)
+@pytest.mark.parametrize("stage, laid", [(1, "teacher"), (2, "robust")])
+def test_models_of_another_run_laid_into_the_folder_are_refused(stopped, capfd, stage, laid):
+    run = stopped(stage)
+    change_option(run / f"{laid}.pt", lr=0.25)
+    assert "0.25" in refused(capfd, stage, ["--resume", str(run)])
 
 
-def test_a_resume_with_another_number_of_threads_says_so(whole, tmp_path, capfd):
-    shutil.copytree(whole / "1", tmp_path / "run")
-    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    torch.save({**state, "threads": 64}, tmp_path / "run/last.pt")
-    assert train(1, ["--resume", str(tmp_path / "run")]) == 0
+def test_a_resume_with_another_number_of_threads_says_so(run, capfd):
+    change(run / "last.pt", threads=64)
+    assert train(1, ["--resume", str(run)]) == 0
     assert "64 threads" in capfd.readouterr().out
+
+
+# ---- told at once, told rightly -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name, value", [("RANK", "abc"), ("WORLD_SIZE", "two"), ("LOCAL_RANK", ""), ("RANK", "1"), ("LOCAL_RANK", "-1")]
+)
+def test_variables_that_torchrun_did_not_set(whole, tmp_path, monkeypatch, capfd, name, value):
+    monkeypatch.setenv(name, value)
+    assert name in refused(capfd, 1, start(1, whole, tmp_path / "out")) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("--backbone cmnext_tiny --batch-size 1", "--batch-size 1 .*--size 32 .*BatchNorm"),
+        ("--backbone cmnext_own", "cmnext_own"),
+        ("--device cuda:15", "--device cuda:15"),
+        ("--teacher nowhere.pt", "nowhere.pt does not exist"),
+        ("--teacher {}/1/teacher.pt --modalities rgb,depth", "with modalities rgb, depth, lidar, but .* is rgb, depth"),
+        ("--teacher {}/1/teacher.pt --backbone cmnext_tiny", "with backbone segformer_tiny, but .* is cmnext_tiny"),
+    ],
+)
+def test_what_cannot_train_is_told_at_once_and_does_not_take_the_folder(
+    whole, tmp_path, monkeypatch, capfd, words, told
+):
+    stages = segformer.PRESETS["b0"]._replace(stages=segformer.mit_stages)  # an encoder of one's own, as in lite0
+    monkeypatch.setitem(segformer.PRESETS, "own", stages)
+    for _ in range(2):
+        assert re.search(told, refused(capfd, 1, start(1, whole, tmp_path, *words.format(whole).split())))
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_missing_file_advises_skip_broken_for_a_new_run_only(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a.png .*new run with --skip-broken"):
+        files.read_file(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("score, told", [(60.0, True), (40.0, False)])
+def test_a_robust_model_below_its_teacher_is_told(whole, tmp_path, monkeypatch, capfd, score, told):
+    def validate(predict, dataset, subsets, run):
+        teaches = not any(p.requires_grad for p in predict.args[0].parameters())
+        return {"miou": score if teaches and len(subsets) == 7 else 50.0}
+
+    monkeypatch.setattr(loop, "validate", validate)
+    assert train(1, start(1, whole, tmp_path, "--teacher", f"{whole}/1/teacher.pt")) == 0
+    assert ("the robust model reaches 50.00 mIoU, its teacher 60.00" in capfd.readouterr().out) == told

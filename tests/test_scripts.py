@@ -1,42 +1,30 @@
 """Whole runs of the scripts, as a user starts them: both stages, evaluation, on painted scenes and on every layout."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
+from small_runs import log, script
 
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def script(name: str, *args, cwd=ROOT, status: int = 0) -> str:
-    """Runs a script -> what it printed; fails with its output if the exit status is another."""
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == status, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
-TINY = ("--epochs", 1, "--distill-epochs", 1, "--batch-size", 4, "--workers", 0)
+STAGE1 = "--epochs 1 --distill-epochs 1 --batch-size 4 --workers 0".split()
+STAGE2 = "--fsm-epochs 1 --student-epochs 1 --workers 0".split()
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    script("train_stage1.py", "--out", folder, "--limit", 12, "--size", 64, *TINY)
-    script("train_stage2.py", "--stage1", folder, "--fsm-epochs", 1, "--student-epochs", 1)
+    script("train_stage1.py", "--out", folder, "--limit", 12, "--size", 64, *STAGE1)
+    script("train_stage2.py", "--stage1", folder, *STAGE2)
     return folder
 
 
 def test_both_stages_write_what_they_promise(run_folder):
     for name in ("config.json", "log.jsonl", "teacher.pt", "robust.pt", "fsm.pt", "student.pt", "last.pt"):
         assert (run_folder / name).stat().st_size > 0
-    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-    assert [p for p in dict.fromkeys(line["phase"] for line in lines)] == ["teacher", "robust", "fsm", "student"]
-    robust = [line for line in lines if line["phase"] == "robust" and "lr" in line][0]
+    lines = log(run_folder)
+    assert list(dict.fromkeys(line["phase"] for line in lines)) == ["teacher", "robust", "fsm", "student"]
+    robust = next(line for line in lines if line["phase"] == "robust" and "lr" in line)
     assert {"ce", "kl", "hpdm", "images_per_second", "data_wait", "peak_memory_mb"} <= set(robust)
     student = torch.load(run_folder / "student.pt", weights_only=True)
     assert student["meta"]["modalities"] == ["rgb", "depth", "event", "lidar"] and len(student["meta"]["classes"]) == 12
@@ -67,25 +55,9 @@ def test_evaluation_of_a_run_prints_a_row_per_model(run_folder, tmp_path):
 def test_both_stages_and_all_protocols_run_on_every_layout(layout, tmp_path):
     script("data.py", "--export", tmp_path / "data", "--layout", layout, "--count", 24, "--size", 64)
     backbone = "cmnext_tiny" if layout == "muses" else "segformer_tiny"
-    script(
-        "train_stage1.py",
-        "--data",
-        layout,
-        "--root",
-        tmp_path / "data",
-        "--backbone",
-        backbone,
-        "--size",
-        64,
-        "--val-size",
-        64,
-        "--limit",
-        4,
-        "--out",
-        tmp_path / "run",
-        *TINY,
-    )
-    script("train_stage2.py", "--stage1", tmp_path / "run", "--fsm-epochs", 1, "--student-epochs", 1, "--workers", 0)
+    where = f"--data {layout} --root {tmp_path}/data --backbone {backbone} --limit 4 --out {tmp_path}/run"
+    script("train_stage1.py", *where.split(), "--size", 64, "--val-size", 64, *STAGE1)
+    script("train_stage2.py", "--stage1", tmp_path / "run", *STAGE2)
     text = script("evaluate.py", tmp_path / "run/student.pt", "--limit", 2, "--protocol", "all")
     groups = () if layout == "mcubes" else ("weather", "sensor failure")  # its frames have neither
     for title in ("any-modality", "EMM", "RMM", "NM", *groups):

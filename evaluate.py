@@ -84,6 +84,8 @@ def load_rows(paths: list[str], device: torch.device, same: list[str], level="bo
     switch and the ensemble. same: the entries of meta in which all must agree. level, rule: of `selected_logits`."""
     rows, first = {}, {}
     for path in map(pathlib.Path, paths):
+        if len([other for other in paths if pathlib.Path(other).resolve() == path.resolve()]) > 1:
+            raise ValueError(f"{path} is given twice.")
         models, selection, meta = load_models(path, device, same)
         first = first or meta
         require(path, meta, {name: first.get(name) for name in same})
@@ -212,8 +214,7 @@ def main(args: argparse.Namespace) -> None:
     size = args.size or meta["val_size"]
     asked = {name: getattr(args, name) for name in ("limit", "label_map", "skip_broken")}
     dataset = open_data(meta, args.data, args.root, args.split, size, run.say, **asked)
-    own = dataset.name == "folder"  # files of your own: frames may differ in size, and classes be absent for good
-    args.batch_size = args.batch_size or (1 if own else 8)
+    args.batch_size = args.batch_size or (1 if dataset.name == "folder" else 8)  # your own frames may differ in size
     for problem in dataset.broken:
         run.say(f"left out: {problem}")
     results = {name: evaluate(rows[name], dataset, run) for name in rows if name in (args.only or rows)}
@@ -223,10 +224,11 @@ def main(args: argparse.Namespace) -> None:
     if dataset.name == "nyuv2" and split == "val" and meta["hold_out"]:
         split = "val (held out of the train list)"
     about = f"{dataset.name} {split}, {len(dataset)} frames, {shown}, size {size}"
-    parts = [about, tables(results, dataset.modalities, args.protocol, "occurring" if own else "published")]
+    rule = metrics.rule_for(dataset.name)
+    parts = [about, tables(results, dataset.modalities, args.protocol, rule)]
     text = "\n\n".join([*parts, *([class_tables(results, meta["classes"])] if "any" in args.protocol else [])]) + "\n"
     report = {"file": MARK, "about": about, "options": vars(args), "versions": loop.versions()}
-    report |= {"classes": meta["classes"], "results": results}
+    report |= {"classes": meta["classes"], "rule": rule, "results": results}
     try:
         if args.json:  # first, and with a line for each list of numbers
             lines = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), json.dumps(report, indent=1))

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def rule_for(data: str) -> str:
+    """The rule that is shown first: of files of your own, a class may be absent for good."""
+    return "occurring" if data == "folder" else "published"
+
+
 def class_ids(logits: Tensor, names: list[str]) -> Tensor:
     """The predicted classes of B frames: logits (B, K, H, W) -> (B, H, W) int64. Raises ValueError with the frame's
     name if a logit is NaN or infinite: the arg-max would still name a class."""

@@ -13,6 +13,8 @@ for its final model; --panel shows its teacher as well. An image without any var
 
 import argparse
 import itertools
+import operator
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,9 +25,10 @@ from PIL import Image
 
 import metrics
 from data import IGNORED, incomplete, normalise, resize, resized_to
-from datasets.files import scaled
+from datasets.files import checked
 from datasets.layouts import label_table
 from engine import pictures, runs
+from engine.checkpoint import fitting
 from engine.inference import input_frames, load_models, normalisation_of, open_data, samples, titles
 from engine.options import COUNT, RATE, RECIPES, Parser, names
 from engine.output import check_output, say, write_picture
@@ -41,7 +44,12 @@ class Segmenter:
     """
 
     def __init__(self, path: Path | str, device: str | None = None, size=None, keep_constant: bool = False):
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with fitting(f"the device {device!r} cannot be used"):
+            device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        with fitting(f"the size {size!r} is neither a side of at least 32 pixels nor (rows, columns)"):
+            sides = [operator.index(side) for side in np.ravel(size).tolist()] if size is not None else [32]
+            if min(sides) < 32 or len(sides) > 2:
+                raise ValueError("it is too small, or of more than two sides")
         torch.backends.cudnn.allow_tf32 = False  # the same bits as in evaluation
         self.models, _, self.meta = load_models(Path(path), device)
         self.size, self.keep_constant = size or self.meta["val_size"], keep_constant
@@ -66,12 +74,15 @@ class Segmenter:
             right = image.dtype.kind == "f" or image.dtype in (np.uint8, np.uint16)
             if not right or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
                 raise ValueError(f"{name} is {image.dtype} {image.shape}; give (H, W, 1 or 3) uint8, uint16 or float.")
-            kind, *_ = self.meta.get("ranges", {}).get(name, ["float"])
-            if image.dtype.kind == "f" and kind != "float" and not 0 <= image.min() <= image.max() <= 1:
-                raise ValueError(f"{name} has values in {image.min():g}..{image.max():g}; floats must be in 0..1.")
+            image = image.astype(np.float32) if image.dtype.kind == "f" else image
+            ranges = self.meta.get("ranges", {})
+            if image.dtype == np.float32 and ranges.get(name, ["float"])[0] != "float":  # of 8 or 16 bit
+                if not 0 <= image.min() <= image.max() <= 1:
+                    raise ValueError(f"{name} has values in {image.min():g}..{image.max():g}; floats must be in 0..1.")
+            else:
+                image = checked(image, name, "the array", ranges)
             if self.keep_constant or (image != image[:1, :1]).any():
-                image = image.astype(np.float32) if image.dtype.kind == "f" else image
-                found[name] = image if image.dtype == np.uint8 else scaled(image)
+                found[name] = image
         return found
 
     @torch.inference_mode()
@@ -129,11 +140,12 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     foreign = [name for name in ("data", "root", "modalities", "panel", "split", "count") if getattr(args, name)]
     if args.input and foreign:
         parser.error(f"--input has its own frames and modalities: leave out --{' and --'.join(foreign)}.")
-    if args.export and args.modalities and not (args.out or args.panel):
-        parser.error("--modalities has no effect on --export, whose program takes any of them: leave it out.")
+    useless = [name for name in ("input", "modalities", "count", "split", "data", "root") if getattr(args, name)]
+    if args.export and useless and not (args.out or args.panel):
+        parser.error(f"--{useless[0]} has no effect on --export, which needs no frame: leave it out, or add --out.")
     found = {}
     for modality, _, path in (text.partition("=") for text in args.input):
-        if not modality or not path or not Path(path).exists():
+        if not modality or not path or not os.path.exists(path):
             parser.error(f"'{modality}={path}' must be MODALITY=PATH with a file or folder that exists.")
         if modality in found:
             parser.error("--input names a modality twice; give each one file, or one folder for several frames.")

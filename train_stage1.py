@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None, losses_of: Callable = paper_losses) -> N
 
     if args.teacher:
         expect = {name: meta[name] for name in SAME} | ({"backbone": args.backbone} if args.backbone else {})
-        teacher, found = load_model(args.teacher, run.device, expect)
+        source = run.folder / "teacher.pt" if state else args.teacher  # which may have moved since
+        teacher, found = load_model(source, run.device, expect)
         meta["backbone"] = found["backbone"]
         if not state:
             run.save_model("teacher", teacher, {**found, "absent": args.absent})  # once more, for stage 2

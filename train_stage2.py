@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     teacher, from_teacher = load_model(args.teacher or f"{args.stage1}/teacher.pt", run.device, expect)
     meta["backbone"] = expect["backbone"] = from_teacher["backbone"]  # the FSM selects between models of one backbone
     robust, from_robust = load_model(args.robust or f"{args.stage1}/robust.pt", run.device, expect)
+    if (from_teacher.get("phase"), from_robust.get("phase")) == ("robust", "teacher"):
+        raise ValueError(f"--teacher {args.teacher} is a robust model and --robust {args.robust} a teacher: swap them.")
     meta["sources"] = [from_teacher["options"], from_robust["options"]]
     if state:
         require(run.folder / "last.pt", state["meta"], {"sources": meta["sources"]})  # no other run's models

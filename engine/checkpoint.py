@@ -74,7 +74,7 @@ def load_last(folder: Path, warn: bool = True) -> dict | None:
 
 def save_model(path: Path, model: nn.Module, meta: dict) -> None:
     """A model that describes itself: evaluate.py and predict.py need only the path."""
-    write(path, {"format": "rmmss 1", "meta": meta, "model": model.state_dict()})
+    write(path, {"format": "rmmss 1", "meta": {**meta, "phase": path.stem}, "model": model.state_dict()})
 
 
 def load_model(path: Path | str, device: torch.device, expect: dict | None = None) -> tuple[nn.Module, dict]:
@@ -85,6 +85,7 @@ def load_model(path: Path | str, device: torch.device, expect: dict | None = Non
     with fitting(f"{path} does not hold the weights of a {meta['backbone']}"):
         model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"])
         model.load_state_dict(state["model"])
+        torch.tensor(meta["normalisation"]).view(2, len(meta["modalities"]), 3)
     model.absent = meta["absent"]
     return model.to(device).eval(), meta
 
@@ -102,6 +103,10 @@ def fitting(failure: str):
 def require(path: Path | str, found: dict, expect: dict) -> None:
     """Refuses a checkpoint of another backbone, class list, ... with both descriptions."""
     for name, value in expect.items():
+        if found.get(name) != value and name in ("normalisation", "sources"):  # too long to print
+            raise ValueError(
+                f"{path} was made with other {'data' if name == 'normalisation' else 'models'}: {name} differ."
+            )
         if found.get(name) != value:
             there, here = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (found.get(name), value))
             hint = {"val_size": " Choose with --size.", "label_map": " Choose with --label-map."}.get(name, "")

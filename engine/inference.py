@@ -25,13 +25,14 @@ def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, 
     files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
     if not files:
         raise FileNotFoundError(f"{path} holds no model: none of {'.pt, '.join(PHASES)}.pt.")
-    models, selection, first, expect = {}, None, None, {}
+    models, said, selection, first, expect = {}, {}, None, None, {}
     for file in files:
         if "rule" in read(file)["meta"]:
-            selection = load_fsm(file, device, expect)
+            sources = [said[name]["options"] for name in ("teacher", "robust") if name in said]
+            selection = load_fsm(file, device, expect | ({"sources": sources} if len(sources) == 2 else {}))
         else:
             model, meta = load_model(file, device, {name: first[name] for name in same} if first else {})
-            models[file.stem], first = model, first or meta
+            models[file.stem], said[file.stem], first = model, meta, first or meta
             expect = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}
     if not models:
         raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")

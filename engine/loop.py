@@ -116,7 +116,7 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
 
 
 def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> dict[str, float]:
-    """mIoU (published rule): mean over all subsets, of the complete one, which is the last, mean over the others.
+    """mIoU by `metrics.rule_for`: mean over all subsets, of the complete one, which is the last, mean over the others.
     predict(images, subsets) yields the logits of each subset."""
 
     def answers(images: Tensor, labels: Tensor, names: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,7 +124,7 @@ def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) ->
 
     size = 1 if dataset.name == "folder" else run.args.batch_size  # your own frames may differ in size
     results = score(answers, len(subsets), dataset, size, run)
-    *missing, full = (scores["miou_published"] for scores in results)
+    *missing, full = (scores[f"miou_{metrics.rule_for(dataset.name)}"] for scores in results)
     values = {"miou": (full + sum(missing)) / len(results), "miou_full": full}
     return {**values, "miou_missing": sum(missing) / len(missing)} if missing else values
 

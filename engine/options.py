@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from engine.checkpoint import FREE, load_last, read
+from engine.checkpoint import FILES, FREE, fitting, load_last, read
 
 # As published (docs/paper_vs_code.md), where it is: the batch size is usual on DELIVER, and stage 2 has no published
 # recipe at all. The synthetic recipe suits a short demo. A single model learns as long as the three together.
@@ -148,7 +148,7 @@ def parse(parser: Parser, argv: list[str] | None, inherited=None) -> argparse.Na
     recipe |= {"lr": 1e-3} if data == "folder" and not getattr(first, "pretrained", None) else {}
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in first} | saved)
     args = parser.parse_args(argv)
-    for name in sorted(saved.keys() - (FREE - {"out"})) if first.resume else ():
+    for name in sorted(saved.keys() - (FREE - {"out"}) - FILES - {"pretrained"}) if first.resume else ():
         mine, its = argument(name, getattr(args, name)), argument(name, saved[name])
         if mine != its:
             parser.error(f"{mine} contradicts the run in {saved['out']}, which has {its}: choose another --out.")
@@ -185,8 +185,16 @@ def stage1_options(doc: str, argv: list[str] | None = None, losses: str = "paper
     args.out = args.out or f"runs/{args.data}"
     if args.teacher and not args.distill_epochs:
         parser.error(f"--teacher {args.teacher} with --distill-epochs 0 trains nothing: leave one of them out.")
+    if not args.distill_epochs and losses != "paper_losses":
+        parser.error(f"{losses} with --distill-epochs 0 trains only a teacher, which has no such losses.")
     if not args.distill_epochs:
         refuse(parser, ("lambda_kl", "alpha", "match", "absent", "robust_from"), "with --distill-epochs 0")
+    if losses == "anyseg":
+        refuse(parser, ("lambda_kl", "alpha", "match"), "on AnySeg's losses")
+    if args.teacher:
+        refuse(parser, ("epochs",), f"with --teacher {args.teacher}")
+    if not args.alpha:
+        refuse(parser, ("match",), "with --alpha 0")
     if args.teacher and args.pretrained and args.robust_from == "teacher":
         parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
     return args
@@ -230,9 +238,12 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
         robust = Path(args.robust or f"{args.stage1}/robust.pt")
         teacher = robust.with_name("teacher.pt")
         if args.stage1 and not robust.exists() and teacher.exists():
-            parser.error(f"{args.stage1} has no robust.pt; train it with train_stage1.py --teacher {teacher}.")
-        meta = read(robust, says=("options",))["meta"]
-        options = {name: meta["options"][name] for name in INHERITED}
+            last = load_last(Path(args.stage1), warn=False)
+            way = f"--resume {args.stage1}" if last and last["step"] < last["steps"] else f"--teacher {teacher}"
+            parser.error(f"{args.stage1} has no robust.pt; train it with train_stage1.py {way}.")
+        meta = read(robust, says=("options", "root"))["meta"]
+        with fitting(f"{robust} does not say the options of its run"):
+            options = {name: meta["options"][name] for name in INHERITED}
         return {**options, "root": meta["root"], "out": args.stage1 or "runs/stage2"}
 
     args = parse(parser, argv, from_models)

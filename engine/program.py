@@ -44,12 +44,15 @@ def export(model: nn.Module, meta: dict, size: int | tuple[int, int], file: str)
     first, compared with the model on complete and incomplete images, and timed."""
     beside, names = Path(file).with_name("about.json"), meta["modalities"]
     check_output(beside)
+    if beside.exists() and (other := json.loads(beside.read_text())["program"]) != Path(file).name:
+        raise ValueError(f"{beside} is of {other}: export {file} into another folder.")
     height, width = (size, size) if isinstance(size, int) else size
     rows = not isinstance(model, CMNeXt) or model.absent == "zero"  # whether it takes `present`
     kinds = [meta.get("ranges", {}).get(name, ["8 bit"])[0] for name in names]
     about = {"file": MARK, "program": Path(file).name, "inputs": ["images", "present"] if rows else ["images"]}
     about |= {"modalities": names, "divisors": [DIVISORS[kind] for kind in kinds], "size": [height, width]}
     about |= {"classes": meta["classes"], "palette": meta["palette"]}
+    about["note"] = "each image needs a modality that is present, else its logits are NaN"
     images, buffer = torch.rand(2, len(names), 3, height, width), io.BytesIO()
     present = torch.stack([present_of(subset, (len(names),)) for subset in (range(len(names)), [len(names) - 1])])
     given = (images, present) if rows else (images,)

@@ -36,7 +36,7 @@ class Run:
         with fitting("RANK, LOCAL_RANK and WORLD_SIZE are not as torchrun sets them, which alone should"):
             given = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
             self.rank, local, self.world = (int(os.environ.get(name, default)) for name, default in given)
-            if not 0 <= self.rank < self.world or local < 0:
+            if not 0 <= self.rank < self.world or local < 0 or self.world > 1 and "MASTER_ADDR" not in os.environ:
                 raise ValueError(f"process {self.rank} of {self.world}")
         self.share = slice(self.rank, None, self.world)  # this process's rows of what is drawn for the whole batch
         cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
@@ -62,6 +62,8 @@ class Run:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        if self.folder.is_file():
+            raise ValueError(f"--out {self.folder} is a file; give a folder.")
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a")  # locked until this process ends, however it ends
@@ -75,11 +77,12 @@ class Run:
         ours = state is not None and state["script"] == self.script
         after = vars(args).get("stage1")  # in whose folder stage 2 may go on
         follows = not ours and after and self.folder.resolve() == Path(after).resolve()
-        files = [f"{phase}.pt" for phase in phases] + ([] if follows else ["last.pt", "log.jsonl"])
+        files = [f"{name}.pt" for name in (phases if follows else (*loop.PHASES, "last"))]
+        files += [] if follows else ["log.jsonl"]
         used = [name for name in files if (self.folder / name).exists()]
         if used and not (ours and args.resume):
-            what = f"{used[0]}, but no last.pt to continue from:"
-            if state:
+            what = f"{used[0]} of an earlier run:"
+            if "last.pt" in used:
                 what = f"a run of {state['script']}: continue it with --resume {self.folder}, or"
             raise ValueError(f"{self.folder} holds {what} choose another folder with --out.")
         self.meet()  # nobody writes before everybody has looked
@@ -96,14 +99,16 @@ class Run:
     def record(self, resumed: bool) -> None:
         """config.json, for people. The options that count are in the checkpoints, so an edited one is refused."""
         file, mine = self.folder / "config.json", {"options": vars(self.args), "versions": loop.versions()}
-        with fitting(f"{file} was not written by this program; choose another folder with --out"):
+        way = "delete it: the run has its own record" if resumed else "choose another folder with --out"
+        with fitting(f"{file} was not written by this program; {way}"):
             config = json.loads(file.read_text()) if file.is_file() else {}
             found = config.get(self.script, mine)["options"]
             if config.keys() - SCRIPTS:
                 raise ValueError("it has other entries")
-        if resumed:
-            require(file, found, {name: value for name, value in vars(self.args).items() if name not in FREE | FILES})
-        elif self.rank == 0:
+        for name in vars(self.args).keys() - FREE - FILES - {"pretrained"} if resumed else ():
+            if found.get(name) != getattr(self.args, name):
+                raise ValueError(f"{file} was edited: {name} is {found.get(name)}, not the run's; {way}.")
+        if not resumed and self.rank == 0:
             replace(file, f"{json.dumps({**config, self.script: mine}, indent=1)}\n".encode())
 
     def on_signal(self, number: int, _frame) -> None:
@@ -193,7 +198,9 @@ class Phase:
             run.say(f"note: the run had {state['threads']} threads and now has {now}: its last bits will differ")
         if run.rank == 0 and self.log_file.exists():
             lines = self.log_file.read_bytes()[: state["logged"]].splitlines(keepends=True)
-            replace(self.log_file, b"".join(line for line in lines if line.endswith(b"}\n")))  # a crash tears lines
+            replace(
+                self.log_file, b"".join(line for line in lines if line.rstrip().endswith(b"}"))
+            )  # a crash tears lines
 
     def save(self) -> None:
         """last.pt, all that `--resume` continues from. Ends the run if a signal or the clock asked for that."""
@@ -205,7 +212,8 @@ class Phase:
             write(run.folder / "last.pt", {**state, "threads": torch.get_num_threads()}, keep_previous=True)
         if run.stopping:
             run.meet()  # torchrun ends the others soon after the first has left
-            name = signal.Signals(run.stopping).name
+            number = signal.Signals(run.stopping)
+            name = f"--max-minutes {run.args.max_minutes:g}" if number == signal.SIGALRM else number.name
             run.say(f"stopped by {name} after step {self.step}; continue with --resume {run.folder}")
             raise SystemExit(loop.EXIT_STATUS[run.stopping])
 

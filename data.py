@@ -8,11 +8,13 @@ Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 
 """
 
 import argparse
+import filecmp
 import math
 import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ CACHE_BYTES = 256 * 2**20  # a split of synthetic scenes that fits is kept in me
 
 
 # ---- the frames of a split ------------------------------------------------------------------------------------------
+@dataclass(eq=False, repr=False)
 class FrameDataset(torch.utils.data.Dataset):
     """The frames of a split; made by `open_dataset`.
 
@@ -41,24 +44,21 @@ class FrameDataset(torch.utils.data.Dataset):
     ranges. What is random depends on (seed, epoch, index) alone, so neither on workers nor on where a run was resumed.
     """
 
-    def __init__(
-        self,
-        name: str,
-        frames: list[Frame],
-        classes: list[str],
-        palette: np.ndarray,
-        modalities: list[str],
-        size: int | tuple[int, int] | None,
-        augment: bool,
-        seed: int,
-        table: np.ndarray,
-        split: str,
-    ) -> None:
-        self.name, self.frames, self.classes, self.palette, self.modalities = name, frames, classes, palette, modalities
-        self.size, self.augment, self.seed, self.table, self.split = size, augment, seed, table, split
-        self.normalisation: list[list] = []  # mean and deviation of each modality and channel, see `normalise`
-        self.ranges: dict[str, list] = {}  # of each modality, see `learn_ranges`
-        self.broken, self.looks, self.cache = [], [], {}  # see `open_all`, and `read`
+    name: str
+    frames: list[Frame]
+    classes: list[str]
+    palette: np.ndarray  # (K, 3)
+    modalities: list[str]
+    size: int | tuple[int, int] | None
+    augment: bool
+    seed: int
+    table: np.ndarray  # see `label_table`
+    split: str
+    ranges: dict[str, list] = field(default_factory=dict)  # of each modality, see `learn_ranges`
+    normalisation: list[list] = field(default_factory=list)  # mean and deviation of each modality, see `normalise`
+    cache: dict[int, tuple] = field(default_factory=dict)  # see `read`
+    broken: list[str] = field(default_factory=list)  # by `open_all`: a sentence for each frame that is left out
+    looks: list[tuple] = field(default_factory=list)  # of the others: shape, pixels of each class (256,), medians
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -66,8 +66,7 @@ class FrameDataset(torch.utils.data.Dataset):
     def read(self, index: int) -> tuple[list[np.ndarray], np.ndarray]:
         """The frame at its own size: an (H, W, 1 or 3) uint8 or float32 per modality, and the label (H, W) uint8."""
         if self.name != "synthetic":
-            frame = self.frames[index]
-            return read_frame(self.name, self.modalities, frame, self.table, self.palette, self.ranges)
+            return read_frame(self.name, self.modalities, self.frames[index], self.table, self.palette, self.ranges)
         if index in self.cache:
             return self.cache[index]
         scene = synthetic.paint(0, self.split, index, self.size or 64)
@@ -77,18 +76,16 @@ class FrameDataset(torch.utils.data.Dataset):
         return item
 
     def describe(self) -> str:
-        """One line: name, split, number of frames, each modality with kind, range, mean and deviation."""
+        """One line: name, split, number of frames; each modality with kind, range, mean and deviation in train."""
         what = [
             f"{modality} ({kind}, {low:g}..{high:g}, mean {np.mean(mean):.3g}, deviation {np.mean(deviation):.3g})"
             for modality, (kind, low, high, mean, deviation) in self.ranges.items()
         ]
-        return f"{self.name} {self.split}, {len(self)} frames: {', '.join(what)}"
+        frames = f"{len(self)} frames" + (", by train" if self.split != "train" else "")
+        return f"{self.name} {self.split}, {frames}: {', '.join(what)}"
 
     def unseen(self) -> list[str]:
-        """The classes without any pixel in this split, whose labels are read until none is left.
-
-        Raises ValueError if no pixel has a class at all.
-        """
+        """The classes that no pixel of this split has, read until none is left; ValueError if no pixel has a class."""
         pixels, codes = np.zeros(256, np.int64), (self.table, self.palette)
         for i, frame in enumerate(self.frames):
             label = read_label(self.name, frame.label, *codes) if frame.label else self.read(i)[1]
@@ -101,10 +98,7 @@ class FrameDataset(torch.utils.data.Dataset):
         return [name for name, count in zip(self.classes, pixels, strict=False) if not count]
 
     def open_all(self, allowed: int | None) -> None:
-        """Read every frame once and leave out the broken ones, at most `allowed`; `broken` has a sentence for each.
-
-        `looks` has of each other frame: its shape, the pixels of each class (256,), the median of each modality.
-        """
+        """Read every frame once, leave out the broken; ValueError if more than `allowed` (None: any number), or all."""
 
         def look(index: int) -> tuple | str:
             try:
@@ -120,10 +114,28 @@ class FrameDataset(torch.utils.data.Dataset):
         self.looks = [look for look in looks if not isinstance(look, str)]
         self.frames = [frame for frame, look in zip(self.frames, looks, strict=True) if not isinstance(look, str)]
         if allowed is not None and (len(self.broken) > allowed or not self.frames):
-            raise ValueError(
-                f"{len(self.broken)} of {len(looks)} {self.split} frames are broken, but --skip-broken "
-                f"is {allowed}; the last one: {self.broken[-1]}"
-            )
+            what = f"{len(self.broken)} of {len(looks)} {self.split} frames are broken, but --skip-broken is {allowed}"
+            raise ValueError(f"{what}; the last one: {self.broken[-1]}")
+
+    def augmented(self, images: list, label: np.ndarray, crop: int, rng: np.random.Generator) -> tuple:
+        """What training sees of a frame as of `read`: images (h, w, C) and label (h, w), with h and w at most `crop`.
+
+        As published (DELIVER, semseg/augmentations_mm.py): colour jitter and blur of rgb, a flip, the shorter side
+        scaled to `scales` times the crop, a random crop. Here the crop comes first, so that only what it shows is
+        resized; pixels move by less than one by that.
+        """
+        # Synthetic scenes are painted at the crop's size, and have fewer pixels to lose.
+        scales = (0.8, 1.25) if self.name == "synthetic" else (0.5, 2)
+        scale, flip = rng.uniform(*scales) * crop / min(label.shape), rng.random() < 0.5
+        size = [min(crop, round(side * scale)) for side in label.shape]
+        seen = [min(side, round(crop / scale)) for side in label.shape]
+        top, left = (int(rng.integers(side - part + 1)) for side, part in zip(label.shape, seen, strict=True))
+        window = slice(top, top + seen[0]), slice(left, left + seen[1])
+        images = [jitter(images[m], rng) if name == "rgb" else images[m] for m, name in enumerate(self.modalities)]
+        images, label = [resize(image[window], size) for image in images], label[window]
+        if flip:
+            images, label = [image[:, ::-1] for image in images], label[:, ::-1]
+        return images, nearest(label, size)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, str]:
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
@@ -132,10 +144,7 @@ class FrameDataset(torch.utils.data.Dataset):
         kind = np.result_type(*images)  # uint8, or float32 if any modality is; before `jitter`, which gives 8 bit
         if self.augment:
             crop = self.size or min(label.shape)
-            # Synthetic scenes are painted at the crop's size, and have fewer pixels to lose.
-            scales = (0.8, 1.25) if self.name == "synthetic" else (0.5, 2)
-            rng = np.random.default_rng([self.seed, epoch, index])
-            images, label = augmented(images, label, self.modalities, crop, scales, rng)
+            images, label = self.augmented(images, label, crop, np.random.default_rng([self.seed, epoch, index]))
         elif self.name != "synthetic":
             for size in resized_to(label.shape, self.size):
                 images, label = [resize(image, size) for image in images], nearest(label, size)
@@ -148,7 +157,7 @@ class FrameDataset(torch.utils.data.Dataset):
         return torch.from_numpy(pixels), torch.from_numpy(classes), self.frames[index].name
 
 
-# ---- resizing and augmentation, as published (DELIVER, semseg/augmentations_mm.py) ----------------------------------
+# ---- resizing and colours, as published (DELIVER, semseg/augmentations_mm.py) ---------------------------------------
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, C) uint8 or float32 at size (h, w), bilinear with antialiasing."""
     planes = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, C, H, W)
@@ -161,31 +170,6 @@ def resized_to(shape: tuple[int, int], size: int | tuple[int, int] | None) -> li
         return [size] if size else []
     first = tuple(round(side * size / min(shape)) for side in shape)
     return list(dict.fromkeys([first, tuple(math.ceil(side / 32) * 32 for side in first)]))
-
-
-def augmented(
-    images: list[np.ndarray],
-    label: np.ndarray,
-    modalities: list[str],
-    crop: int,
-    scales: tuple[float, float],
-    rng: np.random.Generator,
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """What training sees of a frame: images (h, w, C) and label (h, w), with h and w at most `crop`.
-
-    Colour jitter and blur of rgb, a flip, the shorter side scaled to `scales` times the crop, a random crop. Here the
-    crop comes first, so that only what it shows is resized; pixels move by less than one by that.
-    """
-    scale, flip = rng.uniform(*scales) * crop / min(label.shape), rng.random() < 0.5
-    size = [min(crop, round(side * scale)) for side in label.shape]
-    seen = [min(side, round(crop / scale)) for side in label.shape]
-    top, left = (int(rng.integers(side - part + 1)) for side, part in zip(label.shape, seen, strict=True))
-    window = slice(top, top + seen[0]), slice(left, left + seen[1])
-    images = [jitter(images[m], rng) if modality == "rgb" else images[m] for m, modality in enumerate(modalities)]
-    images, label = [resize(image[window], size) for image in images], label[window]
-    if flip:
-        images, label = [image[:, ::-1] for image in images], label[:, ::-1]
-    return images, nearest(label, size)
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -205,39 +189,27 @@ def open_dataset(
     name: str,
     root: str | Path | None = None,
     split: str = "train",
-    modalities: list[str] | None = None,
-    size: int | tuple[int, int] | None = None,
+    modalities: list[str] | None = None,  # in this order; None or empty: all but those named below
+    size: int | tuple[int, int] | None = None,  # with `augment`, the crop's side; synthetic scenes: by default 64
     augment: bool = False,
-    seed: int = 0,
-    limit: int | None = None,
-    depth: str = "hha",
-    classes: int = 40,
-    hold_out: int = 0,
-    label_map: str | None = None,
-    skip_broken: int | None = 0,
-    ranges: dict[str, list] | None = None,
+    seed: int = 0,  # of the augmentation
+    limit: int | None = None,  # at most so many frames, evenly spread; of synthetic, their number; None or 0: all
+    depth: str = "hha",  # or "raw", of DELIVER and nyuv2
+    classes: int = 40,  # or 13, of nyuv2
+    hold_out: int = 0,  # of nyuv2: validate on so many frames of the train list, evenly spread and not trained on
+    label_map: str | None = None,  # of a folder's ids, see `label_table`
+    skip_broken: int | None = 0,  # if not 0, open every file now and leave out so many broken frames; None: any number
+    ranges: dict[str, list] | None = None,  # what values must keep to, and are normalised by; None: by the train split
 ) -> FrameDataset:
     """Open a split of a data set; what it yields is said at `FrameDataset`.
 
-    modalities: which and in which order; None or empty: all, but of MUSES no radar, of nyuv2 no event and lidar, and
-        of a folder nothing that is named or filled like labels.
-    size: with `augment`, the crop's side. Without, the shorter side, before both go up to a multiple of 32, or exactly
-        (H, W). None leaves frames as they are. Synthetic scenes are painted at `size` (by default 64).
-    limit: at most so many frames, spread evenly; for synthetic, the number of scenes. None or 0: all.
-    depth: "hha" or "raw", of DELIVER and nyuv2. label_map: for the ids of a folder data set, see `label_table`.
-    skip_broken: if not 0, open every file now and leave out so many broken frames (None: any number), as in `broken`.
-    classes, hold_out: of nyuv2, 40 or 13 classes, and how many frames of the train list to validate on, evenly spread
-        and not trained on; with 0, validation is on the test list, as everyone reports it.
-    ranges: of a checkpoint or the train split, the kind, range, mean and deviation of each modality (`learn_ranges`):
-        what values must keep to, and are normalised by. None: learnt from the train split.
+    Used only where they are asked for: radar of MUSES, event and lidar of nyuv2, of a folder what is named or filled
+    like labels. Without `augment`, the shorter side becomes `size`, then both go up to a multiple of 32; (H, W) is
+    exact; None leaves frames as they are. With hold_out 0, nyuv2 validates on the test list, as everyone reports it.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
-    for what, value, known in (
-        ("data set", name, DATASETS),
-        ("split", split, synthetic.SPLITS),
-        ("depth", depth, ("hha", "raw")),
-        ("number of classes", classes, (13, 40)),
-    ):
+    choices = {"data set": DATASETS, "split": synthetic.SPLITS, "depth": ("hha", "raw"), "number of classes": (13, 40)}
+    for (what, known), value in zip(choices.items(), (name, split, depth, classes), strict=True):
         if value not in known:
             raise ValueError(f"{what} {value!r} is unknown; choose one of {', '.join(map(str, known))}")
     if name == "synthetic" and root is not None:
@@ -246,12 +218,10 @@ def open_dataset(
         raise ValueError(f"a label map is for folder data sets, --classes and --hold-out for nyuv2; {name} has its own")
     layout, root, names, palette = open_layout(name, root, depth, classes)
     modalities = modalities or [modality for modality in layout.modalities if modality not in layout.unasked]
+    known = ", ".join(layout.modalities) or "none"
     for modality in modalities:
         if modality not in layout.modalities or modalities.count(modality) > 1:
-            raise ValueError(
-                f"modality {modality!r} is unknown or given twice; {name if root is None else root} has "
-                f"{', '.join(layout.modalities) or 'none'}"
-            )
+            raise ValueError(f"modality {modality!r} is unknown or given twice; {root or name} has {known}")
     if name == "synthetic":
         count = limit or (2000 if split == "train" else 200)
         frames = [Frame(f"{split}/{i:06d}", *synthetic.weather(i)) for i in range(count)]
@@ -259,23 +229,43 @@ def open_dataset(
     else:
         frames = find_frames(name, layout, root, split, modalities, hold_out) if modalities else []
         if not frames:
-            alike = [path for path in Path(root).glob("*/*") if path.name.lower().startswith(split) and path.is_dir()]
+            near = [path for path in Path(root).glob("*/*") if path.name.lower().startswith(split) and path.is_dir()]
+            alike = [path for path in near if path.name != split]
             what = f"rename {alike[0]} and its like to {split}" if alike else LAYOUTS[name].expected()
             raise FileNotFoundError(f"{root} has no {split} frames of {name}; {what}")
         train = frames if split == "train" else find_frames(name, layout, root, "train", modalities, hold_out)
-        here, there = ({os.path.realpath(frame.images[0]) for frame in part} for part in (frames, train))
-        if split != "train" and (both := here & there):
-            raise ValueError(f"{len(both)} frames of {split} are frames of train as well, such as {min(both)}")
+        if split != "train":
+            real = {os.path.realpath(frame.images[0]) for frame in train}
+            both = [frame.name for frame in frames if os.path.realpath(frame.images[0]) in real]
+            both += [f.name for f in spread(frames, 16) if all(is_copy(path, split) for path in f.images)]
+            if both:
+                raise ValueError(f"{len(both)} frames of {split} are frames of train as well, such as {both[0]}")
     table = label_table(label_map or layout.label_map, len(names))
     dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
-    if not ranges:
-        ranges = learn_ranges(name, modalities, spread(train or frames, 64), table, palette)
-    dataset.ranges = {modality: ranges[modality] for modality in modalities if modality in ranges}
-    if ranges:
+    if ranges and split != "train" and name in ("nyuv2", "folder"):
+        refuse_unlike(learn_ranges(name, modalities, spread(frames, 16), table, palette), ranges, split)
+    ranges = ranges or learn_ranges(name, modalities, spread(train or frames, 64), table, palette)
+    if ranges:  # if any of those frames is sound
+        dataset.ranges = {modality: ranges[modality] for modality in modalities}
         dataset.normalisation = [[ranges[modality][part] for modality in modalities] for part in (3, 4)]
     if skip_broken != 0:
         dataset.open_all(skip_broken)
     return dataset
+
+
+def is_copy(path: Path, split: str) -> bool:
+    """Whether train has a file of this name and content."""
+    twin = Path(*("train" if part == split else part for part in path.parts))
+    return twin != path and path.is_file() and twin.is_file() and filecmp.cmp(path, twin, shallow=False)
+
+
+def refuse_unlike(found: dict[str, list], ranges: dict[str, list], split: str) -> None:
+    """ValueError if a modality of 16 bit or float is of another unit in a split than in training (`learn_ranges`)."""
+    for modality, (kind, low, _, mean, _) in found.items():
+        here, there = np.mean(mean), np.mean(ranges[modality][3])
+        if kind != "8 bit" and low >= 0 and not there / 4 < here < 4 * there:
+            what = f"{modality} of {split} has a mean of {here:.3g} of its full range, of train {there:.3g}"
+            raise ValueError(f"{what}; is one of the splits in another unit?")
 
 
 # ---- on the device: normalisation, modality dropping, corruptions ---------------------------------------------------
@@ -352,6 +342,8 @@ def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
     """What a person would want to know of a split of which every frame was read; pixels (256,) of each class."""
     sizes = Counter(f"{rows} x {columns}" for (rows, columns), *_ in dataset.looks).most_common(5)
     found = [f"{count} frames of {size} pixels" for size, count in sizes] + dataset.broken
+    if not dataset.looks:
+        return [f"{dataset.split}: {text}" for text in found]
     if pixels[0] and pixels[IGNORED] and not pixels[1:IGNORED].any():
         found.append("warning: labels of 0 and 255 alone, and 255 is ignored; for binary masks, --label-map 0=0,255=1")
     for m, (modality, (kind, low, high, *_)) in enumerate(dataset.ranges.items()):
@@ -384,8 +376,8 @@ def check(args: argparse.Namespace) -> int:
     for c, name in [*enumerate(parts[0].classes), (IGNORED, "(ignored)")]:
         shares = [f"{100 * count[c] / count.sum():.2f}" if count[c] else "none" for count in pixels]
         say(f"{name:24}" + "".join(f"{share:>8}" for share in shares))
-    for text in (text for part, count in zip(parts, pixels, strict=True) for text in remarks(part, count)):
-        say(text)
+    for part, count in zip(parts, pixels, strict=True):
+        say("\n".join(remarks(part, count)))
     for error in refused:
         print(f"training would refuse: {error}", file=sys.stderr)
     return 2 if refused else int(any(part.broken for part in parts))
@@ -415,7 +407,8 @@ def main() -> int:
             return check(args)
         export(args.export, args.layout, args.count, args.size, args.seed)
     except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+        unfinished = f"{args.export} is not complete: " if args.export and isinstance(error, OSError) else ""
+        print(f"data.py: {unfinished}{error}", file=sys.stderr)
         return 2
     say(f"{args.count} scenes written; next: python data.py --data {args.layout} --root {args.export} --check")
     return 0

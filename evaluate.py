@@ -79,14 +79,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_rows(
-    paths: list[str], device: torch.device, same: list[str], level: str = "both", rule: str | None = None
-) -> tuple[dict[str, Callable], dict]:
-    """Row name -> predict(images, subsets, degraded), and the first model's meta.
-
-    A folder gives a row per model, the switch and the ensemble. same: the entries of meta in which all must agree,
-    since all are evaluated on the same images.
-    """
+def load_rows(paths: list[str], device: torch.device, same: list[str], level="both", rule=None) -> tuple[dict, dict]:
+    """Row name -> predict(images, subsets, degraded), and the first model's meta. A folder gives a row per model, the
+    switch and the ensemble. same: the entries of meta in which all must agree. level, rule: of `selected_logits`."""
     rows, first = {}, {}
     for path in map(pathlib.Path, paths):
         models, selection, meta = load_models(path, device, same)
@@ -215,17 +210,8 @@ def main(args: argparse.Namespace) -> None:
     if (args.fsm_rule or args.fsm_level) and not any(row.endswith("FSM ensemble") for row in args.only or rows):
         raise ValueError("--fsm-rule and --fsm-level have no effect without a row of the FSM ensemble: leave them out.")
     size = args.size or meta["val_size"]
-    dataset = open_data(
-        meta,
-        args.data,
-        args.root,
-        args.split,
-        size,
-        run.say,
-        limit=args.limit,
-        label_map=args.label_map,
-        skip_broken=args.skip_broken,
-    )
+    asked = {name: getattr(args, name) for name in ("limit", "label_map", "skip_broken")}
+    dataset = open_data(meta, args.data, args.root, args.split, size, run.say, **asked)
     own = dataset.name == "folder"  # files of your own: frames may differ in size, and classes be absent for good
     args.batch_size = args.batch_size or (1 if own else 8)
     for problem in dataset.broken:
@@ -239,14 +225,8 @@ def main(args: argparse.Namespace) -> None:
     about = f"{dataset.name} {split}, {len(dataset)} frames, {shown}, size {size}"
     parts = [about, tables(results, dataset.modalities, args.protocol, "occurring" if own else "published")]
     text = "\n\n".join([*parts, *([class_tables(results, meta["classes"])] if "any" in args.protocol else [])]) + "\n"
-    report = {
-        "file": MARK,
-        "about": about,
-        "options": vars(args),
-        "versions": loop.versions(),
-        "classes": meta["classes"],
-        "results": results,
-    }
+    report = {"file": MARK, "about": about, "options": vars(args), "versions": loop.versions()}
+    report |= {"classes": meta["classes"], "results": results}
     try:
         if args.json:  # first, and with a line for each list of numbers
             lines = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\n\s*", " ", m[0]), json.dumps(report, indent=1))

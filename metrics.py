@@ -12,26 +12,18 @@ from torch import Tensor
 
 
 def class_ids(logits: Tensor, names: list[str]) -> Tensor:
-    """The predicted classes of B frames: logits (B, K, H, W) -> (B, H, W) int64.
-
-    Raises ValueError with the frame's name if a logit is NaN or infinite: the arg-max would still name a class.
-    """
+    """The predicted classes of B frames: logits (B, K, H, W) -> (B, H, W) int64. Raises ValueError with the frame's
+    name if a logit is NaN or infinite: the arg-max would still name a class."""
     finite = logits.sum((1, 2, 3), dtype=torch.float32).isfinite()  # (B,): one pass; a sum keeps what is not finite
     if not finite.all():
-        name = names[finite.tolist().index(False)]
-        raise ValueError(
-            f"the model's answer to frame {name} is not finite (NaN or infinite); look at the values of "
-            "its files, and whether the model's weights are sound."
-        )
+        what = f"the model's answer to frame {names[finite.tolist().index(False)]} is not finite (NaN or infinite)"
+        raise ValueError(f"{what}; look at the values of its files, and whether the model's weights are sound.")
     return logits.argmax(1)
 
 
 def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Counts of (label, prediction) pairs -> (K, K) int64. Labels outside 0..K-1 (255 = ignore) are left out.
-
-    prediction, labels: integers of one shape, on one device. Counted in int64, because float32 stops counting at 16.7
-    million pixels, which is sixteen DELIVER frames.
-    """
+    """Counts of (label, prediction) pairs -> (K, K) int64: float32 would stop counting at 16.7 million pixels. Labels
+    outside 0..K-1 (255 = ignore) are left out. prediction, labels: integers of one shape, on one device."""
     prediction, labels = prediction.long(), labels.long()  # uint8 would wrap around in the product below
     valid = (labels >= 0) & (labels < num_classes)
     pairs = torch.where(valid, labels * num_classes + prediction, num_classes**2).flatten()
@@ -40,17 +32,12 @@ def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 def scores(matrix: Tensor) -> dict:
     """(K, K) int64 -> percentages: mIoU under both rules, per-class IoU (None where absent), accuracy, F1, matrix.
-
-    accuracy: pixels right of all labelled ones; mean_accuracy: recall averaged over the classes that are labelled;
-    f1: averaged over the classes that occur, as in miou_occurring.
-    """
-    counts = matrix.tolist()
-    matrix = matrix.double().cpu()
-    right = matrix.diagonal()
-    labelled, predicted = matrix.sum(1), matrix.sum(0)
+    accuracy: pixels right of all labelled ones; mean_accuracy: mean recall of the classes that are labelled; f1: mean
+    over the classes that occur."""
+    counts, matrix = matrix.tolist(), matrix.double().cpu()
+    right, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     union = labelled + predicted - right
-    occurs = union > 0
-    iou = right / union.clamp(min=1)
+    occurs, iou = union > 0, right / union.clamp(min=1)
     f1 = 2 * right / (labelled + predicted).clamp(min=1)
 
     def mean(values: Tensor, where: Tensor) -> float:

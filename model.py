@@ -147,6 +147,8 @@ class CMNeXt(nn.Module):
         super().__init__()
         if len(modalities) < 2:
             raise ValueError("CMNeXt needs RGB and at least one more modality; use segformer_* for a single one.")
+        if "rgb" in modalities[1:]:
+            raise ValueError(f"CMNeXt takes rgb as its first modality, not {','.join(modalities)}.")
         self.modalities = list(modalities)
         self.widths = p.widths
         self.published_layout = False

@@ -6,15 +6,13 @@
     python predict.py runs/demo --panel panel.png                     # teacher and student, side by side
     python predict.py runs/demo/student.pt --export student.pt2       # a torch.export program, see engine/program.py
 
-    segmenter = predict.Segmenter("runs/demo/student.pt")             # the same from Python
-    ids = segmenter(rgb=image, depth=None)                            # (H, W) uint8
-
 Writes for every frame, at its own size: NAME_label.png (class ids, 8 bit), NAME_colour.png (the checkpoint's palette)
 and NAME_overlay.png (on the first modality). Never replaces a file that this program did not write. A run folder stands
 for its final model; --panel shows its teacher as well. An image without any variation, as of a dead sensor, is missing.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,14 +78,12 @@ class Segmenter:
     def answer(self, model: str, images: dict[str, np.ndarray], frame: str = "given") -> np.ndarray:
         """Class ids (H, W) uint8 by the model of this name, from `working` images."""
         if not images:
-            raise ValueError(
-                f"frame {frame} has no image that varies; --keep-constant takes constant ones as they are."
-            )
-        if len({image.shape[:2] for image in images.values()}) > 1:
+            raise ValueError(f"frame {frame} has no image that varies; --keep-constant takes constant ones as well.")
+        shape, *others = {image.shape[:2] for image in images.values()}
+        if others:
             sizes = ", ".join(f"{name} {image.shape[:2]}" for name, image in images.items())
             raise ValueError(f"frame {frame} has images of several sizes: {sizes}; align them first.")
         net, known = self.models[model], self.meta["modalities"]
-        shape = next(iter(images.values())).shape[:2]
         sizes = resized_to(shape, self.size)
         x = torch.zeros(1, len(known), 3, *sizes[-1])
         for name, image in images.items():
@@ -152,18 +148,14 @@ def comparison(segmenter: Segmenter, models: list[str], frames: Iterable[tuple],
     grid, sides, occurring, meta = [], [], set(), segmenter.meta
     classes, palette = meta["classes"], meta["palette"]
     for frame, images, label in frames:
+        working, maps = segmenter.working(images), [(label, "")]
+        for model, view in itertools.product(models, views):
+            ids = segmenter.answer(model, {m: image for m, image in working.items() if m in view}, frame.name)
+            matrix = metrics.confusion(torch.from_numpy(ids), torch.from_numpy(label), len(classes))
+            maps.append((ids, f"{metrics.scores(matrix)['miou_occurring']:.0f}" if (label != IGNORED).any() else ""))
         cells = [pictures.Cell(pictures.photograph(image), smooth=m == "rgb") for m, image in images.items()]
-        cells.append(pictures.Cell(pictures.label_map(label, palette)))
-        occurring |= set(np.unique(label).tolist())
-        working = segmenter.working(images)
-        for model in models:
-            for view in views:
-                ids = segmenter.answer(model, {m: image for m, image in working.items() if m in view}, frame.name)
-                matrix = metrics.confusion(torch.from_numpy(ids), torch.from_numpy(label), len(classes))
-                says = f"{metrics.scores(matrix)['miou_occurring']:.0f}" if (label != IGNORED).any() else ""
-                cells.append(pictures.Cell(pictures.label_map(ids, palette), says))
-                occurring |= set(np.unique(ids).tolist())
-        grid.append(cells)
+        grid.append(cells + [pictures.Cell(pictures.label_map(ids, palette), says) for ids, says in maps])
+        occurring.update(*(np.unique(ids).tolist() for ids, _ in maps))
         sides.append(", ".join(word for word in (frame.name, frame.condition, frame.case) if word != "none"))
     missing = [" and ".join(m for m in meta["modalities"] if m not in view) for view in views]
     says = [f"{missed} missing" if missed else "all modalities" for missed in missing]
@@ -188,16 +180,15 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--file-ids has no effect: {args.checkpoint} was trained without --label-map.")
 
     def frames(modalities: list[str]) -> Iterable[tuple]:
+        if args.input:
+            return input_frames(args.input, meta, args.depth_unit or 0.001)
         where = meta, args.data, args.root, args.split or "val", size
-        found = [] if args.input else [open_data(*where, limit=args.count or 8, modalities=modalities)]
-        return samples(found or input_frames(args.input, meta, size), meta, args.depth_unit or 0.001)
+        return samples(open_data(*where, limit=args.count or 8, modalities=modalities))
 
     if args.panel:
-        views = [known, chosen] if args.modalities else [known, known[1:], known[2:]]
+        views = [known, chosen] if args.modalities else [view for view in (known, known[1:], known[2:]) if view]
         models = [name for name in segmenter.models if name != "robust" or final == "robust"]  # the student's start
-        shown = comparison(
-            segmenter, models, frames(known), [view for view in views if view], args.data or meta["data"]
-        )
+        shown = comparison(segmenter, models, frames(known), views, args.data or meta["data"])
         write_picture(args.panel, shown)
         say(f"{args.panel} shows {' and '.join(models)}")
     if args.out:

@@ -1,7 +1,6 @@
 """Times on this machine: training steps, evaluation, and the fused kernels.
 
-    python -m benchmarks.bench                                  # on a GPU some minutes, for torch.compile
-    python -m benchmarks.bench --quick --only kernels           # smaller
+    python -m benchmarks.bench --quick --only kernels    # all of it on a GPU takes some minutes, for torch.compile
 
 steps    Both training scripts with DELIVER's recipe, M-SegFormer-B0, 4 images of 256 x 256 (--quick: 128 x 128).
 kernels  Forward, then with backward, of what training launches, in float32 even under autocast: DELIVER at 1024 x 1024
@@ -92,8 +91,7 @@ def inputs(operation: str, c: int, side: int, layout: str) -> tuple:
     of 8 x 8, one in ten ignored. Stage 2: the features of two frozen models; the scores' weights learn."""
     shape = (BATCH, side, side, c) if operation == "feature_select" else (BATCH, MODALITIES, side, side, c)
     maps = [torch.randn(shape, device=DEVICE).movedim(-1, -3) for _ in range(2)]  # (..., C, h, w), channels-last
-    if layout == "channels-first":
-        maps = [x.contiguous() for x in maps]
+    maps = [x.contiguous() for x in maps] if layout == "channels-first" else maps
     if operation == "feature_select":
         weight, bias = torch.randn(2, c, 3, 3, device=DEVICE) / (3 * c**0.5), torch.zeros(2, device=DEVICE)
         return maps, weight.requires_grad_(), bias.requires_grad_(), "score", 0.2

@@ -1,6 +1,5 @@
-"""Draws every figure of the docs but the panels, which predict.py draws.
+"""Draws every PNG of the docs but the panels, which predict.py draws.
 
-python -m benchmarks.figures pipeline docs/pipeline.txt --out docs/pipeline.png         # both stages, with shapes
 python -m benchmarks.figures prototypes runs/demo --out docs/prototypes.png    # do the modalities agree on a class?
 python -m benchmarks.figures selection runs/demo --out docs/selection.png      # where the FSM takes the teacher
 python -m benchmarks.figures lost runs/demo/results.json --out docs/lost.png   # mIoU over lost modalities
@@ -13,6 +12,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -28,49 +28,45 @@ from engine.options import Parser
 from engine.output import check_output, write_picture
 from engine.pictures import Cell, draw, photograph
 from engine.runs import guarded
-from engine.subsets import all_subsets, present_of, subset_outputs
+from engine.subsets import present_of, subset_outputs
 from hpdm import labels_at
 from kernels import reference
 
 INK, PALE, GRID = (40, 40, 40), (110, 110, 110), (225, 225, 225)
 COLOURS = {"teacher": (40, 90, 190), "robust": (200, 60, 40), "fsm": (150, 120, 40), "student": (40, 140, 70)}
 COLOURS["single"] = (130, 60, 150)
-FILLS = {"frozen": (222, 232, 245), "trained": (253, 231, 205), "tensor": (246, 246, 246), "loss": (250, 222, 222)}
 
 
-def axis(values: list[float]) -> tuple[float, int, int]:
-    """At most seven ticks around these values: step of 1, 2 or 5 times a power of ten, first and last one in steps."""
+def axis(values: list[float], first: int, last: int) -> tuple[Callable, list[tuple[str, float]]]:
+    """From pixel `first` to `last`, at round numbers -> value to pixel, and at most seven ticks: text and pixel."""
     step = next(m * 10**e for e in range(-3, 9) for m in (1, 2, 5) if max(values) - min(values) <= 6 * m * 10**e)
     low = math.floor(min(values) / step)
-    return step, low, max(math.ceil(max(values) / step), low + 1)
+    high = max(math.ceil(max(values) / step), low + 1)
+
+    def at(value: float) -> float:
+        return first + (value / step - low) / (high - low) * (last - first)
+
+    return at, [(f"{n * step:g}", at(n * step)) for n in range(low, high + 1)]
 
 
 def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = COLOURS) -> Image.Image:
-    """Lines over x, at most eight, their legend below. ticks: x -> text. series: name -> [(x, values)]; of several
-    values at an x the line shows the mean, a band the range."""
-    series = {name: points for name, points in series.items() if points}
-    shown = [value for points in series.values() for _, values in points for value in values]
+    """Lines over x, at most eight, their legend below. ticks: x -> text. series: name -> {x: y}."""
+    shown = [y for points in series.values() for y in points.values()]
     if not shown:
         raise ValueError(f"nothing to draw for {title}: the file does not hold these numbers.")
-    step, low, high = axis(shown)  # the axis goes from low * step to high * step
     image = Image.new("RGB", (1520, 1040), "white")  # as many rows for the legend as may be needed
-    pen, font, small = ImageDraw.Draw(image, "RGBA"), ImageFont.load_default(36), ImageFont.load_default(32)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = 170 + (x - min(ticks)) / (max(ticks) - min(ticks) or 1) * 1260
-        return across, 700 - (y / step - low) / (high - low) * 580
-
+    pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(36), ImageFont.load_default(32)
     pen.text((120, 48), title, INK, ImageFont.load_default(44), "lm")
     pen.text((800, 784), x_label, INK, font, "mm")
-    for n in range(low, high + 1):
-        y = at(0, n * step)[1]
+    up, heights = axis(shown, 700, 120)
+    for text, y in heights:
         pen.line((120, y, 1480, y), GRID, 2)
-        pen.text((104, y), f"{n * step:g}", PALE, small, "rm")
+        pen.text((104, y), text, PALE, small, "rm")
+    left, width = min(ticks), max(ticks) - min(ticks) or 1  # in units of x
     for x, text in ticks.items():
-        pen.text((at(x, 0)[0], 736), text, PALE, small, "mm")
+        pen.text((170 + (x - left) / width * 1260, 736), text, PALE, small, "mm")
     for i, (name, points) in enumerate(series.items()):
-        colour, line = colours[name], [at(x, fmean(values)) for x, values in points]
-        pen.polygon([at(x, max(v)) for x, v in points] + [at(x, min(v)) for x, v in points[::-1]], (*colour, 40))
+        colour, line = colours[name], [(170 + (x - left) / width * 1260, up(y)) for x, y in points.items()]
         pen.line(line, colour, 6, "curve")
         for point in line if len(line) < 30 else ():
             pen.circle(point, 9, colour)
@@ -85,8 +81,7 @@ def scatter(*files: Path) -> Image.Image:
     missing; its cross is the range over seeds. A panel for each JSON file of benchmarks.reproduce."""
     panels = []
     for file in files:
-        results = json.loads(file.read_text())
-        rows = {}
+        results, rows = json.loads(file.read_text()), {}
         for row, label in results["labels"].items():
             if seeds := results["scores"].get(row):
                 rows[label] = [[score[column] for score in seeds.values()] for column in ("full", "missing")]
@@ -100,37 +95,34 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
     """rows: label -> its x values and y values, one of each a seed."""
     image = Image.new("RGB", (1520, 1120), "white")
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(34), ImageFont.load_default(32)
-    (dx, left, right), (dy, low, high) = (axis([v for row in rows.values() for v in row[i]]) for i in (0, 1))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return 150 + (x / dx - left) / (right - left) * 1320, 970 - (y / dy - low) / (high - low) * 830
-
+    across, columns = axis([v for x, _ in rows.values() for v in x], 150, 1470)
+    up, heights = axis([v for _, y in rows.values() for v in y], 970, 140)
     pen.text((120, 48), title, INK, ImageFont.load_default(44), "lm")
     pen.text((120, 92), "mean mIoU with modalities missing, over mIoU with all, in per cent", PALE, small, "lm")
-    for n in range(left, right + 1):
-        pen.line((*at(n * dx, low * dy), *at(n * dx, high * dy)), GRID, 2)
-        pen.text((at(n * dx, 0)[0], 1000), f"{n * dx:g}", PALE, small, "mm")
-    for n in range(low, high + 1):
-        pen.line((*at(left * dx, n * dy), *at(right * dx, n * dy)), GRID, 2)
-        pen.text((134, at(0, n * dy)[1]), f"{n * dy:g}", PALE, small, "rm")
-    points = {label: at(fmean(x), fmean(y)) for label, (x, y) in rows.items()}
-    taken = [(x, y, x, y) for x, y in points.values()]  # boxes: left, top, right, bottom
-    for label, (x, y) in rows.items():
-        for line in (at(min(x), fmean(y)) + at(max(x), fmean(y)), at(fmean(x), max(y)) + at(fmean(x), min(y))):
+    for text, x in columns:
+        pen.line((x, 970, x, 140), GRID, 2)
+        pen.text((x, 1000), text, PALE, small, "mm")
+    for text, y in heights:
+        pen.line((150, y, 1470, y), GRID, 2)
+        pen.text((134, y), text, PALE, small, "rm")
+    points, taken = {}, []  # label -> pixel; boxes: left, top, right, bottom
+    for label, (xs, ys) in rows.items():
+        x, y = points[label] = across(fmean(xs)), up(fmean(ys))
+        for line in (across(min(xs)), y, across(max(xs)), y), (x, up(max(ys)), x, up(min(ys))):
             pen.line(line, COLOURS["teacher"], 4)
             taken.append(line)
-        pen.circle(points[label], 10, COLOURS["teacher"])
+        pen.circle((x, y), 10, COLOURS["teacher"])
     for label, (x, y) in points.items():  # each where it covers least, and then near its point
-        width, best = font.getlength(label) / 2, (math.inf,)
+        width, places = font.getlength(label) / 2, []
         for radius, turn in itertools.product(range(24, 300, 24), range(16)):
-            across, down = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
-            cx, cy = x + across * (radius + width), y + down * (radius + 17)
+            cx = x + math.cos(turn * math.pi / 8) * (radius + width)
+            cy = y + math.sin(turn * math.pi / 8) * (radius + 17)
             box = cx - width, cy - 17, cx + width, cy + 17
             sides = [[min(box[i + 2], t[i + 2]) - max(box[i], t[i]) + 16 for i in (0, 1)] for t in taken]
             covered = sum(max(0, w) * max(0, h) for w, h in sides)
             outside = max(0, 140 - box[0]) + max(0, box[2] - 1510) + max(0, 130 - box[1]) + max(0, box[3] - 970)
-            best = min(best, (covered + 1000 * outside, radius, turn, (cx, cy), box))
-        _, radius, _, middle, box = best
+            places.append((covered + 1000 * outside, radius, turn, (cx, cy), box))
+        _, radius, _, middle, box = min(places)
         if radius > 24:
             end = (min(max(v, low), high) for v, low, high in zip((x, y), box[:2], box[2:], strict=True))
             pen.line((x, y, *end), PALE, 2)
@@ -141,31 +133,34 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
 
 def lost(file: Path) -> Image.Image:
     """Mean mIoU over the subsets in which 0, 1, 2 ... modalities are lost; a JSON file of evaluate.py."""
-    results, series, ticks = json.loads(file.read_text()).get("results", {}), defaultdict(list), {}
-    for model in [name for name in COLOURS if name in results]:
-        scores = [score["miou_published"] for score in results[model].get("any", {}).values()]
-        m = len(scores).bit_length()  # 15 subsets of 4 modalities
-        size = [len(subset) for subset in all_subsets(m)]
+    report, series, ticks = json.loads(file.read_text()), defaultdict(dict), {}
+    for model in [name for name in COLOURS if name in report["results"]]:
+        scores = {name: s[f"miou_{report['rule']}"] for name, s in report["results"][model].get("any", {}).items()}
+        joined = any("+" in name for name in scores)  # "rgb+depth", else initials
+        size = {name: name.count("+") + 1 if joined else len(name) for name in scores}
+        m = max(size.values(), default=0)
+        if len(scores) != 2**m - 1:
+            raise ValueError(f"its row {model} has {len(scores)} of the {2**m - 1} subsets of {m} modalities")
         for n in range(m):
-            series[model].append((n, [fmean(score for score, k in zip(scores, size, strict=True) if k == m - n)]))
+            series[model][n] = fmean(scores[name] for name in scores if size[name] == m - n)
             ticks[n] = f"{n} of {m}"
-    return chart("mIoU in per cent, mean over the subsets", "modalities lost", ticks, series)
+    title = f"mIoU in per cent ({report['rule']} rule), mean over the subsets"
+    return chart(title, "modalities lost", ticks, series)
 
 
 def curves(file: Path) -> Image.Image:
     """Losses and validation mIoU of all phases of a run, one after the other; its log.jsonl."""
-    losses, scores, begun, now = defaultdict(list), defaultdict(list), {}, 0
-    for line in map(json.loads, file.read_text().splitlines()):
-        if not {"lr", "miou"} & line.keys():  # what the run is
-            continue
+    losses, scores, begun, now = defaultdict(dict), defaultdict(dict), {}, 0
+    for text in [line for line in file.read_text().splitlines() if line.endswith("}")]:  # a crash tears lines
+        line = json.loads(text)
         phase = line["phase"]
         now = begun.setdefault(phase, now) + line["step"]  # steps since the run began
         if "lr" in line:  # a report, its losses stand before the learning rate
-            losses[phase].append((now, [sum(list(line.values())[3 : list(line).index("lr")])]))
+            losses[phase][now] = sum(list(line.values())[3 : list(line).index("lr")])
         else:  # the paper's teacher is validated on all modalities alone
-            scores[f"{phase}, all"].append((now, [line.get("miou_full", line["miou"])]))
+            scores[f"{phase}, all"][now] = line.get("miou_full", line["miou"])
             if "miou_missing" in line:
-                scores[f"{phase}, some missing"].append((now, [line["miou_missing"]]))
+                scores[f"{phase}, some missing"][now] = line["miou_missing"]
     colours = {f"{phase}, all": colour for phase, colour in COLOURS.items()}
     colours |= {f"{phase}, some missing": tuple((255 + c) // 2 for c in colour) for phase, colour in COLOURS.items()}
     ticks, x_label = {0: "0", now: str(now)}, "steps, all phases one after the other"
@@ -181,7 +176,7 @@ def prototypes(run: Path) -> Image.Image:
     dataset = open_data(meta, None, None, "val", meta["val_size"], limit=64)
     names = dataset.modalities
     pairs = list(itertools.combinations(range(len(names)), 2))
-    by_stage, by_pair = defaultdict(list), {}
+    by_stage, by_pair = defaultdict(dict), {}
     for model_name, model in models.items():
         sums, counts = [0.0] * 4, [0.0] * 4
         for image, label, _ in dataset:
@@ -195,8 +190,8 @@ def prototypes(run: Path) -> Image.Image:
             p = (total / count[:, None])[:, count > 0]  # (M, K', C): of the classes that occur
             p -= p.mean(1, keepdim=True)
             cosines = [float(F.cosine_similarity(p[m], p[n]).mean()) for m, n in pairs]
-            by_stage[model_name].append((stage, [fmean(cosines)]))
-        by_pair[model_name] = [(i, [cosine]) for i, cosine in enumerate(cosines)]
+            by_stage[model_name][stage] = fmean(cosines)
+        by_pair[model_name] = dict(enumerate(cosines))
     ticks, title = {i: str(i) for i in range(1, 5)}, "Cosine between two modalities' prototypes"
     left = chart(title, "stage, mean over the pairs", ticks, by_stage)
     ticks = {i: f"{names[m]}-{names[n]}" for i, (m, n) in enumerate(pairs)}
@@ -229,35 +224,8 @@ def selection(run: Path) -> Image.Image:
     return draw(grid, columns, sides, key, "In the corners: mean weight of the teacher. Rule hard: the published one.")
 
 
-def pipeline(file: Path) -> Image.Image:
-    """Both stages: teacher, robust model, feature selection and student, with the shapes that pass between them; the
-    table docs/pipeline.txt, a box a line, in pixels of twice the figure's size."""
-    rows = [[cell.strip() for cell in line.split(" | ")] for line in file.read_text().splitlines()[1:]]
-    if not rows:
-        raise ValueError("it has no boxes")
-    for row in rows:
-        row[1:4] = map(int, row[1:4])  # left, right, middle
-    ends = {row[0]: row[2:4] for row in rows}  # where the arrows from a box start
-    image = Image.new("RGB", (3300, 1860), "white")
-    pen, (font, big, head) = ImageDraw.Draw(image), map(ImageFont.load_default, (38, 50, 60))
-    pen.text((60, 70), "Stage 1: Hybrid Prototype Distillation", INK, head, "lm")
-    pen.text((60, 980), "Stage 2: Feature Selection, and one student", INK, head, "lm")
-    for _, x, right, middle, colour, sources, title, *lines in reversed(rows):  # so a box covers an arrow's start
-        for source in filter(None, sources.split(", ")):
-            start, y = ends[source]
-            bend = start + (40 if source == "out T" else 90)  # two sources whose lines must not meet
-            pen.line((start, y, bend, y, bend, middle, x - 20, middle), INK, 6, "curve")
-            pen.polygon((x, middle, x - 28, middle - 14, x - 28, middle + 14), INK)
-        half = 50 + 26 * len(lines)
-        pen.rounded_rectangle((x, middle - half, right, middle + half), 24, FILLS[colour], PALE, 3)
-        for i, line in enumerate((title, *lines)):
-            place = (x + right) / 2, middle - 26 * len(lines) + 52 * i
-            pen.text(place, line, PALE if i else INK, font if i else big, "mm")
-    return image.reduce(2)
-
-
 def main(argv: list[str] | None = None) -> None:
-    figures = {f.__name__: f for f in (pipeline, prototypes, selection, lost, curves, scatter)}
+    figures = {f.__name__: f for f in (prototypes, selection, lost, curves, scatter)}
     parser = Parser("figures.py", __doc__)
     parser.add_argument("figure", choices=figures)
     parser.add_argument("source", type=Path, nargs="+", help="the file or folder to draw it from; of scatter several")

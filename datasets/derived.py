@@ -24,10 +24,8 @@ NOISE = 0.03  # of the range, in metres, at most
 
 
 def inside_border(grey: np.ndarray, axis: int) -> slice:
-    """The rows (axis 0) or columns (1) of an image (H, W) inside its border, such as the white one of NYU Depth v2.
-
-    The border: lines of one colour, up to a sixteenth of the image, and the next one, where JPEG mixes the two.
-    """
+    """The rows (axis 0) or columns (1) of an image (H, W) inside its border, such as the white one of NYU Depth v2."""
+    # The border: lines of one colour, up to a sixteenth of the image, and the next one, where JPEG mixes the two.
     plain = np.ptp(grey, 1 - axis) < PLAIN  # (H,) or (W,)
     first, last = (min(int(line.argmin()), plain.size // 16) for line in (plain, plain[::-1]))
     return slice(first + (first > 0), plain.size - last - (last > 0))
@@ -44,17 +42,14 @@ def derive_event(rgb: np.ndarray, metres: np.ndarray, name: str) -> np.ndarray:
     The depth of a pixel tells where its point was before: near points have moved more. The pixel fires if log
     intensity differs by THRESHOLD between the two, to the nearest pixel. Occlusion is not modelled.
 
-    rgb: (H, W, 3) uint8; metres: (H, W) float32, its depth. 0 = no measurement, taken as infinitely far, so that only
-        the turn moves it. ValueError for another kind or two sizes.
+    rgb: (H, W, 3) uint8. metres: (H, W) float32, its depth; 0, no measurement, is infinitely far: it moves by the turn.
     Returns (H, W, 3) uint8, 0 or 255, as in DELIVER: brighter than before, darker, empty. A border of one colour has
-        no events.
+    no events. ValueError if rgb is of another kind or size.
     """
     H, W = metres.shape
     if rgb.shape != (H, W, 3) or rgb.dtype != np.uint8:
-        raise ValueError(
-            f"frame {name}: rgb is {rgb.dtype} {rgb.shape}, depth {(H, W)}; events are derived from 8-bit "
-            f"colours and depth of one size"
-        )
+        what = f"rgb is {rgb.dtype} {rgb.shape}, depth {(H, W)}"
+        raise ValueError(f"frame {name}: {what}; events are derived from 8-bit colours and depth of one size")
     rng = frame_rng(0, f"event {name}")
     forward, sideways, turn = rng.uniform(*FORWARD), rng.uniform(-SIDEWAYS, SIDEWAYS), rng.uniform(-TURN, TURN)
     grey = rgb[..., 1].copy()  # green: most of what the eye calls brightness

@@ -25,68 +25,41 @@ MUSES_WEATHER = {"cloud": "snow/day", "fog": "fog/day", "night": "clear/night", 
 
 
 def scene_files(layout: str, split: str, index: int, scene: dict) -> dict[str, np.ndarray]:
-    """A synthetic scene as the files of a data set, path -> uint8 or uint16 for PNG and JPEG, float32 for .npy.
-
-    MUSES' radar is every fourth column of the lidar. MCubeS gets 192 empty columns on the left, and depth, events and
-    lidar stand in for its AoLP, DoLP and near infrared.
-    """
+    """A synthetic scene as the files of a data set, path -> uint8 or uint16 for PNG and JPEG, float32 for .npy."""
     rgb, depth, event, lidar, painted, condition, case = scene.values()
     label = painted if layout == "folder" else class_ids(layout)[painted]
     if layout == "deliver":
         key = f"{condition}/{split}/MAP_1_point{index % 3 + 1}{'' if case == 'none' else '_' + case}/{index:06d}"
-        event = event[::2, ::2] if case == "eventlowres" else event
-        red = np.dstack([label + 1, 0 * label, 0 * label])
-        return {
-            f"img/{key}_rgb_front.png": rgb,
-            f"hha/{key}_depth_front.png": depth,
-            f"depth/{key}_depth_front.png": depth[..., 0],
-            f"event/{key}_event_front.png": event,
-            f"lidar/{key}_lidar_front.png": lidar,
-            f"semantic/{key}_semantic_front.png": red,
-        }
-    if layout == "muses":
+        files = {"img/KEY_rgb_front.png": rgb, "hha/KEY_depth_front.png": depth, "lidar/KEY_lidar_front.png": lidar}
+        files["depth/KEY_depth_front.png"] = depth[..., 0]
+        files["event/KEY_event_front.png"] = event[::2, ::2] if case == "eventlowres" else event
+        files["semantic/KEY_semantic_front.png"] = np.dstack([label + 1, 0 * label, 0 * label])  # ids in red
+    elif layout == "muses":
         key = f"{split}/{MUSES_WEATHER[condition]}/REC{index % 3:04d}_frame_{index:06d}"
         lidar = 15000 + 60 * lidar.astype(np.uint16)  # 0..255 as 0..102 metres
-        radar = np.where(np.arange(lidar.shape[1])[:, None] % 4, 15000, lidar).astype(np.uint16)
-        labels = {f"gt_semantic/{key}_gt_labelTrainIds.png": label} if split != "test" else {}
-        return {
-            f"frame_camera/{key}_frame_camera.png": rgb,
-            f"event_camera/{key}_event_camera.png": event,
-            f"lidar/{key}_lidar.png": lidar,
-            f"radar/{key}_radar.png": radar,
-            **labels,
-        }
-    if layout == "mcubes":
+        radar = np.where(np.arange(lidar.shape[1])[:, None] % 4, 15000, lidar).astype(np.uint16)  # every fourth column
+        files = {"frame_camera/KEY_frame_camera.png": rgb, "event_camera/KEY_event_camera.png": event}
+        files |= {"lidar/KEY_lidar.png": lidar, "radar/KEY_radar.png": radar}
+        if split != "test":
+            files["gt_semantic/KEY_gt_labelTrainIds.png"] = label
+    elif layout == "mcubes":  # depth, events and lidar stand in for AoLP, DoLP and near infrared
         key, angle = f"scene{index % 3}_{split}_{index:06d}", depth[..., 0] * np.float32(np.pi / 255)
-        files = {
-            f"polL_color/{key}.png": rgb.astype(np.uint16) * 257,
-            f"polL_aolp_sin/{key}.npy": np.sin(angle),
-            f"polL_aolp_cos/{key}.npy": np.cos(angle),
-            f"polL_dolp/{key}.npy": event[..., 0] / np.float32(255),
-            f"NIR_warped/{key}.png": lidar[..., 2].astype(np.uint16) * 257,
-            f"GT/{key}.png": label,
-        }
-        return {
-            f"multimodal_dataset/{path}": np.pad(array, [(0, 0), (192, 0), (0, 0)][: array.ndim])
-            for path, array in files.items()
-        }
-    if layout == "nyuv2":
-        key, thirteen = f"{split}{index:04d}", class_ids("nyuv2_13")[painted]
-        return {
-            f"RGB/{key}.jpg": rgb,
-            f"HHA/{key}.png": depth,
-            f"Depth/{key}.png": depth[..., 0],
-            f"Label/{key}.png": label + 1,
-            f"Label13/{key}.png": thirteen + 1,
-        }
-    key = f"{split}/{condition}/{case}/{index:06d}"
-    return {
-        f"rgb/{key}.png": rgb,
-        f"depth/{key}.png": depth[..., 0].astype(np.uint16) * 257,
-        f"event/{key}.png": event,
-        f"lidar/{key}.npy": lidar / np.float32(255),
-        f"labels/{key}.png": label,
-    }
+        files = {"polL_color/KEY.png": rgb.astype(np.uint16) * 257, "GT/KEY.png": label}
+        files |= {"polL_aolp_sin/KEY.npy": np.sin(angle), "polL_aolp_cos/KEY.npy": np.cos(angle)}
+        files["polL_dolp/KEY.npy"] = event[..., 0] / np.float32(255)
+        files["NIR_warped/KEY.png"] = lidar[..., 2].astype(np.uint16) * 257
+        margins = [(0, 0), (192, 0), (0, 0)]  # loaders leave out the 192 columns on the left
+        files = {f"multimodal_dataset/{path}": np.pad(x, margins[: x.ndim]) for path, x in files.items()}
+    elif layout == "nyuv2":
+        key = f"{split}{index:04d}"
+        files = {"RGB/KEY.jpg": rgb, "HHA/KEY.png": depth, "Depth/KEY.png": depth[..., 0], "Label/KEY.png": label + 1}
+        files["Label13/KEY.png"] = class_ids("nyuv2_13")[painted] + 1
+    else:
+        key = f"{split}/{condition}/{case}/{index:06d}"
+        files = {"rgb/KEY.png": rgb, "event/KEY.png": event, "labels/KEY.png": label}
+        files["depth/KEY.png"] = depth[..., 0].astype(np.uint16) * 257
+        files["lidar/KEY.npy"] = lidar / np.float32(255)
+    return {path.replace("KEY", key): array for path, array in files.items()}
 
 
 def class_ids(layout: str) -> np.ndarray:

@@ -23,8 +23,7 @@ FEW_BITS = {"1": 1, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey of 1, 2
 OTHER_ORDER = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B"}  # of the bytes of 16-bit colour
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy", ".npz")
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its RGB
-# Normalised as published: RGB by ImageNet's numbers, the rest not at all.
-PUBLISHED = ("deliver", "muses", "mcubes")
+PUBLISHED = ("deliver", "muses", "mcubes")  # normalised as published: RGB by ImageNet's numbers, the rest not at all
 LARGEST_OF = {"8 bit": 255, "16 bit": 65535}
 KINDS = {"uint8": "8 bit", "uint16": "16 bit", "float32": "float"}
 
@@ -63,6 +62,8 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
                 raise ValueError("it holds several pictures; save one")
             if ids and (kind in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"):
                 raise ValueError("it is a JPEG, whose compression changes class ids; write labels as PNG")
+            if mode == "LA" and packing != "LA":
+                raise ValueError("it is 16-bit grey with alpha; save it without alpha")
             if mode.startswith("I;16") or (kind, mode) == ("PNG", "I"):  # 16-bit grey
                 array = np.asarray(image).astype(np.uint16)
             elif ids and packing in FEW_BITS:
@@ -194,21 +195,17 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
         elif varies.any():
             numbers = (mean / top).tolist(), np.where(varies, deviation / top, 1).tolist()
         else:
-            raise ValueError(
-                f"{modality} is {mean[0]:g} (almost) everywhere in {len(means)} training frames; look at "
-                f"{frames[0].images[modalities.index(modality)]}, or leave {modality} out of --modalities"
-            )
+            what = f"{modality} is {mean[0]:g} (almost) everywhere in {len(means)} training frames"
+            path = frames[0].images[modalities.index(modality)]
+            raise ValueError(f"{what}; look at {path}, or leave {modality} out of --modalities")
         ranges[modality] = [kind, low, high, *numbers]
     return ranges
 
 
 def limits(known: list, modality: str) -> tuple[float, float]:
-    """What values may be by an entry of `learn_ranges`: beyond its range by 4 widths, or 0 (nothing measured).
-
-    Colours and 8 bit have limits of their own.
-    """
+    """What values may be by an entry of `learn_ranges`: beyond its range by 4 widths, or 0 (nothing measured)."""
     kind, low, high, *_ = known
-    if modality == "rgb" or kind == "8 bit":
+    if modality == "rgb" or kind == "8 bit":  # which have limits of their own
         return 0, LARGEST_OF.get(kind, 1)
     return min(0, low - 4 * (high - low)), max(0, high + 4 * (high - low))
 
@@ -221,10 +218,8 @@ def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list
             raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
         low, high, (least, most) = image.min(), image.max(), limits(ranges[modality], modality)
         if low < least or high > most:
-            raise ValueError(
-                f"{path} has values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, "
-                f"by the training split; correct the file or its unit"
-            )
+            what = f"values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, by the training split"
+            raise ValueError(f"{path} has {what}; correct the file or its unit")
     return scaled(image) if image.dtype == np.uint16 else image
 
 
@@ -241,20 +236,16 @@ def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) ->
         classes = table.take(ids)
         right = (classes == IGNORED) | (palette[classes.clip(0, len(palette) - 1)] == colours).all(2)
         if not right.all() and (ids[..., None] != colours).any():
-            raise ValueError(
-                f"{path} has a palette of other colours than the classes, so its indices may not be their "
-                f"ids; save the ids as 8-bit grey PNG, or write the palette's colours into classes.txt"
-            )
+            what = f"{path} has a palette of other colours than the classes, so its indices may not be their ids"
+            raise ValueError(f"{what}; save the ids as 8-bit grey PNG, or write the palette's colours into classes.txt")
     ids = ids[..., 0] if ids.ndim == 3 and (name == "deliver" or ids.shape[2] == 1) else ids
     if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "ui" or not 0 <= ids.min() <= ids.max() < len(table):
         raise ValueError(f"{path} is no label map; expected class ids of 8 or 16 bit in one channel")
     label = table.take(ids)  # (H, W), in int16: no id can wrap around
     if label.min() < 0:
         known = np.flatnonzero(table >= 0)
-        raise ValueError(
-            f"{path} holds the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2:][0]} and "
-            f"{known[-1]}; correct the file, classes.txt or --label-map"
-        )
+        what = f"the label {ids[label < 0][0]}, but the ids are {known[0]}..{known[-2:][0]} and {known[-1]}"
+        raise ValueError(f"{path} holds {what}; correct the file, classes.txt or --label-map")
     return label[:, 192 if name == "mcubes" else 0 :].astype(np.uint8)
 
 
@@ -265,12 +256,7 @@ def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def read_frame(
-    name: str,
-    modalities: list[str],
-    frame: Frame,
-    table: np.ndarray,
-    palette: np.ndarray,
-    ranges: dict[str, list] | None = None,
+    name: str, modalities: list, frame: Frame, table: np.ndarray, palette: np.ndarray, ranges: dict | None = None
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """A frame of a data set: an image (H, W, 1 or 3) per modality, and its label (H, W) uint8 as of `read_label`.
 
@@ -285,19 +271,16 @@ def read_frame(
             image = derive(modality, path, read)
         else:
             image = read(path)
-        if name == "nyuv2" and image.dtype == np.float32 and modality in (ranges or ()):
-            if np.median(image[image > 0]) == 1:  # as it has been cut off
-                raise ValueError(
-                    f"{path} is beyond 10 m in half of its pixels; 16 bit must be millimetres, floats metres"
-                )
+        raw_depth = name == "nyuv2" and image.dtype == np.float32 and modality in (ranges or ())
+        if raw_depth and np.median(image[image > 0]) == 1:  # as it has been cut off
+            raise ValueError(f"{path} is beyond 10 m in half of its pixels; 16 bit must be millimetres, floats metres")
         label = np.full(image.shape[:2], IGNORED, np.uint8) if label is None else label
-        if image.shape[:2] != label.shape:
-            if (name, modality) != ("deliver", "event"):  # whose eventlowres is of 512 x 512
-                raise ValueError(
-                    "{} has {} rows of {} pixels, but {} has {} of {}; files of a frame must be aligned".format(
-                        path, *image.shape[:2], frame.label or frame.images[0], *label.shape
-                    )
-                )
+        (h, w), (H, W) = image.shape[:2], label.shape
+        if (h, w) != (H, W) and (name, modality) == ("deliver", "event"):  # whose eventlowres is of 512 x 512
             image = nearest(image, label.shape)
+        elif (h, w) != (H, W):
+            first = frame.label or frame.images[0]
+            what = f"{h} rows of {w} pixels, but {first} has {H} of {W}"
+            raise ValueError(f"{path} has {what}; files of a frame must be aligned")
         images.append(image if ranges is None else checked(image, modality, path, ranges))
     return images, label

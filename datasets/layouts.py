@@ -36,52 +36,29 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "deliver": Layout(
-        {
-            "rgb": "img/**/*_rgb_front.png",
-            "depth": "hha/**/*_depth_front.png",
-            "event": "event/**/*_event_front.png",
-            "lidar": "lidar/**/*_lidar_front.png",
-        },
-        "semantic/**/*_semantic_front.png",
-        1,
-        raw_depth="depth/**/*_depth_front.png",
-        label_map="shift:-1",
+        {"rgb": "img/**/*_rgb_front.png", "depth": "hha/**/*_depth_front.png",
+         "event": "event/**/*_event_front.png", "lidar": "lidar/**/*_lidar_front.png"},
+        "semantic/**/*_semantic_front.png", 1, raw_depth="depth/**/*_depth_front.png", label_map="shift:-1",
     ),
     "muses": Layout(
-        {
-            "rgb": "frame_camera/**/*_frame_camera.png",
-            "event": "event_camera/**/*_event_camera.png",
-            "lidar": "lidar/**/*_lidar.png",
-            "radar": "radar/**/*_radar.png",
-        },
-        "gt_semantic/**/*_gt_labelTrainIds.png",
-        0,
-        unasked=("radar",),
-    ),  # as in the papers' tables
+        {"rgb": "frame_camera/**/*_frame_camera.png", "event": "event_camera/**/*_event_camera.png",
+         "lidar": "lidar/**/*_lidar.png", "radar": "radar/**/*_radar.png"},
+        "gt_semantic/**/*_gt_labelTrainIds.png", 0, unasked=("radar",),  # as in the papers' tables
+    ),
     "mcubes": Layout(
-        {
-            "rgb": "polL_color/**/*.png",
-            "aolp": "polL_aolp_sin/**/*.npy",
-            "dolp": "polL_dolp/**/*.npy",
-            "nir": "NIR_warped/**/*.png",
-        },
-        "GT/**/*.png",
-        -1,
-        inner="multimodal_dataset",
+        {"rgb": "polL_color/**/*.png", "aolp": "polL_aolp_sin/**/*.npy",
+         "dolp": "polL_dolp/**/*.npy", "nir": "NIR_warped/**/*.png"},
+        "GT/**/*.png", -1, inner="multimodal_dataset",
     ),
     "nyuv2": Layout(  # event and lidar are derived from rgb and raw depth
         {"rgb": "RGB/**/*.jpg", "depth": "HHA/**/*.png", "event": "Depth/**/*.png", "lidar": "Depth/**/*.png"},
-        "Label/**/*.png",
-        -1,
-        "NYUDepthv2",
-        "Depth/**/*.png",
-        "shift:-1",
-        unasked=("event", "lidar"),
+        "Label/**/*.png", -1, "NYUDepthv2", "Depth/**/*.png", "shift:-1", unasked=("event", "lidar"),
     ),
     "folder": Layout({"<modality>": "<modality>/**/*.png"}, "labels/**/*.png", 0),  # its own are found on disk
-}
+}  # fmt: skip
 DATASETS = ("synthetic", *LAYOUTS)
-LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment", re.IGNORECASE)  # names of folders
+# Names of folders that are no modalities, unless they are asked for.
+LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment|panoptic|instance", re.IGNORECASE)
 CLASSES = Path(__file__).parent / "classes"  # NAME.txt for each data set, in the format of a folder's classes.txt
 
 
@@ -93,11 +70,8 @@ def spread(frames: list, count: int | None) -> list:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text that are not empty."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"  # which UTF-16 has at every other byte
-    if "\0" in text:
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if "\0" in text or "\ufffd" in text:  # the first is at every other byte of UTF-16, the second for no UTF-8
         raise ValueError(f"{path} is no UTF-8 text; save it as such")
     return [line for line in text.split("\n") if line.strip()]  # splitlines would split at U+2028 as well
 
@@ -109,6 +83,9 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     lines = [line.split() for line in read_lines(path)]
     if not 0 < len(lines) < 256:
         raise ValueError(f"{path} has {len(lines)} classes; expected 1 to 255, one a line")
+    ids = [words[0].rstrip(":.)") for words in lines]
+    if all(map(str.isdecimal, ids)) and ids != [str(number) for number in range(len(ids))]:
+        raise ValueError(f"{path} numbers its lines {', '.join(ids[:4])}, ...; write only names, label 0 first")
     classes = {}
     for number, words in enumerate(lines):
         hue, brightness = 0.618 * number % 1, 0.95 - 0.12 * ((number - 1) % 5)  # golden ratio
@@ -117,10 +94,8 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
             words, colour = words[:-3], [int(word) for word in words[-3:]]
         name = " ".join(words)
         if name.startswith("#") or max(colour) > 255 or name in classes or re.search("[,;]", name):
-            raise ValueError(
-                f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line, "
-                f"no name twice, no comma or semicolon, and r, g, b in 0..255"
-            )
+            what = f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line"
+            raise ValueError(f"{what}, no name twice, no comma or semicolon, and r, g, b in 0..255")
         classes[name] = colour
     return list(classes), np.array(list(classes.values()), np.uint8)
 
@@ -153,10 +128,8 @@ def label_table(label_map: str, num_classes: int) -> np.ndarray:
 
 
 # ---- frames ---------------------------------------------------------------------------------------------------------
-def open_layout(
-    name: str, root: str | Path | None, depth: str, classes: int
-) -> tuple[Layout, Path | None, list[str], np.ndarray]:
-    """The layout as the options have it, the folder its paths begin at, the class names and the palette (K, 3)."""
+def open_layout(name: str, root: str | Path | None, depth: str, classes: int) -> tuple:
+    """The Layout as the options have it, the Path its files are below, the class names and the palette (K, 3)."""
     if name == "synthetic":
         layout = Layout(dict.fromkeys(("rgb", "depth", "event", "lidar"), ""), "", -1)
         return layout, None, *read_classes(CLASSES / "synthetic.txt")
@@ -247,6 +220,9 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
     keys = listed(name, root, split, hold_out) if name in ("mcubes", "nyuv2") else keys
     if keys and indexed.get(LAYOUTS["nyuv2"].modalities["depth"]) == {}:
         raise FileNotFoundError(f"{root / 'HHA'} has no files; --depth raw reads {root / 'Depth'} instead")
+    labels = root / layout.label.partition("/**")[0]
+    if keys and split != "test" and not indexed[layout.label]:
+        raise FileNotFoundError(f"{labels} has no labels of {split}; the labels' folder must be called {labels.name}")
     frames = []
     for key in keys:
         # A file that is not there keeps the path where it should be, so that reading the frame names it.

@@ -2,10 +2,9 @@
 
     scene = paint(seed=0, split="train", index=7, size=64)      # rgb, depth, event, lidar, label
 
-Not in the paper: it stands in for DELIVER (Zhang et al. 2023, the paper's main data set), whose four modalities, five
-weather conditions and five sensor failures it copies. A scene is laid out in metres in front of a pinhole camera and
-painted far to near, so that colour, depth, height, scan lines and motion agree with each other. By construction no
-modality tells all classes apart:
+Not in the paper: it stands in for DELIVER (Zhang et al. 2023), whose four modalities, five weather conditions and
+five sensor failures it copies. A scene is laid out in metres in front of a pinhole camera and painted far to near, so
+that its modalities agree with each other. By construction none of them tells all classes apart:
 
     by colour only      LaneMark | Road, hedge (Vegetation) | low wall (Building)
     by distance only    Sidewalk | Road (the same greys, one is raised), Billboard (a flat painted car) | a real car
@@ -16,6 +15,7 @@ Axes: u right and v down, 0..1 over the image (which is stretched to its size); 
 The focal length is one image width, so a thing of width x at distance z covers x / z of the image.
 """
 
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,43 +44,39 @@ SIGNS = ((0.8, 0.12, 0.12), (0.12, 0.25, 0.75), (0.85, 0.7, 0.1))
 # Colours that vary: from and to, of red, green and blue.
 LEAF, PLASTER, ANY = ((0.15, 0.4), (0.3, 0.5), (0.1, 0.22)), ((1, 1.15), (0.85, 1), (0.75, 1)), ((0.1, 0.8),) * 3
 PARTS = {
-    "box": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0),),
-    "plate": ((BOX, 0, 1, 0, 1, UPRIGHT, 1.0), (BOX, 0.3, 0.7, 0.35, 0.65, UPRIGHT, 1.6)),
-    "disc": ((OVAL, 0, 1, 0, 1, UPRIGHT, 1.0), (OVAL, 0.3, 0.7, 0.3, 0.7, UPRIGHT, 1.6)),
-    "tree": (
-        (BOX, 0.44, 0.56, 0, 0.5, UPRIGHT, (0.32, 0.25, 0.18)),
-        (LEAVES, 0, 0.75, 0.35, 0.85, UPRIGHT, 0.85),
-        (LEAVES, 0.2, 1, 0.4, 1, UPRIGHT, 1.0),
-    ),
-    "person": (
-        (BOX, 0.15, 0.45, 0, 0.5, UPRIGHT, 0.5),
-        (BOX, 0.55, 0.85, 0, 0.5, UPRIGHT, 0.5),
-        (BOX, 0, 1, 0.42, 0.84, UPRIGHT, 1.0),
-        (OVAL, 0.22, 0.78, 0.82, 1, UPRIGHT, SKIN),
-    ),
-    "side of a car": (
-        (BOX, 0.18, 0.78, 0.55, 1, FLAT, 0.9),
-        (BOX, 0.22, 0.74, 0.6, 0.92, SLOPE, GLASS),
-        (BOX, 0, 1, 0.15, 0.53, UPRIGHT, 1.0),
-        (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
-        (OVAL, 0.1, 0.3, 0, 0.32, UPRIGHT, TYRE),
-        (OVAL, 0.7, 0.9, 0, 0.32, UPRIGHT, TYRE),
-    ),
-    "back of a car": (
-        (BOX, 0.05, 0.95, 0, 0.3, UPRIGHT, TYRE),
-        (BOX, 0.1, 0.9, 0.55, 1, FLAT, 0.9),
-        (BOX, 0.16, 0.84, 0.6, 0.92, SLOPE, GLASS),
-        (BOX, 0, 1, 0.16, 0.53, UPRIGHT, 1.0),
-        (BOX, 0, 1, 0.52, 0.6, FLAT, 1.15),
-        (BOX, 0.02, 0.18, 0.38, 0.5, UPRIGHT, LAMP),
-        (BOX, 0.82, 0.98, 0.38, 0.5, UPRIGHT, LAMP),
-    ),
-}
+    "box":           ((BOX,    0,    1,    0,    1,    UPRIGHT, 1.0),),
+    "plate":         ((BOX,    0,    1,    0,    1,    UPRIGHT, 1.0),
+                      (BOX,    0.3,  0.7,  0.35, 0.65, UPRIGHT, 1.6)),
+    "disc":          ((OVAL,   0,    1,    0,    1,    UPRIGHT, 1.0),
+                      (OVAL,   0.3,  0.7,  0.3,  0.7,  UPRIGHT, 1.6)),
+    "tree":          ((BOX,    0.44, 0.56, 0,    0.5,  UPRIGHT, (0.32, 0.25, 0.18)),
+                      (LEAVES, 0,    0.75, 0.35, 0.85, UPRIGHT, 0.85),
+                      (LEAVES, 0.2,  1,    0.4,  1,    UPRIGHT, 1.0)),
+    "person":        ((BOX,    0.15, 0.45, 0,    0.5,  UPRIGHT, 0.5),
+                      (BOX,    0.55, 0.85, 0,    0.5,  UPRIGHT, 0.5),
+                      (BOX,    0,    1,    0.42, 0.84, UPRIGHT, 1.0),
+                      (OVAL,   0.22, 0.78, 0.82, 1,    UPRIGHT, SKIN)),
+    "side of a car": ((BOX,    0.18, 0.78, 0.55, 1,    FLAT,    0.9),
+                      (BOX,    0.22, 0.74, 0.6,  0.92, SLOPE,   GLASS),
+                      (BOX,    0,    1,    0.15, 0.53, UPRIGHT, 1.0),
+                      (BOX,    0,    1,    0.52, 0.6,  FLAT,    1.15),
+                      (OVAL,   0.1,  0.3,  0,    0.32, UPRIGHT, TYRE),
+                      (OVAL,   0.7,  0.9,  0,    0.32, UPRIGHT, TYRE)),
+    "back of a car": ((BOX,    0.05, 0.95, 0,    0.3,  UPRIGHT, TYRE),
+                      (BOX,    0.1,  0.9,  0.55, 1,    FLAT,    0.9),
+                      (BOX,    0.16, 0.84, 0.6,  0.92, SLOPE,   GLASS),
+                      (BOX,    0,    1,    0.16, 0.53, UPRIGHT, 1.0),
+                      (BOX,    0,    1,    0.52, 0.6,  FLAT,    1.15),
+                      (BOX,    0.02, 0.18, 0.38, 0.5,  UPRIGHT, LAMP),
+                      (BOX,    0.82, 0.98, 0.38, 0.5,  UPRIGHT, LAMP)),
+}  # fmt: skip
+# One of them on the street, in metres; base: how high it stands, speed: sideways, in image widths between two frames.
+Thing = make_dataclass("Thing", "kind label x z width height colour speed base".split())
 
 
 def layout(seed: int, split: str, index: int) -> SimpleNamespace:
     """All that chance decides about a scene, in metres if not said otherwise. Arguments as in `paint`."""
-    key = (seed, SPLITS.index(split), index)  # so the splits are separate random streams
+    key = seed, SPLITS.index(split), index  # so the splits are separate random streams
     rng = np.random.default_rng(key)
     draws = iter(rng.random(512).tolist())
 
@@ -93,53 +89,32 @@ def layout(seed: int, split: str, index: int) -> SimpleNamespace:
     def pick_colour(ranges, light: float = 1.0) -> tuple[float, float, float]:
         return tuple(light * between(low, high) for low, high in ranges)
 
-    # Ground: grass | sidewalk | road with two edge lines and a dashed one | sidewalk | grass
+    # Ground: grass | sidewalk | road with two edge lines and a dashed one | sidewalk | grass; the curb is its height
     curb, left, right = between(0.15, 0.3), between(-4.2, -1.8), between(1.8, 4.2)
     far_left, far_right = left - between(2, 5), right + between(2, 5)
     middle, line = left + (right - left) * between(0.35, 0.65), between(0.3, 0.5)
     section = np.full(1024, GRASS)  # surfaces by x, 16 to the metre, x = 0 at 512
-    for start, end, what in (
-        (far_left, far_right, PAVEMENT),
-        (left, right, ASPHALT),
-        (middle, middle + line, DASHED),
-        (left + between(0.2, 1.2), 0, MARK),
-        (right - between(0.5, 1.5), 0, MARK),
-    ):
-        section[int(512 + 16 * start) : int(512 + 16 * (end or start + line))] = what
+    strips = [(far_left, far_right, PAVEMENT), (left, right, ASPHALT), (middle, middle + line, DASHED)]
+    strips += [(edge, edge + line, MARK) for edge in (left + between(0.2, 1.2), right - between(0.5, 1.5))]
+    for start, end, surface in strips:
+        section[int(512 + 16 * start) : int(512 + 16 * end)] = surface
 
-    # Background surfaces: class, colour, angle. Road and sidewalk are of one grey.
+    # Background surfaces from VOID to the last house: class, colour, angle. Road and sidewalk are of one grey.
     grey, green = (between(0.3, 0.5),) * 3, pick_colour(LEAF)
     parks = [one_of(True, False) for _ in range(BLOCKS)]
-    white = (between(0.75, 0.95),) * 3
-    surfaces = [
-        (SKY, (between(0.55, 0.75), between(0.68, 0.78), 0.85), 0),
-        (ROAD, grey, FLAT),
-        (LANE, white, FLAT),
-        (SIDEWALK, grey, FLAT),
-        (VEGETATION, green, FLAT),
-        (LANE, white, FLAT),
-    ]
+    white, sky = (between(0.75, 0.95),) * 3, (between(0.55, 0.75), between(0.68, 0.78), 0.85)
+    surfaces = [(SKY, sky, 0), (ROAD, grey, FLAT), (LANE, white, FLAT), (SIDEWALK, grey, FLAT)]
+    surfaces += [(VEGETATION, green, FLAT), (LANE, white, FLAT)]
     for park in parks + [False] * 2 * HOUSES:
         label, colour = (VEGETATION, green) if park else (BUILDING, pick_colour(PLASTER, between(0.3, 0.7)))
         surfaces.append((label, colour, UPRIGHT))
+    # Heights of the houses; a gap between two is as high as the sidewalk.
     tall = np.array([one_of(curb, between(4, 16), between(4, 16)) for _ in range(2 * HOUSES)], np.float32)
     things = []
 
     def place(kind, label, x, z, width, height, colour, speed=0.0, lift=0.0):
-        """Put a thing of PARTS on the street; `speed` is sideways, in image widths between two frames."""
-        things.append(
-            SimpleNamespace(
-                kind=kind,
-                label=label,
-                x=x,
-                z=z,
-                width=width,
-                height=height,
-                colour=colour,
-                speed=speed,
-                base=lift + (0.0 if left < x < right else curb),
-            )
-        )
+        base = lift + (0.0 if left < x < right else curb)
+        things.append(Thing(kind, label, x, z, width, height, colour, speed, base))
 
     for _ in range(one_of(1, 2, 3)):
         x = one_of(far_left - between(0, 2), far_right + between(0, 2))
@@ -165,27 +140,22 @@ def layout(seed: int, split: str, index: int) -> SimpleNamespace:
         x, z, width, height = between(far_left, far_right), between(4, 11), between(0.6, 0.8), between(1.5, 1.9)
         place("person", PEDESTRIAN, x, z, width, height, pick_colour(ANY), speed)
 
-    return SimpleNamespace(
-        key=key,
-        section=section,
-        surfaces=surfaces,
-        curb=curb,
-        tall=tall,  # heights: sidewalk and grass; houses, a gap the curb's
-        things=sorted(things, key=lambda thing: -thing.z),  # far to near
-        centre=(between(0.36, 0.64), between(0.36, 0.48)),  # (u, v) of the vanishing point
-        eye=between(1.5, 2),  # height of the camera
-        bend=between(-0.002, 0.002),  # of the road: its x grows by bend * z**2
-        slabs=rng.random((2, 64), np.float32) * 0.3 + 0.85,  # seams in the ground by x and by z, without meaning
-        dash=(between(0.25, 0.45), between(0, 1)),  # dashes per metre, phase
-        crossing=between(4, 30),  # z of a zebra crossing
-        walls=(far_left - between(0.5, 5.5), far_right + between(0.5, 5.5)),  # x of the house fronts
-        house=between(6, 12),  # length of a house
-        skyline=rng.random(BLOCKS, np.float32) * 0.1 + 0.01,  # height in v
-        texture=rng.random((TEXELS, TEXELS), np.float32) * 3.4 - 1.7,  # mean 0, deviation 1
-        ego=(between(0.1, 0.3), between(-0.004, 0.004)),  # between two frames: metres forward, turn in widths
-        shade=(far_left, between(left, right)),  # the houses' shadow when the sun shines, from x to x
-        visibility=between(12, 24),
-    )  # in fog
+    scene = SimpleNamespace(key=key, section=section, surfaces=surfaces, curb=curb, tall=tall)
+    scene.things = sorted(things, key=lambda thing: -thing.z)  # far to near
+    scene.centre = between(0.36, 0.64), between(0.36, 0.48)  # (u, v) of the vanishing point
+    scene.eye = between(1.5, 2)  # height of the camera
+    scene.bend = between(-0.002, 0.002)  # of the road: its x grows by bend * z**2
+    scene.slabs = rng.random((2, 64), np.float32) * 0.3 + 0.85  # seams in the ground by x and by z, without meaning
+    scene.dash = between(0.25, 0.45), between(0, 1)  # dashes per metre, phase
+    scene.crossing = between(4, 30)  # z of a zebra crossing
+    scene.walls = far_left - between(0.5, 5.5), far_right + between(0.5, 5.5)  # x of the house fronts
+    scene.house = between(6, 12)  # length of a house
+    scene.skyline = rng.random(BLOCKS, np.float32) * 0.1 + 0.01  # height in v
+    scene.texture = rng.random((TEXELS, TEXELS), np.float32) * 3.4 - 1.7  # mean 0, deviation 1
+    scene.ego = between(0.1, 0.3), between(-0.004, 0.004)  # between two frames: metres forward, turn in widths
+    scene.shade = far_left, between(left, right)  # the houses' shadow when the sun shines, from x to x
+    scene.visibility = between(12, 24)  # in fog
+    return scene
 
 
 def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
@@ -228,7 +198,8 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
     window = (floor & (front * 0.8).astype(np.intp) & 1).astype(bool)
     np.copyto(light, np.where(window, np.float32(0.5), np.float32(1)), where=wall)
 
-    # Things, far to near; each part is a surface more. `motion` reaches as far as a thing will have moved.
+    # Things, far to near; each part is a surface more. `motion`, sideways between two frames in image widths, reaches
+    # as far as a thing will have moved.
     surfaces = [(*background, 0.0) for background in scene.surfaces]
     motion = np.zeros((H, W), np.float32)
     for thing in scene.things:
@@ -258,16 +229,9 @@ def project(scene: SimpleNamespace, H: int, W: int) -> SimpleNamespace:
     np.copyto(light, 1, where=painted)
     label = np.array(labels, np.uint8).take(surface)
     light *= 1 + ROUGHNESS[label] * texture
-    return SimpleNamespace(
-        u=u,
-        v=v,
-        z=z,
-        label=label,
-        x=x,  # x (H - g, W) of the ground, the lowest rows
-        angle=np.array(angles, np.uint8).take(surface),  # (H, W)
-        motion=motion,  # (H, W) sideways between two frames, in image widths
-        colour=np.array(colours, np.float32).T.take(surface, axis=1) * light,
-    )  # (3, H, W): faster than (H, W, 3)
+    angle = np.array(angles, np.uint8).take(surface)
+    colour = np.array(colours, np.float32).T.take(surface, axis=1) * light  # (3, H, W): faster than (H, W, 3)
+    return SimpleNamespace(u=u, v=v, z=z, x=x, label=label, angle=angle, motion=motion, colour=colour)
 
 
 def _pixels(start: float, end: float, count: int) -> slice:
@@ -347,6 +311,8 @@ def _lidar(scene, view, condition: str, case: str, rng: np.random.Generator) -> 
     H, W = view.z.shape
     texel = (view.v[:, 0] * TEXELS).astype(np.intp)
     scan = np.flatnonzero(texel % 4 == 1)  # every fourth row of texels
+    if not scan.size:
+        scan = np.arange(1, len(texel), 4)  # at some sizes, such as 48, no pixel lies in such a row
     chance = rng.random((scan.size, W), np.float32)
     error = 0.98 + 0.04 * rng.random((scan.size, W), np.float32)
     shifts = ((rng.random(TEXELS) - 0.5) * W / 6).astype(np.intp)
@@ -374,17 +340,12 @@ def weather(index: int) -> tuple[str, str]:
 
 
 def paint(
-    seed: int,
-    split: str,
-    index: int,
-    size: int | tuple[int, int] = 64,
-    condition: str | None = None,
-    case: str | None = None,
+    seed: int, split: str, index: int, size: int | tuple[int, int] = 64, condition: str = "", case: str = ""
 ) -> dict[str, np.ndarray | str]:
     """Scene `index` of a split in its four modalities; with another seed, another scene.
 
     seed and index are at least 0. size: H = W, or (H, W), in pixels, at least 8; the same scene at any size.
-    condition: of CONDITIONS; case: of CASES, or "none"; None: by `weather`.
+    condition: of CONDITIONS; case: of CASES, or "none"; empty: by `weather`.
     Returns uint8 (H, W, 3): "rgb"; "depth" (log distance, height, surface angle, as in HHA; 0 = sky or unseen); "event"
     (positive, negative, 0); "lidar" (log range, height, intensity; 0 = no return). uint8 (H, W), 0..11: "label". And
     the str "condition" and "case". ValueError for an argument outside these ranges.

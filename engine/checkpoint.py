@@ -1,8 +1,4 @@
-"""Checkpoints that nothing can ruin: atomic, checked, self-describing, and read without running any code.
-
-save_model("student.pt", model, meta)          model, meta = load_model("student.pt", device)
-write(folder / "last.pt", state)               state = load_last(folder)     # or the one before it, or None
-"""
+"""Checkpoints that nothing can ruin: atomic, checked, self-describing, and read without running any code."""
 
 import contextlib
 import io
@@ -39,19 +35,15 @@ def write(path: Path, state: dict, keep_previous: bool = False) -> None:
 
 
 def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
-    """Loads a file of `write`, one of KEYS; its meta must have the entries `says`.
-
-    Raises FileNotFoundError or ValueError with one sentence.
-    """
+    """Loads a file of `write`, one of KEYS; its meta must have the entries `says`. Raises FileNotFoundError or
+    ValueError with one sentence."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is no file.")
     with fitting(f"{path} is corrupt, or no checkpoint of tensors and plain values"):
         state = unpack(path.read_bytes())
     if not isinstance(state, dict) or not KEYS[what] <= state.keys() or not isinstance(state["meta"], dict):
-        raise ValueError(
-            f"{path} is not a {what} that this version of the project saved; a run's models are "
-            "teacher.pt, robust.pt and student.pt, and published weights go through --pretrained."
-        )
+        hint = "a run's models are teacher.pt, robust.pt and student.pt; published weights go through --pretrained"
+        raise ValueError(f"{path} is not a {what} that this version of the project saved: {hint}.")
     if lacking := [name for name in says if name not in state["meta"]]:
         raise ValueError(f"{path} does not say its {lacking[0]}: an older version wrote it; train again.")
     return state
@@ -86,15 +78,10 @@ def save_model(path: Path, model: nn.Module, meta: dict) -> None:
 
 
 def load_model(path: Path | str, device: torch.device, expect: dict | None = None) -> tuple[nn.Module, dict]:
-    """Rebuilds a model from its checkpoint -> (model in eval mode, meta).
-
-    `model.absent` says what an absent modality is to the model: left out ("skip"), or a zero image ("zero").
-
-    expect: entries of meta that must agree (see SAME), else ValueError with both descriptions.
-    """
+    """Rebuilds a model from its checkpoint -> (model in eval mode, meta). `model.absent` says what an absent modality
+    is to the model: left out ("skip"), or a zero image ("zero"). expect: entries of meta that must agree."""
     state = read(Path(path), says=SAYS)
-    meta = state["meta"]
-    require(path, meta, expect or {})
+    require(path, meta := state["meta"], expect or {})
     with fitting(f"{path} does not hold the weights of a {meta['backbone']}"):
         model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"])
         model.load_state_dict(state["model"])
@@ -124,15 +111,9 @@ def require(path: Path | str, found: dict, expect: dict) -> None:
 def describe(args, dataset, backbone: str | None) -> dict:
     """What a model's checkpoint says of itself."""
     names = [frame.name for frame in dataset.frames]
-    return {
-        "backbone": backbone,
-        "modalities": list(dataset.modalities),
-        "classes": list(dataset.classes),
-        "palette": [[int(v) for v in colour] for colour in dataset.palette],
-        "frames": len(dataset),
-        "frame names": f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})",
-        "normalisation": dataset.normalisation,
-        "ranges": dataset.ranges,
-        "options": {name: value for name, value in vars(args).items() if name not in FREE | FILES},
-        **{name: getattr(args, name) for name in OPTIONS},
-    }
+    meta = {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes)}
+    meta |= {"palette": [[int(v) for v in colour] for colour in dataset.palette], "frames": len(dataset)}
+    meta["frame names"] = f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})"
+    meta |= {"normalisation": dataset.normalisation, "ranges": dataset.ranges}
+    meta["options"] = {name: value for name, value in vars(args).items() if name not in FREE | FILES}
+    return meta | {name: getattr(args, name) for name in OPTIONS}

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data import Frame, FrameDataset, open_dataset
-from datasets.files import SUFFIXES, read_image
+from datasets.files import SUFFIXES, read_frame, read_image
 from engine.checkpoint import SAME, load_model, read, require
 from engine.loop import PHASES
 from engine.options import ROOTS
@@ -19,13 +19,9 @@ from engine.subsets import load_fsm
 from fsm import FSM
 
 
-def load_models(
-    path: Path, device: torch.device, same: Sequence[str] = SAME
-) -> tuple[dict[str, nn.Module], FSM | None, dict]:
+def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, nn.Module], FSM | None, dict]:
     """A model file, or all of a run folder in the order of training -> ({stem: model}, feature selection, first meta).
-
-    Raises FileNotFoundError or ValueError with one sentence, also if the models differ in an entry `same` of meta.
-    """
+    Raises FileNotFoundError, or ValueError, also if the models differ in an entry `same` of meta."""
     files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
     if not files:
         raise FileNotFoundError(f"{path} holds no model: none of {'.pt, '.join(PHASES)}.pt.")
@@ -44,9 +40,7 @@ def load_models(
 
 def open_data(meta: dict, data: str | None, root: str | None, split: str, size, say=say, **options) -> FrameDataset:
     """The data set that a model was trained on, or `data` if that is given; options: further ones of `open_dataset`.
-
-    Raises ValueError if its classes are not the model's.
-    """
+    Raises ValueError if its classes are not the model's."""
     data = data or meta["data"]
     if data == meta["data"]:
         root = root or meta["root"]
@@ -72,19 +66,11 @@ def titles(data: str, modalities: list[str]) -> list[str]:
     return [f"{name} (derived)" if data == "nyuv2" and name in ("event", "lidar") else name for name in modalities]
 
 
-def samples(datasets: Iterable[FrameDataset], meta: dict, depth_unit: float) -> Iterator[tuple]:
-    """Each frame at its own size -> (the Frame, {modality: (H, W, 1 or 3) uint8 or float32}, label (H, W) uint8).
-
-    The label is 255 where there is none. depth_unit: see `given_depth`.
-    """
-    for dataset in datasets:
-        for index, frame in enumerate(dataset.frames):
-            decoded, label = dataset.read(index)
-            images = dict(zip(dataset.modalities, decoded, strict=True))
-            if dataset.split == "input" and dataset.name == "nyuv2" and "depth" in images:
-                file = frame.images[dataset.modalities.index("depth")]
-                images["depth"] = given_depth(file, images["depth"], meta["depth"], depth_unit)
-            yield frame, images, label
+def samples(dataset: FrameDataset) -> Iterator[tuple]:
+    """Each frame at its own size -> (the Frame, {modality: (H, W, 1 or 3) uint8 or float32}, label (H, W) uint8)."""
+    for index, frame in enumerate(dataset.frames):
+        images, label = dataset.read(index)
+        yield frame, dict(zip(dataset.modalities, images, strict=True)), label
 
 
 def stems(path: Path) -> dict[Path, Path]:
@@ -109,12 +95,10 @@ def what_differs(names: Iterable[Path]) -> list[str]:
     return [str(name.parent / t[len(tail) :][::-1]) for name, t in zip(names, tails, strict=True)]
 
 
-def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]) -> Iterator[FrameDataset]:
-    """The frames of --input, each in a data set of its own, so that it is decoded as in training.
-
-    In folders and those inside, files of one name are a frame, or if there are none, files whose names differ from the
-    others of their folder by the same part. A frame may lack some modalities.
-    """
+def input_frames(given: dict[str, Path], meta: dict, depth_unit: float) -> Iterator[tuple]:
+    """The frames of --input, decoded as in training, as those of `samples`; all of a label is 255. In folders and
+    those inside, files of one name are a frame, or if there are none, files whose names differ from the others of their
+    folder by the same part. A frame may lack some modalities. depth_unit: see `given_depth`."""
     found = {modality: stems(path) for modality, path in given.items()}
     single = not any(path.is_dir() for path in given.values())  # one frame, whatever the names
     for keys in (lambda names: ["one"] * single or list(map(str, names)), what_differs):
@@ -126,30 +110,30 @@ def input_frames(given: dict[str, Path], meta: dict, size: int | tuple[int, int]
         if paired := len(given) == 1 or max(map(len, frames.values())) > 1:
             break
     if not paired or set(frames) == {"."}:
+        where = f"{' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a name in common"
+        hint = "alike (rgb/7.png, depth/7.png) or but for one word at one end (color_0007.png, depth_0007.png)"
         raise ValueError(
-            f"--input: {' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a name in "
-            "common; name a frame's files alike (rgb/7.png, depth/7.png) or alike but for one word at the beginning or "
-            "end (color_0007.png, depth_0007.png), and give files or folders for all modalities."
+            f"--input: {where}; name a frame's files {hint}, and give files or folders for all modalities."
         )
     if keys is what_differs:
         pair = next(files for files in frames.values() if len(files) > 1)
         say(f"frames are paired by what differs in their names: {' with '.join(map(str, pair.values()))}")
     decoding = "folder" if meta["data"] == "synthetic" else meta["data"]  # scenes have no files: 8 bit pictures do
+    any_kind = ["depth"] if (decoding, meta["depth"]) == ("nyuv2", "raw") else []  # see `given_depth`
+    ranges = {m: kept for m, kept in meta.get("ranges", {}).items() if m not in any_kind}
     for _, files in sorted(frames.items()):
         modality, file = next(iter(files.items()))
-        classes = meta["classes"], meta["palette"]
         frame = Frame(found[modality][file].as_posix(), "none", "none", tuple(files.values()))
-        dataset = FrameDataset(decoding, [frame], *classes, list(files), size, False, 0, None, "input")
-        any_kind = ["depth"] if (decoding, meta["depth"]) == ("nyuv2", "raw") else []  # see `given_depth`
-        dataset.ranges = {m: kept for m, kept in meta.get("ranges", {}).items() if m not in any_kind}
-        yield dataset
+        decoded, label = read_frame(decoding, list(files), frame, None, meta["palette"], ranges)
+        images = dict(zip(files, decoded, strict=True))
+        if decoding == "nyuv2" and "depth" in images:
+            images["depth"] = given_depth(files["depth"], images["depth"], meta["depth"], depth_unit)
+        yield frame, images, label
 
 
 def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.ndarray:
     """Depth of --input for a model of nyuv2: HHA (H, W, 3) as read, or raw depth (H, W, 1) as metres / 10 in 0..1.
-
-    kind: "hha" or "raw", what the model was trained on; unit: metres of a step of 16 bit. Says in which it is read.
-    """
+    kind: "hha" or "raw", what the model was trained on; unit: metres of a step of 16 bit."""
     found, expected = image.shape[2], {"hha": 3, "raw": 1}[kind]
     if found != expected:
         raise ValueError(f"{file} has {found} channel(s), but the model was trained on {kind} depth, of {expected}.")
@@ -160,9 +144,7 @@ def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.nda
     metres = stored * np.float32(unit)
     middle = float(np.median(metres[metres > 0])) if (metres > 0).any() else 0.0
     if middle > 10:
-        raise ValueError(
-            f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model knows up "
-            "to 10 m; of 16 bit, give the file's own --depth-unit, e.g. 0.0001."
-        )
+        what = f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model knows up to 10 m"
+        raise ValueError(f"{what}; of 16 bit, give the file's own --depth-unit, e.g. 0.0001.")
     say(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
     return np.minimum(metres / 10, 1)

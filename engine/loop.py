@@ -1,8 +1,7 @@
 """What the training loops call: batches, randomness, schedule, optimizer, validation.
 
-Everything random in a run is a function of (seed, phase, step) or of (seed, epoch, frame). So a checkpoint holds
-the states of model, optimizer and scaler, step and best score, and nothing else is needed to continue bit for bit, with
-any number of loader workers.
+Everything random in a run is a function of (seed, phase, step) or of (seed, epoch, frame). So a checkpoint needs only
+the states of model, optimizer and scaler, step and best score to continue bit for bit, with any number of workers.
 """
 
 import contextlib
@@ -12,11 +11,12 @@ import platform
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
 
 import metrics
 from data import normalise
@@ -27,11 +27,8 @@ EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, sign
 
 
 def batch_keys(frames: int, batch_size: int, seed: int, steps: range, share: slice) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, index) of this process's share of the batch of each of these steps.
-
-    The run is one endless stream of frames, a fresh permutation per epoch, cut into batches: every frame is seen once
-    an epoch, every batch is full, and the position in the stream follows from the step alone.
-    """
+    """(epoch, index) of this process's share of the batch of each of these steps. The run is one endless stream of
+    frames, a fresh permutation per epoch, cut into batches: a step says where in the stream it is."""
     order_of = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(frames).tolist())
     for step in steps:
         places = [divmod(position, frames) for position in range(step * batch_size, (step + 1) * batch_size)]
@@ -44,15 +41,10 @@ def quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(dataset, batches, workers: int, device: torch.device) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        worker_init_fn=quiet_worker,
-        pin_memory=device.type == "cuda",
-        collate_fn=stack,
-    )
+def loader(dataset, keys: Iterable[list], workers: int, device: torch.device) -> DataLoader:
+    """Batches of a data set: the frames of each list of `keys`, stacked."""
+    cuda, own = device.type == "cuda", {"worker_init_fn": quiet_worker, "collate_fn": stack}
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, pin_memory=cuda, **own)
 
 
 def stack(samples: list[tuple[Tensor, Tensor, str]]) -> list:
@@ -60,7 +52,7 @@ def stack(samples: list[tuple[Tensor, Tensor, str]]) -> list:
     sizes = {label.shape: f"{name} has {' x '.join(map(str, label.shape))} pixels" for _, label, name in samples}
     if len(sizes) > 1:
         raise ValueError(f"frames of one batch differ: {', '.join(sizes.values())}; use --batch-size 1.")
-    return torch.utils.data.default_collate(samples)
+    return default_collate(samples)
 
 
 def seed_step(seed: int, phase: str, step: int, rank: int) -> torch.Generator:
@@ -93,22 +85,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, w
     return rate
 
 
-def grad_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
-    """Does nothing but for fp16, whose small gradients it keeps from becoming zero."""
-    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "off")
 
 
 @torch.inference_mode()
 def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> list[dict]:
-    """metrics.scores of each column of a table, over all frames of a data set and all processes.
-
-    answers(images (B, M, 3, H, W) normalised, labels (B, H, W), B names) yields for each column the classes that a
-    model answers (`metrics.class_ids`) and the labels that they are compared with, both (B, H, W).
-    """
+    """metrics.scores of each column of a table, over all frames of a data set and all processes. answers(images
+    (B, M, 3, H, W) normalised, labels (B, H, W), B names) yields for each column the classes that a model answers
+    (`metrics.class_ids`) and the labels that they are compared with, both (B, H, W)."""
     k, starts = len(dataset.classes), range(0, len(dataset), batch_size)[run.rank :: run.world]
     shard = [list(range(i, min(i + batch_size, len(dataset)))) for i in starts]
     matrices = torch.zeros(columns, k, k, dtype=torch.int64, device=run.device)
@@ -125,18 +110,14 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
                 matrix += metrics.confusion(ids, wanted, k)
     matrices = run.reduce(matrices)
     if not matrices.any():
-        raise ValueError(
-            f"not one pixel of the {len(dataset)} {dataset.split} frames has a label: choose another "
-            "split or --root, or look with python data.py --check."
-        )
+        what = f"not one pixel of the {len(dataset)} {dataset.split} frames has a label"
+        raise ValueError(f"{what}: choose another split or --root, or look with python data.py --check.")
     return [metrics.scores(matrix) for matrix in matrices]
 
 
 def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> dict[str, float]:
     """mIoU (published rule): mean over all subsets, of the complete one, which is the last, mean over the others.
-
-    predict(images, subsets) yields the logits of each subset.
-    """
+    predict(images, subsets) yields the logits of each subset."""
 
     def answers(images: Tensor, labels: Tensor, names: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((metrics.class_ids(logits, names), labels) for logits in predict(images, subsets))
@@ -165,11 +146,6 @@ def peak_memory(device: torch.device) -> float:
 
 
 def versions() -> dict:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-    }
+    about = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    about |= {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    return about | {"tf32": torch.backends.cuda.matmul.allow_tf32}

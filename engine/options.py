@@ -4,37 +4,19 @@ defaults, as `python train_stage1.py --data deliver --help` shows."""
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from engine.checkpoint import FREE, load_last, read
 
 # As published (docs/paper_vs_code.md), where it is: the batch size is usual on DELIVER, and stage 2 has no published
-# recipe at all. The synthetic recipe suits a short demo.
-REAL = dict(
-    backbone="segformer_b0",
-    size=1024,
-    epochs=200.0,
-    distill_epochs=120.0,
-    fsm_epochs=10.0,
-    student_epochs=120.0,
-    single_epochs=440.0,  # as long as teacher, robust model and student together
-    batch_size=8,
-    lr=6e-5,
-    warmup_epochs=10.0,
-    eval_every=10.0,
-    workers=min(4, os.cpu_count() or 1),
-)
+# recipe at all. The synthetic recipe suits a short demo. A single model learns as long as the three together.
+REAL = dict(backbone="segformer_b0", size=1024, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0)
+REAL |= dict(epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0, student_epochs=120.0, single_epochs=440.0)
+REAL["workers"] = min(4, os.cpu_count() or 1)
 TINY = dict(backbone="segformer_tiny", size=64, batch_size=16, lr=2e-3, warmup_epochs=1.0, eval_every=5.0, workers=0)
 TINY |= dict(epochs=40.0, distill_epochs=20.0, fsm_epochs=2.0, student_epochs=20.0, single_epochs=80.0)
-RECIPES = {
-    "synthetic": REAL | TINY,
-    "deliver": REAL,
-    "muses": REAL,
-    "mcubes": REAL | dict(size=512, val_size=1024),
-    "nyuv2": REAL | dict(size=480),
-    "folder": REAL | dict(size=512),
-}
+RECIPES = {"synthetic": REAL | TINY, "deliver": REAL, "muses": REAL, "mcubes": REAL | dict(size=512, val_size=1024)}
+RECIPES |= {"nyuv2": REAL | dict(size=480), "folder": REAL | dict(size=512)}
 ROOTS = {"deliver": "data/DELIVER", "muses": "data/MUSES", "mcubes": "data/MCubeS", "nyuv2": "data/NYUDepthv2"}
 # The data sets that an option is for.
 USERS = {"depth": ("deliver", "nyuv2"), "label_map": ("folder",), "classes": ("nyuv2",), "hold_out": ("nyuv2",)}
@@ -55,8 +37,7 @@ class Parser(argparse.ArgumentParser):
     """Answers a wrong option with one sentence, where argparse would put all of the usage before it."""
 
     def __init__(self, script: str, doc: str):
-        usage = f"{script} [options]"  # all of them follow, in groups
-        super().__init__(script, usage, doc, formatter_class=Help, allow_abbrev=False)
+        super().__init__(script, f"{script} [options]", doc, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -121,7 +102,7 @@ def training_options(parser: Parser) -> None:
     add("--seed", type=COUNT_OR_0, default=0, help="same seed, same machine: same numbers")
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder, new or empty; default: runs/DATA, in stage 2 that of --stage1")
-    add("--resume", metavar="RUN", help="continue this run exactly: its folder, or a .pt file in it")
+    add("--resume", type=run_folder, metavar="RUN", help="continue this run exactly: its folder, or a .pt file in it")
     add("--device", choices=DEVICES, default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     add("--deterministic", action="store_true", help="bit-for-bit repeatable on a GPU as well; slower")
     add("--save-every", type=COUNT, default=200, metavar="STEPS", help="steps between last.pt")
@@ -149,35 +130,28 @@ def saved_options(parser: Parser, folder: Path) -> dict:
     return {**saved, "out": str(folder)}
 
 
-def parse(parser: Parser, argv: list[str] | None, inherited: Callable[[argparse.Namespace], dict] | None = None):
-    """The command line, over the options of --resume, or over `inherited` ones, over the recipe -> the options."""
+def parse(parser: Parser, argv: list[str] | None, inherited=None) -> argparse.Namespace:
+    """The command line, over the options of --resume, or over `inherited(it)`, over the recipe -> the options."""
     argv = sys.argv[1:] if argv is None else argv
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])  # its defaults are not known yet
     if empty := [name for name, value in vars(first).items() if not str(value).strip()]:
         parser.error(f"{argument(empty[0], '')} is empty; is a variable of the shell not set?")
     saved = inherited(first) if inherited and not {"-h", "--help"} & set(argv) else {}
     if first.resume:
-        saved = saved_options(parser, Path(run_folder(first.resume)))
-        known = {*vars(first), *FIXED}
-        if other := sorted(saved.keys() ^ known if inherited else saved.keys() ^ vars(first).keys()):
-            parser.error(
-                f"{first.resume} is of a version with other options, such as {argument(other[0], '...')}: "
-                "go on with that version."
-            )
-    data = saved["data"] if "data" in saved else getattr(first, "data", "synthetic")
+        saved = saved_options(parser, Path(first.resume))
+        if other := sorted(saved.keys() ^ {*vars(first), *FIXED}):
+            known = argument(other[0], "...")
+            parser.error(f"{first.resume} is of a version with other options, such as {known}: go on with that one.")
+    data = saved.get("data") or getattr(first, "data", "synthetic")
     recipe = RECIPES[data] | ({"epochs": RECIPES[data]["single_epochs"]} if parser.prog == "train_single.py" else {})
     recipe |= {"backbone": None} if getattr(first, "teacher", None) else {}
     recipe |= {"lr": 1e-3} if data == "folder" and not getattr(first, "pretrained", None) else {}
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in first} | saved)
     args = parser.parse_args(argv)
-    if first.resume:
-        args.resume = first.resume
-        for name in sorted(saved.keys() - (FREE - {"out"})):
-            if getattr(args, name) != saved[name]:
-                parser.error(
-                    f"{argument(name, getattr(args, name))} contradicts the run in {saved['out']}, which has "
-                    f"{argument(name, saved[name])}: start a new run with another --out."
-                )
+    for name in sorted(saved.keys() - (FREE - {"out"})) if first.resume else ():
+        mine, its = argument(name, getattr(args, name)), argument(name, saved[name])
+        if mine != its:
+            parser.error(f"{mine} contradicts the run in {saved['out']}, which has {its}: choose another --out.")
     parser.given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     for name, sets in USERS.items():
         if args.data not in sets:
@@ -223,12 +197,7 @@ def single_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     data_options(parser)
     add = parser.add_argument_group("single model").add_argument
     add("--epochs", type=RATE, help="by default as many as of teacher, robust model and student together")
-    add(
-        "--subset-weight",
-        type=WEIGHT,
-        default=0.4,
-        help="of CE on random subsets; more: better with some missing",
-    )
+    add("--subset-weight", type=WEIGHT, default=0.4, help="of CE on random subsets; more: better with some missing")
     training_options(parser)
     parser.set_defaults(absent="skip")
     args = parse(parser, argv)
@@ -258,13 +227,11 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
             return {}
         if bool(args.stage1) == bool(args.teacher or args.robust) or bool(args.teacher) != bool(args.robust):
             parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
-        file = Path(args.robust or f"{args.stage1}/robust.pt")
-        if args.stage1 and not file.exists() and file.with_name("teacher.pt").exists():
-            parser.error(
-                f"{args.stage1} has no robust.pt to select from; train it with train_stage1.py --teacher "
-                f"{args.stage1}/teacher.pt."
-            )
-        meta = read(file, says=("options",))["meta"]
+        robust = Path(args.robust or f"{args.stage1}/robust.pt")
+        teacher = robust.with_name("teacher.pt")
+        if args.stage1 and not robust.exists() and teacher.exists():
+            parser.error(f"{args.stage1} has no robust.pt; train it with train_stage1.py --teacher {teacher}.")
+        meta = read(robust, says=("options",))["meta"]
         options = {name: meta["options"][name] for name in INHERITED}
         return {**options, "root": meta["root"], "out": args.stage1 or "runs/stage2"}
 

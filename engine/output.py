@@ -71,7 +71,5 @@ def replace(path: Path, content: bytes, previous: Path | None = None, beside: st
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path} ({error.strerror or error}); what was there before is still there. "
-            f"{len(content) / 2**20:.1f} MB of free space are needed."
-        ) from error
+        what, space = f"cannot write {path} ({error.strerror or error})", f"{len(content) / 2**20:.1f} MB"
+        raise OSError(f"{what}; what was there before is still there. {space} of free space are needed.") from error

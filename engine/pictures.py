@@ -41,10 +41,8 @@ def fit(cell: Cell, width: int) -> Image.Image:
 
 
 def draw(grid: list[list[Cell]], titles: list[str], sides=(), key=(), note: str = "") -> Image.Image:
-    """The panel as an RGB image. grid: rows of cells, one per title; the rows may differ in size.
-
-    sides: a name for every row, above it; key: names and colours, shown below; note: a last line of text.
-    """
+    """The panel as an RGB image. grid: rows of cells, one a title; the rows may differ in size. sides: a name for each
+    row, above it; key: names and colours, shown below; note: a last line of text."""
     width = min(max(WIDTH // len(titles) - GAP, NARROWEST), WIDEST)
     rows = [[fit(cell, width) for cell in row] for row in grid]
     width = max(image.width for row in rows for image in row)

@@ -1,8 +1,4 @@
-"""Reads weights into a model: as published, as the model hub has them, and this project's own.
-
-report = load_pretrained(model, "mit_b0.pth")
-print(report.source, len(report.loaded), report.missing, report.unexpected)
-"""
+"""Reads weights into a model: as published, as the model hub has them, and this project's own."""
 
 import itertools
 import json
@@ -26,8 +22,8 @@ class LoadReport(NamedTuple):
     unexpected: list[str]  # names in the file that nothing in this model takes, such as another head
 
     def __str__(self) -> str:
-        counts = len(self.loaded), len(self.missing), len(self.unexpected)
-        return f"{self.source}; {counts[0]} tensors loaded, {counts[1]} start fresh, {counts[2]} unused"
+        loaded, missing, unexpected = map(len, self[1:])
+        return f"{self.source}; {loaded} tensors loaded, {missing} start fresh, {unexpected} unused"
 
 
 # What a name in the file contains -> what kind of file it is. All others are taken for this project's.
@@ -114,19 +110,15 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
     for name in [name for name in found if name in tensors]:
         if tensors[name].ndim == 2 and found[name].shape[2:] == (1, 1):
             found[name] = found[name][:, :, 0, 0]  # a 1x1 convolution there, the linear layer that equals it here
-        if tensors[name].shape != found[name].shape:
-            raise ValueError(
-                f"{path} (taken for: {source}) has {name} with shape {tuple(found[name].shape)}, "
-                f"but this model's has {tuple(tensors[name].shape)}."
-            )
+        there, here = tuple(found[name].shape), tuple(tensors[name].shape)
+        if there != here:
+            raise ValueError(f"{path} (taken for: {source}) has {name} with shape {there}, this model has {here}.")
     wanted = [name for name in tensors if name.startswith(parts) and not name.startswith(other)]
     missing, surplus = [name for name in wanted if name not in found], [name for name in found if name not in own]
     if missing or surplus:
         first = f"the first that is missing is {missing[0]}" if missing else f"but it has {surplus[0]}, too"
-        raise ValueError(
-            f"{path} was taken for: {source}. {len(wanted) - len(missing)} of {len(wanted)} tensors of "
-            f"the {part} fit, {first}. Is it of another model or size?"
-        )
+        fit = f"{len(wanted) - len(missing)} of {len(wanted)} tensors of the {part} fit"
+        raise ValueError(f"{path} was taken for: {source}. {fit}, {first}. Is it of another model or size?")
     if part == "encoder" and is_cmnext:
         for i, p in itertools.product(range(4), ("weight", "bias")):
             found[f"aux.{i}.embed.proj.{p}"] = found[f"stages.{i}.embed.proj.{p}"]

@@ -20,10 +20,8 @@ DIVISORS = {"8 bit": 255, "16 bit": 65535, "float": 1}  # what brings a modality
 
 
 class Program(nn.Module):
-    """What is exported: images (B, M, 3, H, W) in 0..1 and present (B, M) bool -> logits (B, K, H, W).
-
-    At least one modality of each image must be present. Absent ones may hold anything; they cost as much as the others.
-    """
+    """What is exported: images (B, M, 3, H, W) in 0..1 and present (B, M) bool -> logits (B, K, H, W). At least one
+    modality of each image must be present. Absent ones may hold anything; they cost as much as the others."""
 
     def __init__(self, model: nn.Module, meta: dict):
         super().__init__()
@@ -42,25 +40,16 @@ class Program(nn.Module):
 
 @torch.no_grad()
 def export(model: nn.Module, meta: dict, size: int | tuple[int, int], file: str) -> None:
-    """Writes a torch.export program for any number of images of this size, and about.json beside it.
-
-    It is read back first, compared with the model on complete and incomplete images, and timed.
-    """
+    """Writes a torch.export program for any number of images of this size, and about.json beside it. It is read back
+    first, compared with the model on complete and incomplete images, and timed."""
     beside, names = Path(file).with_name("about.json"), meta["modalities"]
     check_output(beside)
     height, width = (size, size) if isinstance(size, int) else size
     rows = not isinstance(model, CMNeXt) or model.absent == "zero"  # whether it takes `present`
     kinds = [meta.get("ranges", {}).get(name, ["8 bit"])[0] for name in names]
-    about = {
-        "file": MARK,
-        "program": Path(file).name,
-        "inputs": ["images", "present"] if rows else ["images"],
-        "modalities": names,
-        "divisors": [DIVISORS[kind] for kind in kinds],
-        "size": [height, width],
-        "classes": meta["classes"],
-        "palette": meta["palette"],
-    }
+    about = {"file": MARK, "program": Path(file).name, "inputs": ["images", "present"] if rows else ["images"]}
+    about |= {"modalities": names, "divisors": [DIVISORS[kind] for kind in kinds], "size": [height, width]}
+    about |= {"classes": meta["classes"], "palette": meta["palette"]}
     images, buffer = torch.rand(2, len(names), 3, height, width), io.BytesIO()
     present = torch.stack([present_of(subset, (len(names),)) for subset in (range(len(names)), [len(names) - 1])])
     given = (images, present) if rows else (images,)
@@ -80,10 +69,9 @@ def export(model: nn.Module, meta: dict, size: int | tuple[int, int], file: str)
         ms = 1000 * (time.perf_counter() - begun)
     write_output(file, buffer.getvalue())
     write_output(beside, json.dumps(about, indent=1) + "\n")
-    say(
-        f"{file}: {' and '.join(about['inputs'])}, (B, {', '.join(map(str, images.shape[1:]))}) of {', '.join(names)}; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {ms:.0f} ms an image on this CPU "
-        f"with {torch.get_num_threads()} thread(s). {beside} says what it takes."
-    )
+    weights = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters"
+    speed = f"{ms:.0f} ms an image on this CPU with {torch.get_num_threads()} thread(s)"
+    shape = f"(B, {', '.join(map(str, images.shape[1:]))}) of {', '.join(names)}"
+    say(f"{file}: {' and '.join(about['inputs'])}, {shape}; {weights}, {speed}. {beside} says what it takes.")
     if not rows:
         say("This CMNeXt's program needs all modalities: torch.export cannot trace how it leaves out absent ones.")

@@ -11,7 +11,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -79,11 +78,9 @@ class Run:
         files = [f"{phase}.pt" for phase in phases] + ([] if follows else ["last.pt", "log.jsonl"])
         used = [name for name in files if (self.folder / name).exists()]
         if used and not (ours and args.resume):
-            what = (
-                f"a run of {state['script']}: continue it with --resume {self.folder}, or"
-                if state
-                else (f"{used[0]}, but no last.pt to continue from:")
-            )
+            what = f"{used[0]}, but no last.pt to continue from:"
+            if state:
+                what = f"a run of {state['script']}: continue it with --resume {self.folder}, or"
             raise ValueError(f"{self.folder} holds {what} choose another folder with --out.")
         self.meet()  # nobody writes before everybody has looked
         if self.device.type == "cuda":  # the published code: TF32 in convolutions, not in linear layers
@@ -160,21 +157,17 @@ class Phase:
     """A phase of a run: one model that learns, its step, its best score, and all that has a state.
 
     meta: what its model says of itself (`checkpoint.describe`); state: what to continue from, or None; calls: a
-    module around the model that the loop calls instead of it. A loop reads
-
-        for images, labels in phase.batches(train):
-            ...                             # draws from phase.generator; under phase.autocast(), calls phase.model
-            phase.learn(losses)
-            phase.keep(predict, val, subsets)
+    module around the model that the loop calls instead of it. For each of `batches`, a loop draws from `generator`,
+    calls `model` under `autocast`, then `learn` and `keep`.
     """
 
-    def __init__(
-        self, run: Run, name: str, model: nn.Module, epochs: float, meta: dict, state: dict | None, calls=None
-    ):
+    def __init__(self, run: Run, name: str, model: nn.Module, epochs: float, meta: dict, state, calls=None):
         args, self.log_file = run.args, run.folder / "log.jsonl"
         self.run, self.name, self.meta, self.learner = run, name, meta, model
         self.model = run.parallel(calls or model)
-        self.optimizer, self.scaler = loop.adamw(model, args.lr), loop.grad_scaler(run.device, args.amp)
+        self.optimizer = loop.adamw(model, args.lr)
+        # Keeps small gradients of fp16 from becoming zero; else it does nothing.
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
         self.parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.per_epoch = meta["frames"] / args.batch_size  # steps, a fraction too: the stream of frames has no gap
         self.steps = max(1, math.ceil(epochs * self.per_epoch))
@@ -196,11 +189,8 @@ class Phase:
                 part.load_state_dict(state["parts"][key])
         self.step, self.best = state["step"], state["best"]
         run.say(f"continuing {self.name} at step {self.step} of {self.steps}")
-        if state["threads"] != torch.get_num_threads():
-            run.say(
-                f"note: the run had {state['threads']} threads and now has {torch.get_num_threads()}, so its "
-                "numbers will not be equal to the last bit"
-            )
+        if state["threads"] != (now := torch.get_num_threads()):
+            run.say(f"note: the run had {state['threads']} threads and now has {now}: its last bits will differ")
         if run.rank == 0 and self.log_file.exists():
             lines = self.log_file.read_bytes()[: state["logged"]].splitlines(keepends=True)
             replace(self.log_file, b"".join(line for line in lines if line.endswith(b"}\n")))  # a crash tears lines
@@ -220,11 +210,8 @@ class Phase:
             raise SystemExit(loop.EXIT_STATUS[run.stopping])
 
     def batches(self, dataset) -> Iterator[tuple[Tensor, Tensor]]:
-        """From this step on: images (B, M, 3, H, W) normalised and labels (B, H, W) int64, on the device.
-
-        Before each batch the learning rate is set and all chance is seeded by the step: torch's own (dropout, drop
-        path), and `generator`, which is equal on all processes.
-        """
+        """From this step on: images (B, M, 3, H, W) normalised and labels (B, H, W) int64, on the device. Before each
+        batch the learning rate is set and all chance is seeded by the step, `generator` equally on all processes."""
         run, args, asked = self.run, self.run.args, time.monotonic()
         keys = loop.batch_keys(len(dataset), args.batch_size, args.seed, range(self.step, self.steps), run.share)
         for images, labels, self.names in loop.loader(dataset, keys, args.workers, run.device):
@@ -237,7 +224,7 @@ class Phase:
             yield normalise(images, *dataset.normalisation), labels
             asked = time.monotonic()
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> torch.autocast:
         return loop.autocast(self.run.device, self.run.args.amp)
 
     def learn(self, losses: dict[str, Tensor]) -> None:
@@ -251,8 +238,7 @@ class Phase:
 
     def check(self, losses: dict[str, Tensor]) -> None:
         """After backward: a loss or gradient that is not finite ends the run before it reaches the weights; else the
-        losses enter the next report. Here the host reads from the device, and the processes agree to stop.
-        """
+        losses enter the next report. Here the host reads from the device, and the processes agree to stop."""
         run = self.run
         values = {name: value.detach() for name, value in losses.items()}
         if run.args.amp != "fp16":  # its scaler skips steps whose gradients overflow: so it finds the scale
@@ -263,24 +249,21 @@ class Phase:
         *bad, run.stopping = run.reduce(torch.stack([*flags, stop]).int(), dist.ReduceOp.MAX).tolist()
         if any(bad):
             what = " and ".join(name for name, flag in zip(values, bad, strict=True) if flag)
-            raise ValueError(
-                f"{what} of phase {self.name}, step {self.step} is not finite; frames of the batch of process "
-                f"{run.rank}: {', '.join(self.names)}. The weights were not updated; try a smaller --lr."
-            )
+            what += f" of phase {self.name}, step {self.step} is not finite"
+            batch = f"frames of the batch of process {run.rank}: {', '.join(self.names)}"
+            raise ValueError(f"{what}; {batch}. The weights were not updated; try a smaller --lr.")
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
     def keep(self, predict: Callable, dataset, subsets: list[tuple[int, ...]]) -> None:
         """After a step, when each is due: a report, a validation, the best model, and last.pt; then the run may end.
-
-        predict(images, subsets) yields the logits of each subset, as for `loop.validate`.
-        """
+        predict: as for `loop.validate`."""
         run = self.run
         if self.due(50) or run.stopping:
             self.report()
         if self.due(self.eval_steps):
             scores = loop.validate(predict, dataset, subsets, run)
-            self.log(**scores)
+            self.log(scores)
             if scores["miou"] > self.best:
                 self.best = scores["miou"]
                 run.save_model(self.name, self.learner, self.meta)
@@ -295,17 +278,13 @@ class Phase:
         run, steps = self.run, self.step - self.reported
         seconds = max(time.monotonic() - self.began, 1e-9)
         means = run.reduce(torch.stack(list(self.sums.values()))) / (steps * run.world)
-        self.log(
-            **dict(zip(self.sums, means.tolist(), strict=True)),
-            lr=self.lr,
-            data_wait=self.waited / seconds,
-            images_per_second=steps * run.args.batch_size / seconds,
-            peak_memory_mb=loop.peak_memory(run.device),
-            minutes_left=(self.steps - self.step) * seconds / steps / 60,
-        )
+        values, speed = dict(zip(self.sums, means.tolist(), strict=True)), steps / seconds
+        values |= {"lr": self.lr, "data_wait": self.waited / seconds, "images_per_second": speed * run.args.batch_size}
+        values["peak_memory_mb"] = loop.peak_memory(run.device)
+        self.log({**values, "minutes_left": (self.steps - self.step) / speed / 60})
         self.sums, self.began, self.waited, self.reported = {}, time.monotonic(), 0.0, self.step
 
-    def log(self, **values: float) -> None:
+    def log(self, values: dict[str, float]) -> None:
         """A line of log.jsonl, and one to read."""
         values = {name: float(f"{value:.6g}") for name, value in values.items()}
         line = {"phase": self.name, "step": self.step, "epoch": self.step / self.per_epoch, **values}

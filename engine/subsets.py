@@ -1,7 +1,5 @@
 """Many subsets of the modalities of one batch, at little more than the cost of one.
 
-    for logits in subset_logits(model, images, all_subsets(4)):    # 15 x (B, K, H, W)
-
 With mean fusion each modality goes through the encoder once: all subsets are means of the same features. The decoder is
 linear up to its ReLU (BatchNorm too, in eval mode), so that part, too, is computed once for each modality: 15 subsets
 cost 2 to 3 times one on a CPU. A CMNeXt runs once for each. The models are put into eval mode; nothing gives gradients.
@@ -12,8 +10,9 @@ deliver instead, without the models being told; None leaves them out, but of a m
 Axes: B samples, M modalities, N maps to take means of (M, or 2 M with `degraded`), S subsets, E the decoder's width.
 """
 
-import pathlib
 from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,7 @@ from segformer import Decoder, upsample
 
 def all_subsets(modalities: int) -> list[tuple[int, ...]]:
     """The 2^M - 1 non-empty subsets, the complete one last."""
-    subsets = [tuple(m for m in range(modalities) if bits >> m & 1) for bits in range(1, 2**modalities)]
-    return sorted(subsets, key=lambda s: (len(s), s))
+    return [subset for size in range(modalities) for subset in combinations(range(modalities), size + 1)]
 
 
 def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
@@ -39,9 +37,7 @@ def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def subset_outputs(
-    model: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None, with_fused: bool = True
-) -> Iterator[Output]:
+def subset_outputs(model: nn.Module, images: Tensor, subsets: list, degraded=None, with_fused=True) -> Iterator[Output]:
     """Each subset's output, of MSegFormer without `per_modality`, and without `fused` if it is not asked for."""
     model.eval()
     if degraded is None and getattr(model, "absent", "skip") == "zero":
@@ -93,10 +89,8 @@ def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], weights: Tensor)
     return logits.permute(0, 1, 4, 2, 3)
 
 
-def switch_logits(
-    teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list, degraded: Tensor | None = None
-) -> Iterator[Tensor]:
-    """The honest baseline: the teacher when all modalities are there, else the robust model."""
+def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list, degraded=None) -> Iterator:
+    """Logits of the honest baseline: the teacher when all modalities are there, else the robust model."""
     incomplete = subset_logits(robust, images, [s for s in subsets if len(s) < images.shape[1]], degraded)
     for subset in subsets:
         complete = len(subset) == images.shape[1]
@@ -105,31 +99,21 @@ def switch_logits(
 
 @torch.no_grad()
 def selected_logits(
-    fsm: FSM,
-    teacher: nn.Module,
-    robust: nn.Module,
-    images: Tensor,
-    subsets: list,
-    degraded: Tensor | None = None,
-    level: str = "both",
-    rule: str | None = None,
+    fsm, teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list, degraded=None, level="both", rule=None
 ) -> Iterator[Tensor]:
-    """Teacher, robust model and the selection between them; with `degraded` the selection alone knows what works.
-
-    level: see `fsm.ensemble_logits`; rule: another than in training.
-    """
+    """Logits of teacher, robust model and the selection between them, which alone knows what works with `degraded`.
+    level: see `fsm.ensemble_logits`; rule: another than in training."""
     outputs = (subset_outputs(model, images, subsets, degraded) for model in (teacher, robust))
     for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
         present = present_of(subset, images.shape[:2])
         yield ensemble_logits(fsm(list(sources), present, rule), teacher, robust, present, level)
 
 
-def load_fsm(path: pathlib.Path | str, device: torch.device, expect: dict | None = None) -> FSM:
+def load_fsm(path: Path | str, device: torch.device, expect: dict | None = None) -> FSM:
     """Rebuilds the selection of a `fsm.pt`, in eval mode; expect: as for `load_model`."""
     about = "rule", "temperature", "conditioned"
-    state = read(pathlib.Path(path), says=("widths", "classes", "modalities", *about))
-    meta = state["meta"]
-    require(path, meta, expect or {})
+    state = read(Path(path), says=("widths", "classes", "modalities", *about))
+    require(path, meta := state["meta"], expect or {})
     with fitting(f"{path} does not hold a feature selection"):
         sizes = meta["widths"], len(meta["classes"]), len(meta["modalities"])
         fsm = FSM(*sizes, **{name: meta[name] for name in about})

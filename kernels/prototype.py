@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MAX_CLASSES = 256  # more would spill registers: the definition takes over
 
@@ -188,7 +189,7 @@ def spread_kernel(
     )
 
 
-# --------------------------------------------- launchers, as custom ops: torch.compile does not look into them
+# ------------------------------------------------------------------------------------------------ launchers
 
 
 def chunk_size(P: int, programs: int) -> int:
@@ -199,8 +200,7 @@ def chunk_size(P: int, programs: int) -> int:
     return chunk
 
 
-@torch.library.custom_op("rmmss::prototype_distance", mutates_args=())
-def distance_op(
+def launch_distance(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """(B, M, C, P) twice, labels (B, P) -> sum of the KLs, a scalar, and its gradient's table (B, M, K, C)."""
@@ -225,14 +225,7 @@ def distance_op(
     return parts.sum(), table
 
 
-@distance_op.register_fake
-def _(student, teacher, labels, present, match, num_classes):
-    B, M, C, _ = student.shape
-    return student.new_empty((), dtype=torch.float32), student.new_empty((B, M, num_classes, C), dtype=torch.float32)
-
-
-@torch.library.custom_op("rmmss::prototype_distance_backward", mutates_args=())
-def spread_op(table: Tensor, scale: Tensor, labels: Tensor, like: Tensor) -> Tensor:
+def launch_spread(table: Tensor, scale: Tensor, labels: Tensor, like: Tensor) -> Tensor:
     """Table (B, M, K, C) -> its row at each pixel's class, times the scalar scale; (B, M, C, P) as `like`."""
     B, M, C, P = like.shape
     grad = torch.empty_like(like)
@@ -243,24 +236,21 @@ def spread_op(table: Tensor, scale: Tensor, labels: Tensor, like: Tensor) -> Ten
     return grad
 
 
-@spread_op.register_fake
-def _(table, scale, labels, like):
-    return torch.empty_like(like)
+class PrototypeDistance(torch.autograd.Function):
+    """The sum of the KLs; its gradient goes to the student only."""
 
+    @staticmethod
+    def forward(ctx, student, teacher, labels, present, match, num_classes):
+        total, table = launch_distance(student, teacher, labels, present, match, num_classes)
+        ctx.save_for_backward(table, labels, student)  # student for its shape and strides alone
+        return total
 
-def setup_distance(ctx, inputs, output):
-    student, _, labels, *_ = inputs
-    ctx.save_for_backward(output[1], labels, student)  # student for its shape and strides alone
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # else autograd fills a table of zeros, the gradient of the table
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        table, labels, student = ctx.saved_tensors
+        return launch_spread(table, grad, labels, student), None, None, None, None, None
 
-
-def backward_distance(ctx, grad_distance, _):
-    table, labels, student = ctx.saved_tensors
-    return spread_op(table, grad_distance, labels, student), None, None, None, None, None
-
-
-distance_op.register_autograd(backward_distance, setup_context=setup_distance)
 
 # ------------------------------------------------------------------------------------------------ public call
 
@@ -272,5 +262,5 @@ def prototype_distance(
     student, teacher, labels = student.flatten(3), teacher.flatten(3), labels.flatten(1)
     if teacher.stride() != student.stride():  # not in training: both models have one structure
         student, teacher = student.contiguous(), teacher.contiguous()
-    total, _ = distance_op(student, teacher, labels, present.contiguous(), match.contiguous(), num_classes)
+    total = PrototypeDistance.apply(student, teacher, labels, present.contiguous(), match.contiguous(), num_classes)
     return total / (num_classes * student.shape[2] * student.shape[0])

@@ -34,9 +34,8 @@ def class_means(features: Tensor, member: Tensor, counts: Tensor) -> Tensor:
     as much as the product, so on the CPU it is done only if the sums turn out to need it.
     """
     rows, member = wide(features).flatten(3), member[:, None]  # (B, M, C, P), (B, 1, P, K)
-    always = features.is_cuda or torch.compiler.is_compiling()  # where no branch may wait for a value
-    sums = None if always else rows @ member
-    if always or not sums.detach().sum().isfinite():
+    sums = None if features.is_cuda else rows @ member  # on a GPU no branch waits for a value
+    if sums is None or not sums.detach().sum().isfinite():
         sums = rows.where(member.any(3)[:, :, None], 0) @ member
     return sums / counts.clamp(min=1)
 

@@ -34,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .prototype import chunk_size
 
@@ -231,11 +232,10 @@ def weight_backward_kernel(
     tl.store(parts_ptr + offs_c[None, :] * 9 + offs_t[:, None], acc_w, mask=mask)
 
 
-# --------------------------------------------- launchers, as custom ops: torch.compile does not look into them
+# ------------------------------------------------------------------------------------------------ launchers
 
 
-@torch.library.custom_op("rmmss::feature_select", mutates_args=())
-def select_op(
+def launch_select(
     x_0: Tensor, x_1: Tensor, weight: Tensor, bias: Tensor, rule: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Sources (B, C, H, W), weight (2, C, 3, 3), bias (B, 2) -> selected like a source, scores (2, B, H, W)."""
@@ -253,14 +253,7 @@ def select_op(
     return selected, scores
 
 
-@select_op.register_fake
-def _(x_0, x_1, weight, bias, rule, temperature):
-    B, _, H, W = x_0.shape
-    return torch.empty_like(x_0), weight.new_empty((2, B, H, W))
-
-
-@torch.library.custom_op("rmmss::feature_select_backward", mutates_args=())
-def select_backward_op(
+def launch_backward(
     grad: Tensor, x_0: Tensor, x_1: Tensor, scores: Tensor, rule: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the selection (B, C, H, W) -> gradients of weight (2, C, 3, 3) and bias (B, 2)."""
@@ -281,23 +274,21 @@ def select_backward_op(
     return parts.sum((1, 2)).unflatten(2, (3, 3)), dz.sum((2, 3)).t()
 
 
-@select_backward_op.register_fake
-def _(grad, x_0, x_1, scores, rule, temperature):
-    return scores.new_empty((2, grad.shape[1], 3, 3)), scores.new_empty((2, grad.shape[0])).t()
+class FeatureSelect(torch.autograd.Function):
+    """The selection; its gradient goes to weight and bias only."""
 
+    @staticmethod
+    def forward(ctx, x_0, x_1, weight, bias, rule, temperature):
+        selected, scores = launch_select(x_0, x_1, weight, bias, rule, temperature)
+        ctx.save_for_backward(x_0, x_1, scores)
+        ctx.about = rule, temperature
+        return selected
 
-def setup_select(ctx, inputs, output):
-    x_0, x_1, _, _, ctx.rule, ctx.temperature = inputs
-    ctx.save_for_backward(x_0, x_1, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # else autograd fills a map of zeros, the gradient of the scores
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return None, None, *launch_backward(grad, *ctx.saved_tensors, *ctx.about), None, None
 
-
-def backward_select(ctx, grad, _):
-    return None, None, *select_backward_op(grad, *ctx.saved_tensors, ctx.rule, ctx.temperature), None, None
-
-
-select_op.register_autograd(backward_select, setup_context=setup_select)
 
 # ------------------------------------------------------------------------------------------------ public call
 
@@ -311,4 +302,4 @@ def feature_select(features: list[Tensor], weight: Tensor, bias: Tensor, rule: s
     if rule == "hard":
         weight, bias = weight.detach(), bias.detach()
     bias = bias.float().expand(x_0.shape[0], 2)  # (B, 2)
-    return select_op(x_0, x_1, weight.float().contiguous(), bias, rule, float(temperature))[0]
+    return FeatureSelect.apply(x_0, x_1, weight.float().contiguous(), bias, rule, float(temperature))

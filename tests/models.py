@@ -22,18 +22,14 @@ def golden_weights(keys: np.ndarray) -> dict[str, torch.Tensor]:
     for name, shape in json.loads(bytes(keys)).items():
         r = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         if name.endswith("num_batches_tracked"):
-            value = torch.zeros(shape, dtype=torch.int64)
+            r = torch.zeros(shape, dtype=torch.int64)
         elif name.endswith("running_var"):
-            value = 0.8 + 0.2 * r.abs()
-        elif name.endswith("running_mean"):
-            value = 0.1 * r
-        elif r.ndim == 1 and name.endswith("weight"):
-            value = 1 + 0.1 * r
-        elif r.ndim <= 1:
-            value = 0.1 * r
+            r = 0.8 + 0.2 * r.abs()
+        elif r.ndim > 1:
+            r = r / r[0].numel() ** 0.5
         else:
-            value = r / r[0].numel() ** 0.5
-        state[name] = value
+            r = float(name.endswith("weight")) + 0.1 * r
+        state[name] = r
     return state
 
 
@@ -45,8 +41,7 @@ def published(tmp_path, file: str, backbone: str):
     golden = np.load(GOLDEN / file)
     torch.save(golden_weights(golden["keys"]), tmp_path / "published.pth")
     model = build_model(backbone, 25, MODALITIES).eval()
-    report = load_pretrained(model, str(tmp_path / "published.pth"))
-    return golden, model, report
+    return golden, model, load_pretrained(model, str(tmp_path / "published.pth"))
 
 
 def agree(ours: torch.Tensor, golden: np.ndarray, atol: float = 1e-4) -> None:
@@ -56,18 +51,9 @@ def agree(ours: torch.Tensor, golden: np.ndarray, atol: float = 1e-4) -> None:
 
 def about(**changes) -> dict:
     """What a checkpoint says of its model (`checkpoint.describe`): an own data set of RGB and depth, two classes."""
-    meta = dict.fromkeys(("root", "label_map"))
-    meta |= {"backbone": "segformer_tiny", "modalities": ["rgb", "depth"], "classes": ["a", "b"], "palette": []}
-    meta |= {
-        "data": "folder",
-        "depth": "hha",
-        "hold_out": 0,
-        "size": 64,
-        "val_size": 64,
-        "absent": "skip",
-        "options": {},
-    }
-    meta |= changes
+    meta = {"backbone": "segformer_tiny", "modalities": ["rgb", "depth"], "classes": ["a", "b"], "palette": []}
+    meta |= {"data": "folder", "root": None, "label_map": None, "depth": "hha", "hold_out": 0, "size": 64}
+    meta |= {"val_size": 64, "absent": "skip", "options": {}, **changes}
     count = len(meta["modalities"])
     return {"normalisation": [[[0.5] * 3] * count, [[0.25] * 3] * count], **meta}
 
@@ -108,7 +94,7 @@ def randomised(model):
     """Running statistics, biases and layer scales away from their trivial start values."""
     g = torch.Generator().manual_seed(3)
     for name, value in model.state_dict().items():
-        if value.is_floating_point() if isinstance(value, torch.Tensor) else False:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
             noise = torch.randn(value.shape, generator=g)
             value.add_(0.1 * noise.abs() if name.endswith("running_var") else 0.05 * noise)
     return model.eval().double()  # so that what is equal on paper is equal here to many digits

@@ -17,14 +17,12 @@ def small(monkeypatch):
 
 def test_every_level_of_both_operations_is_timed_beside_a_copy_and_summed(small):
     times = {what.split(":")[0]: ms for ms, unit, what in bench.kernel_rows(quick=True)}
-    stages, copy = [f"stage {i}" for i in range(1, 5)], "copy of the same bytes"
-    operations = [
-        ("prototype_distance", stages, [copy, "definition", "published loop"]),
-        ("feature_select", [*stages, "logits"], [copy, "definition"]),
-    ]
-    expected = {}
-    for name, levels, paths in operations:
-        for direction, path in itertools.product(("forward", "with backward"), paths):
+    stages, expected = [f"stage {i}" for i in range(1, 5)], {}
+    for name, levels, path in (
+        *itertools.product(["prototype_distance"], [stages], [bench.COPY, "definition", "published loop"]),
+        *itertools.product(["feature_select"], [[*stages, "logits"]], [bench.COPY, "definition"]),
+    ):
+        for direction in ("forward", "with backward"):
             expected |= {f"{name}, channels-last, {level}, {direction}, {path}": 2.0 for level in levels}
             expected[f"{name}, channels-last, all levels, {direction}, {path}"] = 2.0 * len(levels)
     assert times == expected
@@ -32,7 +30,7 @@ def test_every_level_of_both_operations_is_timed_beside_a_copy_and_summed(small)
 
 def test_the_bytes_are_those_that_must_move(small):
     """Of stage 1, with four channels, 128 x 128, a batch of 2 and 4 modalities: 2 maps are read, 1 gradient written."""
-    speeds = {what.split(":")[0]: what.split(": ")[1] for *_, what in itertools.islice(bench.kernel_rows(True), 6)}
+    speeds = dict(what.split(": ") for *_, what in itertools.islice(bench.kernel_rows(True), 6))
     for direction, maps in (("forward", 2), ("with backward", 3)):
         expected = f"{maps * 2 * 4 * 4 * 128 * 128 * 4 / 0.002 / 1e9:.3g} GB/s, 100% of the copy"
         assert speeds[f"prototype_distance, channels-last, stage 1, {direction}, definition"] == expected
@@ -48,23 +46,21 @@ def test_a_kernel_that_computes_something_else_is_not_timed(small, monkeypatch):
 @pytest.mark.parametrize("operation", ["prototype_distance", "feature_select"])
 @pytest.mark.parametrize("layout, channel_stride", [("channels-last", 1), ("channels-first", 8 * 8)])
 def test_the_maps_have_the_layout_that_the_table_names(operation, layout, channel_stride):
-    given = bench.inputs(operation, 5, 8, layout)
-    maps = given[:2] if operation == "prototype_distance" else given[0]
-    for x in maps:
+    first, second, *_ = bench.inputs(operation, 5, 8, layout)
+    for x in first if operation == "feature_select" else (first, second):
         assert x.shape[-3:] == (5, 8, 8) and x.stride(-3) == channel_stride
 
 
 def test_a_backward_pass_reaches_all_inputs_that_learn():
-    weight, frozen = torch.ones(3, requires_grad=True), torch.ones(3)
-    asked = []
-    weight.register_hook(lambda gradient: asked.append(gradient))
-    bench.run(lambda w, f: w * f, (weight, frozen), torch.tensor([1.0, 2.0, 3.0]))
-    assert len(asked) == 1 and torch.equal(asked[0], torch.tensor([1.0, 2.0, 3.0]))
+    weight, frozen, asked = torch.ones(3, requires_grad=True), torch.ones(3), []
+    weight.register_hook(asked.append)
+    bench.run(torch.mul, (weight, frozen), torch.tensor([1.0, 2.0, 3.0]))
+    assert [gradient.tolist() for gradient in asked] == [[1, 2, 3]]
 
 
 def test_the_steps_are_those_of_the_training_scripts(monkeypatch):
     monkeypatch.setattr(bench, "BACKBONE", "segformer_tiny")
     rows = list(bench.step_rows(quick=True))
-    what = [what.split(",")[0] for _, _, what in rows]
-    assert what == ["stage-1 step", "stage 1", "stage-2 step", "stage 2", "all 15 subsets of a batch"]
+    what = ["stage-1 step", "stage 1", "stage-2 step", "stage 2", "all 15 subsets of a batch"]
+    assert [name.split(",")[0] for *_, name in rows] == what
     assert [unit for _, unit, _ in rows] == ["ms", "MB", "ms", "MB", "ms"] and all(value > 0 for value, _, _ in rows)

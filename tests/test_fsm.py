@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -12,11 +11,12 @@ from models import GOLDEN, MODALITIES, golden_images, golden_weights
 
 from engine import checkpoint
 from engine.subsets import load_fsm, selected_logits, switch_logits
-from fsm import FSM, feature_distance
+from fsm import FSM, ensemble_logits, feature_distance
 from model import build_model
 from segformer import Output
 
 WIDTHS, K = (6, 8, 10, 12), 5
+PRESENT = torch.tensor([[True, True, True, True], [True, False, False, True], [False, False, True, False]])
 
 
 def with_random_weights(model):
@@ -26,30 +26,24 @@ def with_random_weights(model):
     return model.eval()
 
 
-def random_fsm(rule="score", conditioned=True, temperature=0.2):
-    fsm = with_random_weights(FSM(WIDTHS, K, 4, rule=rule, conditioned=conditioned, temperature=temperature))
+def random_fsm(rule="score", widths=WIDTHS, **options):
+    fsm = with_random_weights(FSM(widths, K, 4, rule=rule, **options))
     fsm.modality_bias.data.copy_(torch.randn(fsm.modality_bias.shape, generator=torch.Generator().manual_seed(2)))
     return fsm
 
 
-def random_outputs(seed=0, sources=2, samples=3):
-    g = torch.Generator().manual_seed(seed)
-    return [
-        Output(
-            torch.randn(samples, K, 32, 40, generator=g),
-            tuple(torch.randn(samples, c, 8 >> i, 10 >> i, generator=g) for i, c in enumerate(WIDTHS)),
-            (),
-        )
-        for _ in range(sources)
-    ]
+def random_outputs(seed=0):
+    """Of two models, for the three samples of PRESENT."""
+    g, outputs = torch.Generator().manual_seed(seed), []
+    for _ in range(2):
+        fused = tuple(torch.randn(3, c, 8 >> i, 10 >> i, generator=g) for i, c in enumerate(WIDTHS))
+        outputs.append(Output(torch.randn(3, K, 32, 40, generator=g), fused, ()))
+    return outputs
 
 
-PRESENT = torch.tensor([[True, True, True, True], [True, False, False, True], [False, False, True, False]])
-
-
-def levels(outputs):
-    """The five pairs of maps that are selected from: stages 1..4, logits."""
-    return [*zip(*(out.fused for out in outputs), strict=True), [out.logits for out in outputs]]
+def maps(output):
+    """The five that are selected: stages 1..4, logits."""
+    return [*output.fused, output.logits]
 
 
 def slow_score(fsm, level, source, f, present):
@@ -79,61 +73,50 @@ def test_the_hard_rule_reproduces_the_published_selection():
     selected = fsm([Output(torch.randn(2, 25, 64, 96, generator=g), f, ()) for f in fused], present)
     for i in range(4):
         assert torch.equal(selected.fused[i][:, ::8], torch.from_numpy(golden[f"selected{i + 1}"])), i
-    first = [(chosen == f).double().mean() for chosen, f in zip(selected.fused, fused[0], strict=True)]
-    assert float(sum(first)) / 4 == pytest.approx(float(golden["share_of_source_0"]), abs=1e-6)
+    first = [(chosen == f).double().mean().item() for chosen, f in zip(selected.fused, fused[0], strict=True)]
+    assert sum(first) / 4 == pytest.approx(float(golden["share_of_source_0"]), abs=1e-6)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("rule", ["hard", "candidate", "score"])
 def test_each_rule_equals_its_definition_at_every_level(rule):
     fsm, outputs = random_fsm(rule, temperature=0.3), random_outputs()
-    selected = fsm(outputs, PRESENT)
-    ours = [*selected.fused, selected.logits]
-    for i, sources in enumerate(levels(outputs)):
+    selected = maps(fsm(outputs, PRESENT))
+    for i, (found, *sources) in enumerate(zip(selected, *map(maps, outputs), strict=True)):
         scores = torch.stack([slow_score(fsm, i, j, f, PRESENT).expand_as(f) for j, f in enumerate(sources)])
-        assert scores.std() > 0.02
+        assert scores.std() > 0.02 and found.requires_grad == (rule != "hard")
         candidates = (1 + scores) * torch.stack(sources)
-        if rule == "hard":
-            first = candidates[0] >= candidates[1]
-            weights = torch.stack((first, ~first)).float()
-        else:
+        expected = torch.where(candidates[0] >= candidates[1], *sources)
+        if rule != "hard":
             weights = ((candidates if rule == "candidate" else scores) / 0.3).exp()
-            weights = weights / weights.sum(0)
-        expected = weights[0] * sources[0] + weights[1] * sources[1]
-        torch.testing.assert_close(ours[i], expected, rtol=1e-4, atol=1e-5)
+            expected = (weights * torch.stack(sources)).sum(0) / weights.sum(0)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_candidate_rule_approaches_the_hard_one_as_its_temperature_falls():
     outputs = random_outputs(1)
-    hard = random_fsm("hard")(outputs, PRESENT)
-    away = []
+    hard, away = maps(random_fsm("hard")(outputs, PRESENT)), []
     for temperature in (1.0, 0.1, 0.01, 1e-3, 1e-5):
-        soft = random_fsm("candidate", temperature=temperature)(outputs, PRESENT)
-        pairs = zip([*soft.fused, soft.logits], [*hard.fused, hard.logits], strict=True)
-        away.append(max(float((a - b).abs().mean()) for a, b in pairs))
+        soft = maps(random_fsm("candidate", temperature=temperature)(outputs, PRESENT))
+        away.append(max(float((a - b).abs().mean()) for a, b in zip(soft, hard, strict=True)))
     assert away == sorted(away, reverse=True) and away[0] > 0.1 and away[-1] < 1e-4, away
 
 
 @torch.no_grad()
 def test_a_rule_can_be_replaced_at_inference():
     fsm, outputs = random_fsm("score"), random_outputs(2)
-    for a, b in zip(fsm(outputs, PRESENT, "hard").fused, random_fsm("hard")(outputs, PRESENT).fused, strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, maps(fsm(outputs, PRESENT, "hard")), maps(random_fsm("hard")(outputs, PRESENT))))
     with pytest.raises(ValueError, match="'soft': give one of hard, candidate, score"):
         fsm(outputs, PRESENT, "soft")
 
 
 @torch.no_grad()
-def test_unconditioned_or_published_scores_start_without_knowing_the_modalities():
-    torch.manual_seed(0)
-    outputs = random_outputs(3)
-    for fsm in (FSM(WIDTHS, K, 4, conditioned=False), FSM(WIDTHS, K, 4, rule="candidate")):
-        results = [fsm(outputs, present) for present in (PRESENT, PRESENT.flip(0), torch.ones_like(PRESENT))]
-        for a, b in itertools.combinations(results, 2):
-            assert torch.equal(a.logits, b.logits) and all(map(torch.equal, a.fused, b.fused))
-    assert not FSM(WIDTHS, K, 4, conditioned=False).modality_bias.requires_grad
-    assert FSM(WIDTHS, K, 4).modality_bias.requires_grad
+@pytest.mark.parametrize("options", [{"conditioned": False}, {"rule": "candidate"}])
+def test_unconditioned_or_published_scores_start_without_knowing_the_modalities(options):
+    fsm, outputs = FSM(WIDTHS, K, 4, **options), random_outputs(3)
+    first, *others = [maps(fsm(outputs, p)) for p in (PRESENT, PRESENT.flip(0), torch.ones_like(PRESENT))]
+    assert all(map(torch.equal, first * 2, itertools.chain(*others)))
+    assert fsm.modality_bias.requires_grad == options.get("conditioned", True)
 
 
 @torch.no_grad()
@@ -144,43 +127,30 @@ def test_conditioned_scores_start_near_the_switch():
             weights.zero_()
     result = fsm(outputs, PRESENT)
     for b, complete in enumerate(PRESENT.all(1).tolist()):
-        right, wrong = (outputs[0], outputs[1]) if complete else (outputs[1], outputs[0])
-        for i in range(4):
-            distance = (result.fused[i][b] - right.fused[i][b]).abs().max()
-            assert distance < 0.03 * (wrong.fused[i][b] - right.fused[i][b]).abs().max()
+        right, wrong = outputs if complete else outputs[::-1]
+        for found, ours, other in zip(result.fused, right.fused, wrong.fused, strict=True):
+            assert (found - ours)[b].abs().max() < 0.03 * (other - ours)[b].abs().max()
 
 
 @torch.no_grad()
-def test_the_bias_of_a_modality_moves_only_samples_that_have_it():
-    outputs = random_outputs(4)
-    for m in range(6):  # after the modalities: all are there, some are missing
-        fsm = random_fsm()
-        before = fsm(outputs, PRESENT)
-        fsm.modality_bias[2, 1, m] += 1.0  # stage 3, source 1
-        after = fsm(outputs, PRESENT)
-        moved = (after.fused[2] != before.fused[2]).flatten(1).any(1)
-        complete = PRESENT.all(1)
-        assert torch.equal(moved, PRESENT[:, m] if m < 4 else complete if m == 4 else ~complete), m
-        assert all(torch.equal(after.fused[i], before.fused[i]) for i in (0, 1, 3))
-        assert torch.equal(after.logits, before.logits)
+@pytest.mark.parametrize("m", range(6))  # after the modalities: all are there, some are missing
+def test_the_bias_of_a_modality_moves_only_samples_that_have_it(m):
+    fsm, outputs = random_fsm(), random_outputs(4)
+    before = maps(fsm(outputs, PRESENT))
+    fsm.modality_bias[2, 1, m] += 1.0  # stage 3, source 1
+    moved = [(a != b).flatten(1).any(1) for a, b in zip(maps(fsm(outputs, PRESENT)), before, strict=True)]
+    complete = PRESENT.all(1)
+    assert torch.equal(moved.pop(2), PRESENT[:, m] if m < 4 else complete if m == 4 else ~complete)
+    assert not torch.stack(moved).any()
 
 
 @pytest.mark.parametrize("rule", ["candidate", "score"])
 def test_the_relaxed_rules_reach_every_score_weight(rule):
     fsm = random_fsm(rule)
-    selected = fsm(random_outputs(5), PRESENT)
     torch.manual_seed(0)
-    sum((x * torch.randn_like(x)).mean() for x in (*selected.fused, selected.logits)).backward()
+    sum((x * torch.randn_like(x)).mean() for x in maps(fsm(random_outputs(5), PRESENT))).backward()
     for name, p in fsm.named_parameters():
         assert torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
-
-
-def test_the_hard_rule_gives_the_scores_no_gradient():
-    fsm, outputs = random_fsm("hard"), random_outputs(6)
-    selected = fsm(outputs, PRESENT)
-    assert not selected.logits.requires_grad and not any(f.requires_grad for f in selected.fused)
-    for chosen, (first, second) in zip((*selected.fused, selected.logits), levels(outputs), strict=True):
-        assert ((chosen == first) | (chosen == second)).all()
 
 
 def test_feature_distance_is_the_mean_squared_difference_in_units_of_the_channels_deviation():
@@ -196,92 +166,65 @@ def test_feature_distance_is_the_mean_squared_difference_in_units_of_the_channel
 
 # ---- the ensemble and the switch ----------------------------------------------------------------------------------
 
+SUBSETS = [(3,), (0, 1, 2, 3), (1, 2), (0, 1, 2, 3), (0, 2, 3)]
+IMAGES = torch.randn(2, 4, 3, 45, 64, generator=torch.Generator().manual_seed(9))
+DEGRADED = torch.randn(1, 4, 3, 45, 64, generator=torch.Generator().manual_seed(10))
+
 
 @pytest.fixture(scope="module")
 def models():
     """Teacher and robust model that disagree, and an FSM that fits them."""
-    teacher, robust = (build_model("segformer_tiny", K, MODALITIES) for _ in range(2))
-    teacher, robust = with_random_weights(teacher), with_random_weights(robust)
+    teacher, robust = (with_random_weights(build_model("segformer_tiny", K, MODALITIES)) for _ in range(2))
     for p in robust.parameters():
         p.data += 0.3 * p.data.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    fsm = with_random_weights(FSM(robust.widths, K, 4, rule="candidate"))
-    fsm.modality_bias.data.copy_(torch.randn(fsm.modality_bias.shape, generator=torch.Generator().manual_seed(3)))
-    return teacher, robust, fsm
+    return teacher, robust, random_fsm("candidate", robust.widths)
 
 
-SUBSETS = [(3,), (0, 1, 2, 3), (1, 2), (0, 1, 2, 3), (0, 2, 3)]
-
-
-def inputs():
-    g = torch.Generator().manual_seed(9)
-    return torch.randn(2, 4, 3, 45, 64, generator=g), torch.randn(1, 4, 3, 45, 64, generator=g)
-
-
-def seen(images, degraded, subset):
-    """What a model is given: the images and `present`, or composed images, of which all are there."""
-    present = torch.tensor([[m in subset for m in range(4)]] * 2)
-    if degraded is None:
-        return (images, present), present
-    degraded = degraded.expand_as(images)
-    return (torch.stack([(images if m in subset else degraded)[:, m] for m in range(4)], 1),), present
+def run_by_hand(models, degraded):
+    """For each subset `present`, and what the models answer to it or to composed images, of which all are there."""
+    for subset in SUBSETS:
+        present = torch.tensor([[m in subset for m in range(4)]] * 2)
+        composed = None if degraded is None else torch.where(present[:, :, None, None, None], IMAGES, degraded)
+        yield present, [model(IMAGES, present) if degraded is None else model(composed) for model in models]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("level", ["logits", "features", "both"])
-@pytest.mark.parametrize("filled", [False, True])
-def test_the_ensemble_equals_its_parts_run_by_hand(models, level, filled):
+@pytest.mark.parametrize("degraded", [None, DEGRADED], ids=["left out", "degraded"])
+def test_the_ensemble_equals_its_parts_run_by_hand(models, level, degraded):
     teacher, robust, fsm = models
-    images, degraded = inputs()
-    degraded = degraded if filled else None
-    answers = list(selected_logits(fsm, teacher, robust, images, SUBSETS, degraded, level))
-    assert len(answers) == len(SUBSETS)
-    for subset, answer in zip(SUBSETS, answers, strict=True):
-        given, present = seen(images, degraded, subset)
-        selected = fsm([teacher(*given), robust(*given)], present)
-        decoder = teacher.decoder if present.all() else robust.decoder
-        decoded = decoder(selected.fused, (45, 64))
-        expected = {
-            "logits": selected.logits,
-            "features": decoded,
-            "both": ((selected.logits.softmax(1) + decoded.softmax(1)) / 2).log(),
-        }[level]
-        torch.testing.assert_close(answer.softmax(1), expected.softmax(1), rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(answer.softmax(1), teacher(*given).logits.softmax(1), atol=1e-3)
-        assert not torch.allclose(answer.softmax(1), robust(*given).logits.softmax(1), atol=1e-3)
+    answers = selected_logits(fsm, teacher, robust, IMAGES, SUBSETS, degraded, level)
+    for (present, sources), answer in zip(run_by_hand([teacher, robust], degraded), answers, strict=True):
+        selected = fsm(sources, present)
+        decoded = (teacher if present.all() else robust).decoder(selected.fused, (45, 64)).softmax(1)
+        by_logits = selected.logits.softmax(1)
+        expected = {"logits": by_logits, "features": decoded, "both": (by_logits + decoded) / 2}[level]
+        torch.testing.assert_close(answer.softmax(1), expected, rtol=1e-4, atol=1e-6)
+        for source in sources:
+            assert not torch.allclose(answer.softmax(1), source.logits.softmax(1), atol=1e-3)
 
 
-def test_an_unknown_level_is_refused(models):
-    teacher, robust, fsm = models
-    with pytest.raises(ValueError, match="level 'feature' is unknown; choose logits, features or both"):
-        next(selected_logits(fsm, teacher, robust, inputs()[0], SUBSETS, level="feature"))
+def test_an_unknown_level_is_refused():
+    with pytest.raises(ValueError, match="'feature' .*logits, features or both"):
+        ensemble_logits(None, None, None, PRESENT, "feature")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("filled", [False, True])
-def test_the_switch_is_the_teacher_on_complete_inputs_and_else_the_robust_model(models, filled):
-    teacher, robust, _ = models
-    images, degraded = inputs()
-    degraded = degraded if filled else None
-    answers = list(switch_logits(teacher, robust, images, SUBSETS, degraded))
-    for subset, answer in zip(SUBSETS, answers, strict=True):
-        given, _ = seen(images, degraded, subset)
-        chosen, other = (teacher, robust) if len(subset) == 4 else (robust, teacher)
-        torch.testing.assert_close(answer, chosen(*given).logits, rtol=1e-4, atol=1e-4)
-        assert (answer - other(*given).logits).abs().max() > 0.01
+@pytest.mark.parametrize("degraded", [None, DEGRADED], ids=["left out", "degraded"])
+def test_the_switch_is_the_teacher_on_complete_inputs_and_else_the_robust_model(models, degraded):
+    answers = switch_logits(*models[:2], IMAGES, SUBSETS, degraded)
+    for (present, sources), answer in zip(run_by_hand(models[:2], degraded), answers, strict=True):
+        chosen, other = sources if present.all() else sources[::-1]
+        torch.testing.assert_close(answer, chosen.logits, rtol=1e-4, atol=1e-4)
+        assert (answer - other.logits).abs().max() > 0.01
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("conditioned", [True, False])
-def test_a_selection_comes_back_from_its_file_as_it_was(tmp_path: pathlib.Path, conditioned):
-    fsm, outputs = random_fsm("candidate", conditioned, temperature=0.4), random_outputs(10)
-    meta = {
-        "widths": list(WIDTHS),
-        "classes": [str(c) for c in range(K)],
-        "modalities": MODALITIES,
-        "rule": "candidate",
-        "temperature": 0.4,
-        "conditioned": conditioned,
-    }
+def test_a_selection_comes_back_from_its_file_as_it_was(tmp_path, conditioned):
+    fsm, outputs = random_fsm("candidate", conditioned=conditioned, temperature=0.4), random_outputs(10)
+    meta = {"widths": list(WIDTHS), "classes": [*"abcde"], "modalities": MODALITIES}
+    meta |= {"rule": "candidate", "temperature": 0.4, "conditioned": conditioned}
     checkpoint.save_model(tmp_path / "fsm.pt", fsm, meta)
     loaded = load_fsm(tmp_path / "fsm.pt", torch.device("cpu"))
     assert loaded.modality_bias.requires_grad == conditioned and not loaded.training

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from models import MODALITIES, agree, golden_images, poisoned, published, random_present, randomised
 
 from model import build_model
-from segformer import Block, Decoder, gather, present_rows, scatter
+from segformer import Block
 from train_single import TwoAnswers
 
 
@@ -31,18 +31,14 @@ def test_cmnext_reproduces_the_published_outputs(tmp_path):
     golden, model, report = published(tmp_path, "cmnext_b2_rdel.npz", "cmnext_b2")
     assert report.missing == [] and report.unexpected == []
     assert model.published_layout  # their weights were trained with the scrambled residual
-    out = model(golden_images(torch.Generator().manual_seed(7)))
+    images = golden_images(torch.Generator().manual_seed(7))
+    out = model(images)
     agree(out.logits[:, :, ::8, ::8], golden["logits"])
     for i in range(4):
         agree(out.fused[i][:, ::16, ::2, ::2], golden[f"fused{i + 1}"])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(58.73, abs=0.01)  # as published
     model.published_layout = False
-    other = model(golden_images(torch.Generator().manual_seed(7)))
-    assert (other.logits[:, :, ::8, ::8] - torch.from_numpy(golden["logits"])).abs().max() > 1e-2
-
-
-def test_parameter_counts_match_the_published_model():
-    count = sum(p.numel() for p in build_model("cmnext_b2", 25, MODALITIES).parameters())
-    assert count / 1e6 == pytest.approx(58.73, abs=0.01)
+    assert (model(images).logits - out.logits).abs().max() > 1e-2
 
 
 @torch.no_grad()
@@ -55,31 +51,30 @@ def test_masked_msegformer_equals_one_that_was_given_only_the_present_modalities
         alone = randomised(build_model("segformer_tiny", 7, [MODALITIES[m] for m in seen]))
         alone.load_state_dict(model.state_dict())
         expected = alone(images[b : b + 1, seen])
-        torch.testing.assert_close(out.logits[b : b + 1], expected.logits, rtol=1e-9, atol=1e-9)
-        for i in range(4):
-            torch.testing.assert_close(out.per_modality[i][b, seen], expected.per_modality[i][0], rtol=1e-9, atol=1e-9)
-            assert not out.per_modality[i][b, ~present[b]].any()
+        torch.testing.assert_close(out.logits[b], expected.logits[0], rtol=1e-9, atol=1e-9)
+        for fused, each, sure in zip(out.fused, out.per_modality, expected.per_modality, strict=True):
+            torch.testing.assert_close(each[b, seen], sure[0], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(fused[b], sure[0].mean(0), rtol=1e-6, atol=1e-6)
+            assert not each[b, ~present[b]].any()
 
 
 @torch.no_grad()
-def test_masked_cmnext_equals_one_that_was_built_without_the_absent_modality():
-    model = randomised(build_model("cmnext_tiny", 7, MODALITIES))
-    images = torch.randn(2, 4, 3, 64, 64).double()
-    for absent in (1, 2, 3):
-        seen = [m for m in range(4) if m != absent]
-        present = torch.tensor([[m != absent for m in range(4)]] * 2)
-        smaller = build_model("cmnext_tiny", 7, [MODALITIES[m] for m in seen]).eval().double()
-        state, aux = {}, [m - 1 for m in seen[1:]]
-        for name in smaller.state_dict():
-            source = name
-            if ".hub." in name:  # hub score nets are numbered by modality
-                head, index, tail = name.rsplit(".", 2)
-                source = f"{head}.{aux[int(index)]}.{tail}"
-            value = model.state_dict()[source]
-            state[name] = value[aux] if name.endswith(("embed.weight", "embed.bias")) and "aux" in name else value
-        smaller.load_state_dict(state)
-        out, expected = model(poisoned(images, present), present), smaller(images[:, seen])
-        torch.testing.assert_close(out.logits, expected.logits, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("absent", [1, 2, 3])
+def test_masked_cmnext_equals_one_that_was_built_without_the_absent_modality(absent):
+    model, images = randomised(build_model("cmnext_tiny", 7, MODALITIES)), torch.randn(2, 4, 3, 64, 64).double()
+    seen = [m for m in range(4) if m != absent]
+    present = torch.tensor([[m != absent for m in range(4)]] * 2)
+    smaller = build_model("cmnext_tiny", 7, [MODALITIES[m] for m in seen]).eval().double()
+    state, aux = model.state_dict(), [m - 1 for m in seen[1:]]
+    for name in smaller.state_dict():
+        if ".hub." in name:  # hub score nets are numbered by modality
+            head, index, tail = name.rsplit(".", 2)
+            state[name] = model.state_dict()[f"{head}.{aux[int(index)]}.{tail}"]
+        elif "aux" in name and name.endswith(("embed.weight", "embed.bias")):
+            state[name] = state[name][aux]
+    smaller.load_state_dict({name: state[name] for name in smaller.state_dict()})
+    out, expected = model(poisoned(images, present), present), smaller(images[:, seen])
+    torch.testing.assert_close(out.logits, expected.logits, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
@@ -87,10 +82,8 @@ def test_masked_cmnext_equals_one_that_was_built_without_the_absent_modality():
 def test_each_sample_of_a_mixed_batch_equals_the_sample_alone(backbone):
     model = randomised(build_model(backbone, 7, MODALITIES))
     images, present = torch.randn(6, 4, 3, 64, 64).double(), random_present(6, 4, seed=2)
-    present[0] = torch.tensor([False, False, False, True])
-    present[1] = torch.tensor([True, False, False, False])
+    present[:2] = torch.tensor([[False, False, False, True], [True, False, False, False]])
     out = model(poisoned(images, present), present)
-    assert torch.isfinite(out.logits).all()
     for b in range(6):
         alone = model(images[b : b + 1], present[b : b + 1])
         torch.testing.assert_close(out.logits[b : b + 1], alone.logits, rtol=1e-9, atol=1e-9)
@@ -98,35 +91,11 @@ def test_each_sample_of_a_mixed_batch_equals_the_sample_alone(backbone):
 
 def test_an_absent_modality_gets_no_gradient_and_spoils_none():
     model = build_model("cmnext_tiny", 5, MODALITIES)
-    images = torch.randn(3, 4, 3, 64, 64).requires_grad_()
-    present = random_present(3, 4, seed=4)
+    images, present = torch.randn(3, 4, 3, 64, 64).requires_grad_(), random_present(3, 4, seed=4)
     model(images, present).logits.square().mean().backward()
     reached = images.grad.flatten(2).abs().sum(2) > 0  # (B, M)
     assert torch.equal(reached, present)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-@torch.no_grad()
-def test_the_fused_features_are_the_mean_of_the_present_modalities():
-    model, present = randomised(build_model("segformer_tiny", 7, MODALITIES)), random_present(6, 4, seed=5)
-    out = model(poisoned(torch.randn(6, 4, 3, 64, 64).double(), present), present)
-    weights = present.double() / present.sum(1, keepdim=True)
-    for fused, each in zip(out.fused, out.per_modality, strict=True):
-        torch.testing.assert_close(fused, torch.einsum("bm,bmchw->bchw", weights, each), rtol=1e-6, atol=1e-6)
-
-
-def test_the_decoder_equals_its_published_order():
-    torch.manual_seed(0)
-    decoder = Decoder((8, 12, 20, 28), 24, 5).eval().double()
-    features = [torch.randn(2, c, 32 // s, 40 // s).double() for c, s in ((8, 1), (12, 2), (20, 4), (28, 8))]
-    upsampled = []
-    for x, linear in zip(features, decoder.linear, strict=True):
-        x = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        upsampled.append(F.interpolate(x, size=(32, 40), mode="bilinear", align_corners=False))
-    hidden = F.relu(decoder.bn(decoder.fuse(torch.cat(upsampled[::-1], 1))))
-    published_order = F.interpolate(decoder.classify(hidden), size=(128, 160), mode="bilinear", align_corners=False)
-    ours = decoder(tuple(features), (128, 160))
-    torch.testing.assert_close(ours, published_order, rtol=1e-9, atol=1e-9)
 
 
 def test_the_feed_forward_is_computed_twice_and_not_kept():
@@ -139,32 +108,34 @@ def test_the_feed_forward_is_computed_twice_and_not_kept():
     assert 16 in kept and 64 not in kept
     y = x + block.attn(block.norm1(x))
     plain = y + block.mlp(block.norm2(y))
-    for ours, direct in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, plain)), strict=True):
-        assert torch.equal(ours, direct)
+    ours, direct = (torch.autograd.grad(each.square().sum(), wanted) for each in (out, plain))
+    assert all(map(torch.equal, ours, direct))
 
 
-def test_bad_input_is_named():
-    model = build_model("segformer_tiny", 7, MODALITIES)
-    with pytest.raises(ValueError, match=r"\(B, 4, 3, H, W\) for rgb, depth, event, lidar"):
-        model(torch.randn(2, 3, 3, 64, 64))
-    with pytest.raises(ValueError, match="at least 32"):
-        model(torch.randn(2, 4, 3, 16, 64))
-    with pytest.raises(ValueError, match="without any modality"):
-        model(torch.randn(2, 4, 3, 64, 64), torch.tensor([[True] * 4, [False] * 4]))
-    with pytest.raises(ValueError, match="unknown backbone 'resnet50'.*segformer_b0"):
-        build_model("resnet50", 7, MODALITIES)
-    with pytest.raises(ValueError, match="at least one more modality"):
-        build_model("cmnext_b0", 7, ["rgb"])
+@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
+@pytest.mark.parametrize(
+    "shape, present, sentence",
+    [
+        ((2, 3, 3, 64, 64), None, r"\(B, 4, 3, H, W\) for rgb, depth, event, lidar"),
+        ((2, 4, 3, 16, 64), None, "at least 32"),
+        ((2, 4, 3, 64, 64), torch.ones(3, 4).bool(), "must be bool"),
+        ((2, 4, 3, 64, 64), torch.ones(4, 2).bool(), "must be bool"),
+        ((2, 4, 3, 64, 64), torch.ones(2, 4), "must be bool"),
+        ((2, 4, 3, 64, 64), torch.tensor([[True] * 4, [False] * 4]), "without any modality"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused(backbone, shape, present, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_model(backbone, 5, MODALITIES)(torch.zeros(shape), present)
 
 
-def test_gather_takes_the_present_pairs_in_order_and_scatter_puts_them_back():
-    present, x = random_present(4, 3, seed=9), torch.rand(12, 2)
-    rows = present_rows(present, torch.device("cpu"))
-    assert rows.tolist() == [b * 3 + m for b in range(4) for m in range(3) if present[b, m]]
-    gathered = gather(x, rows)
-    assert torch.equal(gathered, x[present.flatten()])
-    assert torch.equal(scatter(gathered, rows, 12), x * present.flatten()[:, None])
-    assert present_rows(torch.ones(2, 3, dtype=torch.bool), torch.device("cpu")) is None
+@pytest.mark.parametrize(
+    "backbone, modalities, sentence",
+    [("resnet50", MODALITIES, "'resnet50'.*segformer_b0"), ("cmnext_b0", ["rgb"], "at least one more modality")],
+)
+def test_a_model_that_does_not_exist_is_refused(backbone, modalities, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_model(backbone, 7, modalities)
 
 
 @torch.no_grad()
@@ -173,9 +144,7 @@ def test_fused_and_per_modality_features_of_msegformer_lie_channels_last():
     for present in (None, random_present(3, 4, seed=11)):
         out = model(images, present)
         for fused, each in zip(out.fused, out.per_modality, strict=True):
-            _, c, h, w = fused.shape
-            assert fused.stride() == (h * w * c, 1, w * c, c)
-            assert each.stride() == (4 * h * w * c, h * w * c, 1, w * c, c)
+            assert fused.movedim(1, -1).is_contiguous() and each.movedim(2, -1).is_contiguous()
 
 
 @torch.no_grad()
@@ -193,7 +162,7 @@ def test_two_answers_to_a_batch_are_those_of_two_calls(backbone):
 
 
 @pytest.mark.parametrize("backbone", ["segformer_b0", "cmnext_b0"])
-def test_each_part_starts_as_published(backbone):
+def test_each_part_starts_as_published_and_the_first_loss_is_that_of_a_guess(backbone):
     """Encoder by SegFormer's rule, the head by PyTorch's defaults (uniform, 1 / sqrt(3 fan_in)), fuse by fan-out."""
     torch.manual_seed(0)
     model = build_model(backbone, 25, MODALITIES)
@@ -208,12 +177,7 @@ def test_each_part_starts_as_published(backbone):
     for name, deviation in expected.items():
         weight = model.get_submodule(name).weight
         assert weight.std().item() == pytest.approx(deviation, rel=4 / weight.numel() ** 0.5 + 0.02), name
-
-
-@pytest.mark.parametrize("backbone", ["segformer_b0", "cmnext_b0"])
-def test_the_first_cross_entropy_is_that_of_a_guess(backbone):
-    torch.manual_seed(0)
-    logits = build_model(backbone, 25, MODALITIES)(torch.randn(2, 4, 3, 64, 64)).logits
+    logits = model(torch.randn(2, 4, 3, 64, 64)).logits
     loss = F.cross_entropy(logits, torch.randint(0, 25, (2, 64, 64)))
     assert loss.item() == pytest.approx(math.log(25), rel=0.1)  # published: 3.3
     assert 0.2 < logits.std() < 0.7  # published: 0.47
@@ -230,19 +194,3 @@ def test_an_all_zero_modality_has_a_small_first_gradient(backbone, dead):
         F.cross_entropy(model(given).logits, torch.randint(0, 7, (2, 64, 64))).backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     assert norms[1] < 10 * norms[0]
-
-
-@pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"])
-@pytest.mark.parametrize(
-    "present, sentence",
-    [
-        (torch.ones(3, 2) > 0, "must be bool"),
-        (torch.ones(4, 1) > 0, "must be bool"),
-        (torch.ones(2, 2), "must be bool"),
-        (torch.zeros(2, 2) > 0, "without any modality"),
-    ],
-)
-def test_what_is_present_must_be_told_for_whole_batches(backbone, present, sentence):
-    model = build_model(backbone, 5, ["rgb", "depth"])
-    with pytest.raises(ValueError, match=sentence):
-        model(torch.zeros(2, 2, 3, 32, 32), present)

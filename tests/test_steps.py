@@ -1,7 +1,4 @@
-"""A training step of each stage gives the same loss and gradients by the definitions and by Triton.
-
-Without a GPU, Triton runs in its interpreter (conftest.py); with one, the same test runs there.
-"""
+"""A training step of each stage gives the same loss and gradients by the definitions and by Triton."""
 
 import importlib.util
 
@@ -18,17 +15,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K, MODALITIES = 5, ["rgb", "depth", "event"]
 
 
-def gradients(loss: torch.Tensor, module: torch.nn.Module) -> list[torch.Tensor]:
-    grads = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
-    return [g for g in grads if g is not None]
-
-
-def both_paths(monkeypatch, step) -> None:
-    results = {}
+def assert_both_paths_agree(monkeypatch, loss_of, module) -> None:
+    results = []
     for path in ("reference", "triton"):
         monkeypatch.setenv("RMMSS_KERNELS", path)
-        results[path] = step()
-    (loss, grads), (other, others) = results.values()
+        loss = loss_of()
+        grads = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
+        results.append((loss.detach(), [g for g in grads if g is not None]))
+    (loss, grads), (other, others) = results
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-6)
     assert len(grads) == len(others) > 10
     for a, b in zip(others, grads, strict=True):
@@ -48,32 +42,29 @@ def batch():
 
 def test_a_step_of_stage_1_agrees(monkeypatch, batch):
     images, labels, present, teacher, student = batch
-    match = hpdm.draw_match(2, 3, "random", torch.Generator().manual_seed(1))
+    masks = present.to(DEVICE), hpdm.draw_match(2, 3, "random", torch.Generator().manual_seed(1)).to(DEVICE)
 
-    def step():
+    def loss():
         with torch.no_grad():
             target = teacher(images)
         out = student(images, present)
-        masks = present.to(DEVICE), match.to(DEVICE)
-        loss = hpdm.hpdm_loss(out.per_modality, target.per_modality, labels, *masks, K)
-        loss = loss + hpdm.ohem_cross_entropy(out.logits, labels) + hpdm.distill_logits(out.logits, target.logits)
-        return loss.detach(), gradients(loss, student)
+        distance = hpdm.hpdm_loss(out.per_modality, target.per_modality, labels, *masks, K)
+        return distance + hpdm.ohem_cross_entropy(out.logits, labels) + hpdm.distill_logits(out.logits, target.logits)
 
-    both_paths(monkeypatch, step)
+    assert_both_paths_agree(monkeypatch, loss, student)
 
 
 @pytest.mark.parametrize("rule", ["score", "candidate"])
 def test_a_step_of_stage_2_agrees(rule, monkeypatch, batch):
-    images, labels, present, teacher, robust = batch
+    images, labels, present, *sources = batch
     torch.manual_seed(1)
-    selection = fsm.FSM(robust.widths, K, 3, rule=rule).to(DEVICE)
+    selection = fsm.FSM(sources[0].widths, K, 3, rule=rule).to(DEVICE)
 
-    def step():
+    def loss():
         with torch.no_grad():
-            sources = [teacher(images, present), robust(images, present)]
-        selected = selection(sources, present.to(DEVICE))
-        loss = hpdm.ohem_cross_entropy(selected.logits, labels)
-        loss = loss + hpdm.ohem_cross_entropy(fsm.decode(selected, teacher, robust, present), labels)
-        return loss.detach(), gradients(loss, selection)
+            outputs = [source(images, present) for source in sources]
+        selected = selection(outputs, present.to(DEVICE))
+        decoded = fsm.decode(selected, *sources, present)
+        return hpdm.ohem_cross_entropy(selected.logits, labels) + hpdm.ohem_cross_entropy(decoded, labels)
 
-    both_paths(monkeypatch, step)
+    assert_both_paths_agree(monkeypatch, loss, selection)

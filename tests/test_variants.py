@@ -1,4 +1,4 @@
-"""benchmarks/anyseg.py and variants.py: what the paper is compared with, against loops that anyone can follow."""
+"""benchmarks/variants.py: what the paper is compared with, against loops that anyone can follow."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_hpdm import SCENES, K, same_value_and_gradient, scene, slow_kl, slow_labels, slow_prototypes
 
-from benchmarks import anyseg, variants
+from benchmarks import variants
 
 STAGES = ((5, 4, 6), (7, 2, 3))  # C, h, w
 
@@ -36,7 +36,7 @@ def test_unimodal_distillation_equals_its_loop():
             for y, x in pixels:
                 p, q = (f[b, m, :, y, x].softmax(0) for f in (t, s))
                 slow = slow + (p * (p.log() - q.log())).sum() / (len(pixels) * s.shape[2] * len(present))
-    agree(anyseg.umd_loss(student, teacher, present), slow, student)
+    agree(variants.umd_loss(student, teacher, present), slow, student)
 
 
 def test_cross_modal_distillation_equals_its_loop():
@@ -52,15 +52,15 @@ def test_cross_modal_distillation_equals_its_loop():
                     for f in (s, t)
                 )
                 slow = slow + (ours - theirs) ** 2 / (len(there) ** 2 * len(present))
-    agree(anyseg.cmd_loss(student, teacher, present), slow, student)
+    agree(variants.cmd_loss(student, teacher, present), slow, student)
 
 
 def test_absent_modalities_get_no_gradient_and_equal_models_no_loss():
     student, teacher, present = features(3)
-    loss = anyseg.umd_loss(student, teacher, present) + anyseg.cmd_loss(student, teacher, present)
+    loss = variants.umd_loss(student, teacher, present) + variants.cmd_loss(student, teacher, present)
     for grad in torch.autograd.grad(loss, student):
         assert torch.equal(grad.flatten(2).abs().sum(2) > 0, present)
-    assert anyseg.umd_loss(teacher, teacher, present) == 0 and anyseg.cmd_loss(teacher, teacher, present) == 0
+    assert variants.umd_loss(teacher, teacher, present) == 0 and variants.cmd_loss(teacher, teacher, present) == 0
 
 
 def slow_cosine(a, b):

@@ -36,6 +36,28 @@ def mini(exported, tmp_path):
     return lambda layout: shutil.copytree(exported / layout, tmp_path / layout)
 
 
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """The test runs in its `tmp_path`, and names its files from there."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A run folder with teacher.pt and student.pt of chance, for the painted scenes. Read it, and change nothing."""
+    from models import MODALITIES, about_scenes, with_wide_weights
+
+    from engine.checkpoint import save_model
+    from model import build_model
+
+    folder, meta = tmp_path_factory.mktemp("untrained"), about_scenes()
+    for seed, name in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        model = build_model("segformer_tiny", len(meta["classes"]), MODALITIES)
+        save_model(folder / f"{name}.pt", with_wide_weights(model), meta)
+    return folder
+
+
 @contextlib.contextmanager
 def alone():
     """One thread, as in runs that are processes of their own (other threads, other sums); signals return at its end."""

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import torch
 
+from datasets.layouts import open_layout
 from engine.pretrained import load_pretrained
 from model import build_model
 
@@ -55,6 +56,27 @@ def about(**changes) -> dict:
     meta |= {"val_size": 64, "absent": "skip", "options": {}, **changes}
     count = len(meta["modalities"])
     return {"normalisation": [[[0.5] * 3] * count, [[0.25] * 3] * count], **meta}
+
+
+def about_scenes(**changes) -> dict:
+    """What a checkpoint says of a model of all modalities of the painted scenes."""
+    _, _, classes, palette = open_layout("synthetic", None, "hha", 40)
+    scenes = {"data": "synthetic", "modalities": MODALITIES, "classes": classes, "palette": palette.tolist()}
+    return about(**scenes, normalisation=[[[0.485, 0.456, 0.406]] * 4, [[0.229, 0.224, 0.225]] * 4], **changes)
+
+
+def with_random_weights(model):
+    """Weights, biases and statistics far from their trivial start values, so that predictions vary; eval mode."""
+    shapes = {name: list(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    model.load_state_dict(golden_weights(json.dumps(shapes).encode()), strict=False)
+    return model.eval()
+
+
+def with_wide_weights(model):
+    """Untrained models answer one class everywhere; wider weights make maps of many classes."""
+    for parameter in model.parameters():
+        parameter.data.mul_(1 + (parameter.ndim > 1))
+    return model.eval()
 
 
 def random_present(b: int, m: int, seed: int) -> torch.Tensor:

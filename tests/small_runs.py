@@ -22,6 +22,8 @@ TIMES = {"images_per_second", "data_wait", "minutes_left", "peak_memory_mb"}
 def start(stage: int, whole: pathlib.Path, out: pathlib.Path | None, *more: str) -> list[str]:
     """The command line of `whole`'s run of this stage, into this folder; without one, stage 2 goes on in stage 1's."""
     options = [*SMALL, *STAGE1] if stage == 1 else [*SMALL2, *STAGE2, "--stage1", str(whole / "1")]
+    if "--teacher" in more:  # whose epochs are over
+        options = [*SMALL, *STAGE1[2:]]
     return [*options, *(["--out", str(out)] if out else []), *more]
 
 

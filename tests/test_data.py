@@ -265,7 +265,7 @@ def test_check_counts_every_split_and_lists_the_broken(mini, monkeypatch, capsys
     root = mini(layout)
     status, printed = run(monkeypatch, capsys, "--data", layout, "--root", root, "--check")
     held = 6 if layout == "nyuv2" else 3  # which has two lists
-    found = [line.partition(": rgb (")[0] for line in printed.out.splitlines()[:3]]
+    found = [line[: line.index(" frames") + 7] for line in printed.out.splitlines()[:3]]
     assert status == 0 and found == [
         f"{layout} {part} frames" for part in ("train, 6", f"val, {held}", f"test, {held}")
     ]

@@ -228,6 +228,7 @@ def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(whole, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setattr(runs.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: None)
     sentence = refused(capfd, 1, start(1, whole, tmp_path))

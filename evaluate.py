@@ -69,7 +69,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=COUNT_OR_0, default=0, help="of the rmm and nm corruptions")
     add = parser.add_argument_group("models and output").add_argument
     add("--fsm-rule", choices=kernels.RULES, help="of the FSM ensemble. None: the one it was trained with")
-    add("--fsm-level", choices=("both", "features", "logits"), help="what it selects. None: both")
     add("--json", metavar="FILE", help="every score of every column")
     add("--markdown", metavar="FILE", help="the printed tables, for a paper or README")
     args = parser.parse_args(argv)
@@ -79,7 +78,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_rows(paths: list[str], device: torch.device, same: list[str], level="both", rule=None) -> tuple[dict, dict]:
+def load_rows(paths: list[str], device: torch.device, same: list[str], rule=None) -> tuple[dict, dict]:
     """Row name -> predict(images, subsets, degraded), and the first model's meta. A folder gives a row per model, the
     switch and the ensemble. same: the entries of meta in which all must agree. level, rule: of `selected_logits`."""
     rows, first = {}, {}
@@ -94,7 +93,7 @@ def load_rows(paths: list[str], device: torch.device, same: list[str], level="bo
             sources = models["teacher"], models["robust"]
             found["switch"] = partial(switch_logits, *sources)
             if selection:
-                found["FSM ensemble"] = partial(selected_logits, selection, *sources, level=level, rule=rule)
+                found["FSM ensemble"] = partial(selected_logits, selection, *sources, rule=rule)
         elif selection:
             print(f"{path}: no row for the FSM ensemble, its teacher.pt and robust.pt lie elsewhere", file=sys.stderr)
         for name, predict in found.items():
@@ -206,11 +205,11 @@ def main(args: argparse.Namespace) -> None:
     run = runs.Run(args, "evaluate.py")
     same = ["classes", "modalities", "depth", "normalisation"]
     same += [name for name, given in (("label_map", args.label_map), ("val_size", args.size)) if not given]
-    rows, meta = load_rows(args.checkpoint, run.device, same, args.fsm_level or "both", args.fsm_rule)
+    rows, meta = load_rows(args.checkpoint, run.device, same, args.fsm_rule)
     if unknown := sorted(set(args.only or ()) - set(rows)):
         raise ValueError(f"--only {unknown[0]}: {args.checkpoint[0]} gives no such row, but {', '.join(rows)}.")
-    if (args.fsm_rule or args.fsm_level) and not any(row.endswith("FSM ensemble") for row in args.only or rows):
-        raise ValueError("--fsm-rule and --fsm-level have no effect without a row of the FSM ensemble: leave them out.")
+    if args.fsm_rule and not any(row.endswith("FSM ensemble") for row in args.only or rows):
+        raise ValueError(f"--fsm-rule {args.fsm_rule} has no effect without a row of the FSM ensemble: leave it out.")
     size = args.size or meta["val_size"]
     asked = {name: getattr(args, name) for name in ("limit", "label_map", "skip_broken")}
     dataset = open_data(meta, args.data, args.root, args.split, size, run.say, **asked)

@@ -91,15 +91,7 @@ def decode(selected: Output, teacher: nn.Module, robust: nn.Module, present: Ten
     return torch.where(complete.to(by_teacher.device)[:, None, None, None], by_teacher, by_robust)
 
 
-def ensemble_logits(
-    selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor, level: str = "both"
-) -> Tensor:
-    """The ensemble's logits. level: "logits" as selected; "features" decoded; "both": log of their summed softmax."""
-    if level not in ("logits", "features", "both"):
-        raise ValueError(f"level {level!r} is unknown; choose logits, features or both.")
-    if level == "logits":
-        return selected.logits
+def ensemble_logits(selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor) -> Tensor:
+    """The ensemble's logits: log of the summed softmax of the selected logits and of the decoded features."""
     decoded = decode(selected, teacher, robust, present)
-    if level == "features":
-        return decoded
     return (selected.logits.float().softmax(1) + decoded.float().softmax(1)).clamp(min=1e-12).log()

@@ -167,7 +167,7 @@ class Results:
                 cells = [scores for seeds in found.values() for scores in seeds.values()]
                 if any(found.keys() != self.data[key].keys() for key in ("labels", "what", "commands")):
                     raise ValueError("its labels, texts and commands are not those of its rows")
-                if any(scores.keys() != cells[0].keys() for scores in cells) or not all(found.values()):
+                if any(not scores or scores.keys() != cells[0].keys() for scores in cells) or not all(found.values()):
                     raise ValueError("its rows differ in columns, or have none")
                 if not all(isfinite(value) for scores in cells for value in scores.values()):
                     raise ValueError("a score is not finite")

@@ -62,7 +62,7 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
                 raise ValueError("it holds several pictures; save one")
             if ids and (kind in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"):
                 raise ValueError("it is a JPEG, whose compression changes class ids; write labels as PNG")
-            if mode == "LA" and packing != "LA":
+            if packing.startswith("LA;16"):
                 raise ValueError("it is 16-bit grey with alpha; save it without alpha")
             if mode.startswith("I;16") or (kind, mode) == ("PNG", "I"):  # 16-bit grey
                 array = np.asarray(image).astype(np.uint16)

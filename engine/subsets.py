@@ -99,14 +99,14 @@ def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets
 
 @torch.no_grad()
 def selected_logits(
-    fsm, teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list, degraded=None, level="both", rule=None
+    fsm, teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list, degraded=None, rule=None
 ) -> Iterator[Tensor]:
     """Logits of teacher, robust model and the selection between them, which alone knows what works with `degraded`.
-    level: see `fsm.ensemble_logits`; rule: another than in training."""
+    rule: another than in training."""
     outputs = (subset_outputs(model, images, subsets, degraded) for model in (teacher, robust))
     for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
         present = present_of(subset, images.shape[:2])
-        yield ensemble_logits(fsm(list(sources), present, rule), teacher, robust, present, level)
+        yield ensemble_logits(fsm(list(sources), present, rule), teacher, robust, present)
 
 
 def load_fsm(path: Path | str, device: torch.device, expect: dict | None = None) -> FSM:

@@ -11,7 +11,7 @@ from models import GOLDEN, MODALITIES, golden_images, golden_weights
 
 from engine import checkpoint
 from engine.subsets import load_fsm, selected_logits, switch_logits
-from fsm import FSM, ensemble_logits, feature_distance
+from fsm import FSM, feature_distance
 from model import build_model
 from segformer import Output
 
@@ -189,24 +189,17 @@ def run_by_hand(models, degraded):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("level", ["logits", "features", "both"])
 @pytest.mark.parametrize("degraded", [None, DEGRADED], ids=["left out", "degraded"])
-def test_the_ensemble_equals_its_parts_run_by_hand(models, level, degraded):
+def test_the_ensemble_equals_its_parts_run_by_hand(models, degraded):
     teacher, robust, fsm = models
-    answers = selected_logits(fsm, teacher, robust, IMAGES, SUBSETS, degraded, level)
+    answers = selected_logits(fsm, teacher, robust, IMAGES, SUBSETS, degraded)
     for (present, sources), answer in zip(run_by_hand([teacher, robust], degraded), answers, strict=True):
         selected = fsm(sources, present)
         decoded = (teacher if present.all() else robust).decoder(selected.fused, (45, 64)).softmax(1)
-        by_logits = selected.logits.softmax(1)
-        expected = {"logits": by_logits, "features": decoded, "both": (by_logits + decoded) / 2}[level]
+        expected = (selected.logits.softmax(1) + decoded) / 2
         torch.testing.assert_close(answer.softmax(1), expected, rtol=1e-4, atol=1e-6)
         for source in sources:
             assert not torch.allclose(answer.softmax(1), source.logits.softmax(1), atol=1e-3)
-
-
-def test_an_unknown_level_is_refused():
-    with pytest.raises(ValueError, match="'feature' .*logits, features or both"):
-        ensemble_logits(None, None, None, PRESENT, "feature")
 
 
 @torch.no_grad()

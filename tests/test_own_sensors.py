@@ -1,5 +1,6 @@
 """Data sets of one's own: what their sensors' values are learnt from, and what is told before training starts."""
 
+import itertools
 import shutil
 import sys
 
@@ -8,11 +9,15 @@ import pytest
 import torch
 from data_files import fails, folder_dataset, png
 from PIL import Image
+from torch.utils.data import default_collate
 
 import data
 from data import open_dataset
 from datasets import files, layouts, synthetic
 from datasets.export import write_file
+from hpdm import ohem_cross_entropy
+from metrics import confusion, scores
+from model import build_model
 
 
 @pytest.fixture
@@ -93,6 +98,52 @@ def test_published_data_sets_keep_their_numbers_and_nyuv2_is_measured(exported):
         assert mean == [[0.485, 0.456, 0.406]] + ones * [[0.0] * 3], name
         assert deviation == [[0.229, 0.224, 0.225]] + ones * [[1.0] * 3], name
     assert_normalised(open_dataset("nyuv2", exported / "nyuv2"))
+
+
+def squeezed(root, size=32, frames=24):
+    """Scenes of two sensors with sky, ground and the rest, in values of mean 0.3 and deviation 0.09. Each is rolled by
+    some rows, so that where a pixel lies says nothing of its class."""
+    rng = np.random.default_rng(0)
+    write_file(root / "classes.txt", "sky\nground\nthing\n")
+    for split, i in itertools.product(("train", "val"), range(frames)):
+        scene, roll = synthetic.paint(0, split, i, size, "sun", "none"), rng.integers(size)
+        for modality, picture in (("nir", scene["rgb"]), ("red", scene["depth"])):
+            values = np.roll(picture[..., 1], roll, 0) / 255
+            values = 0.3 + 0.09 * (values - values.mean()) / values.std()
+            write_file(root / f"{modality}/{split}/{i:02d}.png", np.rint(255 * values).clip(0, 255).astype(np.uint8))
+        label = np.select([scene["label"] == 0, np.isin(scene["label"], (3, 4, 5))], [0, 1], 2).astype(np.uint8)
+        write_file(root / f"labels/{split}/{i:02d}.png", np.roll(label, roll, 0))
+    return root
+
+
+def trained(train, val, steps, seed=0):
+    """mIoU on val of a tiny model after some steps."""
+    torch.manual_seed(seed)
+    model = build_model("segformer_tiny", 3, ["nir", "red"])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    (images, labels, _), (others, truth, _) = (default_collate(list(split)) for split in (train, val))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (4,), generator=generator)
+        logits = model(data.normalise(images[chosen], *train.normalisation)).logits
+        ohem_cross_entropy(logits, labels[chosen].long()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        answer = model.eval()(data.normalise(others, *val.normalisation)).logits.argmax(1)
+    return scores(confusion(answer, truth, 3))["miou_occurring"]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_low_contrast_is_learnt_from_at_unit_scale_while_the_old_numbers_are_still_near_chance(tmp_path):
+    """Measured at seeds 0, 1, 2: 47.6, 54.8, 62.8 against 29.2, 20.8, 32.6; a single class everywhere gives 13.4."""
+    root = squeezed(tmp_path / "d")
+    train = open_dataset("folder", root, "train")
+    val = open_dataset("folder", root, "val", ranges=train.ranges)
+    learnt = trained(train, val, 30)
+    train.normalisation = val.normalisation = [[[0.0] * 3] * 2, [[1.0] * 3] * 2]
+    before = trained(train, val, 30)
+    assert learnt > 45 and before < 35, (learnt, before)
 
 
 # ---- ranges ---------------------------------------------------------------------------------------------------------

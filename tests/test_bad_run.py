@@ -19,7 +19,8 @@ import evaluate
 from datasets.export import export, write_file
 from engine import loop, runs
 
-SHORT = [*SMALL, *"--backbone segformer_tiny --epochs 1 --distill-epochs 1 --workers 0".split()]
+SHORT = [*SMALL, *"--backbone segformer_tiny --distill-epochs 1 --workers 0".split()]
+EPOCHS = "--epochs", "1"
 HOLD = """import fcntl, sys
 file = open(sys.argv[1], "a")
 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -33,7 +34,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     before = {number: signal.getsignal(number) for number in loop.EXIT_STATUS}
     torch.set_num_threads(1)
-    assert train(1, [*SHORT, "--out", str(folder)]) == 0
+    assert train(1, [*SHORT, *EPOCHS, "--out", str(folder)]) == 0
     stage2 = [*SMALL2, *"--fsm-epochs 1 --student-epochs 1 --workers 0 --eval-every 9".split()]
     assert train(2, [*stage2, "--stage1", str(folder), "--out", str(folder)]) == 0
     for number, handler in before.items():
@@ -62,7 +63,7 @@ class Place:
         return self.told(train, stage, [*map(str, argv)])
 
     def start(self, *argv) -> str:
-        return self.train(1, *SHORT, "--out", self.out, *argv)
+        return self.train(1, *SHORT, *(() if "--teacher" in argv else EPOCHS), "--out", self.out, *argv)
 
     def evaluate(self, file: pathlib.Path) -> str:
         options = evaluate.options([str(file), "--limit", "2", "--device", "cpu"])
@@ -173,7 +174,7 @@ def test_a_folder_is_refused_while_another_process_holds_it_and_taken_when_that_
     # The lock of the copy is not held by this process.
     folder = shutil.copytree(place.interrupted(), place.folder / "copy") if resumed else place.out
     folder.mkdir(exist_ok=True)
-    argv = ["--resume", folder] if resumed else [*SHORT, "--out", folder]
+    argv = ["--resume", folder] if resumed else [*SHORT, *EPOCHS, "--out", folder]
     command = [sys.executable, "-c", HOLD, folder / "lock"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()

@@ -80,7 +80,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_rows(paths: list[str], device: torch.device, same: list[str], rule=None) -> tuple[dict, dict]:
     """Row name -> predict(images, subsets, degraded), and the first model's meta. A folder gives a row per model, the
-    switch and the ensemble. same: the entries of meta in which all must agree. level, rule: of `selected_logits`."""
+    switch and the ensemble. same: the entries of meta in which all must agree; rule: as for `selected_logits`."""
     rows, first = {}, {}
     for path in map(pathlib.Path, paths):
         if len([other for other in paths if pathlib.Path(other).resolve() == path.resolve()]) > 1:

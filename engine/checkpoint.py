@@ -20,10 +20,10 @@ KEYS = {
 # Options that may change when a run is continued: they do not change what it computes.
 FREE = {"resume", "out", "root", "workers", "device", "max_minutes", "save_every"}
 FILES = {"stage1", "teacher", "robust"}  # where a run's models came from: may be renamed
-# Of the options of its run, a model says these by themselves, ...
+# Options that are entries of a model's meta by themselves, and all entries that a meta must have.
 OPTIONS = ("data", "root", "depth", "label_map", "hold_out", "size", "val_size", "absent")
 SAYS = ("backbone", "classes", "modalities", "palette", "normalisation", "options", *OPTIONS)
-# ... and these must be equal in models that work together, or that continue one another.
+# Entries that must be equal in models that work together, or that continue one another.
 SAME = ("data", "classes", "modalities", "normalisation", "depth", "label_map", "hold_out")
 
 
@@ -35,8 +35,8 @@ def write(path: Path, state: dict, keep_previous: bool = False) -> None:
 
 
 def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
-    """Loads a file of `write`, one of KEYS; its meta must have the entries `says`. Raises FileNotFoundError or
-    ValueError with one sentence."""
+    """Loads a file that `write` saved. what: a key of KEYS; says: entries that its meta must have. Raises
+    FileNotFoundError or ValueError with one sentence."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is no file.")
     with fitting(f"{path} is corrupt, or no checkpoint of tensors and plain values"):
@@ -50,7 +50,7 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
 
 
 def unpack(data: bytes) -> object:
-    """What torch.save made these bytes of; runs no code in them. Raises anything if they are damaged."""
+    """The object that torch.save made these bytes of; runs no code in them. Damaged bytes raise any exception."""
     if data[:2] == b"PK":  # not so before torch 1.6
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if bad := archive.testzip():  # by the CRC-32 that the zip container holds for every tensor
@@ -79,13 +79,15 @@ def save_model(path: Path, model: nn.Module, meta: dict) -> None:
 
 def load_model(path: Path | str, device: torch.device, expect: dict | None = None) -> tuple[nn.Module, dict]:
     """Rebuilds a model from its checkpoint -> (model in eval mode, meta). `model.absent` says what an absent modality
-    is to the model: left out ("skip"), or a zero image ("zero"). expect: entries of meta that must agree."""
+    is to the model: left out ("skip"), or a zero image ("zero"). expect: entries of meta that must agree, else
+    ValueError with both descriptions."""
     state = read(Path(path), says=SAYS)
-    require(path, meta := state["meta"], expect or {})
+    meta = state["meta"]
+    require(path, meta, expect or {})
     with fitting(f"{path} does not hold the weights of a {meta['backbone']}"):
         model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"])
         model.load_state_dict(state["model"])
-        torch.tensor(meta["normalisation"]).view(2, len(meta["modalities"]), 3)
+        torch.tensor(meta["normalisation"]).view(2, len(meta["modalities"]), 3)  # fails if it has another shape
     model.absent = meta["absent"]
     return model.to(device).eval(), meta
 
@@ -103,10 +105,10 @@ def fitting(failure: str):
 def require(path: Path | str, found: dict, expect: dict) -> None:
     """Refuses a checkpoint of another backbone, class list, ... with both descriptions."""
     for name, value in expect.items():
-        if found.get(name) != value and name in ("normalisation", "sources"):  # too long to print
-            raise ValueError(
-                f"{path} was made with other {'data' if name == 'normalisation' else 'models'}: {name} differ."
-            )
+        if found.get(name) != value and name == "normalisation":  # this and the next are too long to print
+            raise ValueError(f"{path} was made with other data: its normalisation differs.")
+        if found.get(name) != value and name == "sources":
+            raise ValueError(f"{path} was made with other models: the options that they were trained with differ.")
         if found.get(name) != value:
             there, here = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (found.get(name), value))
             hint = {"val_size": " Choose with --size.", "label_map": " Choose with --label-map."}.get(name, "")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, NARROWEST, WIDEST = 2300, 128, 420  # pixels: that the columns share, about; of a column
+WIDTH, NARROWEST, WIDEST = 2300, 128, 420  # pixels: of all columns, about; of a column, at least and at most
 GAP, INK, PALE = 6, (30, 30, 30), (130, 130, 130)
 
 
@@ -17,7 +17,7 @@ class Cell(NamedTuple):
 
 
 def photograph(image: np.ndarray) -> Image.Image:
-    """A modality's (H, W, 1 or 3), uint8 or float 0..1, for the eye. Grey ones fill the range: depth may look black."""
+    """A modality's image (H, W, 1 or 3), uint8 or float 0..1, for display. Grey is stretched: depth may look black."""
     values = image / 255 if image.dtype == np.uint8 else image
     if (values == values[..., :1]).all():
         low, high = np.percentile(values, (0, 98))
@@ -41,8 +41,8 @@ def fit(cell: Cell, width: int) -> Image.Image:
 
 
 def draw(grid: list[list[Cell]], titles: list[str], sides=(), key=(), note: str = "") -> Image.Image:
-    """The panel as an RGB image. grid: rows of cells, one a title; the rows may differ in size. sides: a name for each
-    row, above it; key: names and colours, shown below; note: a last line of text."""
+    """The panel as an RGB image. grid: rows of cells, a cell for each title; rows may differ in size. sides: a name
+    for each row, above it; key: names and colours, shown below; note: a last line of text."""
     width = min(max(WIDTH // len(titles) - GAP, NARROWEST), WIDEST)
     rows = [[fit(cell, width) for cell in row] for row in grid]
     width = max(image.width for row in rows for image in row)

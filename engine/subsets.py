@@ -5,8 +5,8 @@ linear up to its ReLU (BatchNorm too, in eval mode), so that part, too, is compu
 cost 2 to 3 times one on a CPU. A CMNeXt runs once for each. The models are put into eval mode; nothing gives gradients.
 
 A subset is a tuple of positions in `model.modalities`. degraded (B or 1, M, 3, H, W) is what the modalities outside it
-deliver instead, without the models being told; None leaves them out, but of a model that was trained with
-`--absent zero`, whose absent modalities are zero images.
+deliver instead, without the models being told. With None they are left out; for a model that was trained with `--absent
+zero` they are zero images.
 Axes: B samples, M modalities, N maps to take means of (M, or 2 M with `degraded`), S subsets, E the decoder's width.
 """
 
@@ -38,7 +38,7 @@ def present_of(subset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def subset_outputs(model: nn.Module, images: Tensor, subsets: list, degraded=None, with_fused=True) -> Iterator[Output]:
-    """Each subset's output, of MSegFormer without `per_modality`, and without `fused` if it is not asked for."""
+    """Each subset's output. That of an MSegFormer has no `per_modality`, and `fused` only if `with_fused`."""
     model.eval()
     if degraded is None and getattr(model, "absent", "skip") == "zero":
         degraded = torch.zeros_like(images[:1])
@@ -90,7 +90,7 @@ def mean_logits(decoder: Decoder, features: tuple[Tensor, ...], weights: Tensor)
 
 
 def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list, degraded=None) -> Iterator:
-    """Logits of the honest baseline: the teacher when all modalities are there, else the robust model."""
+    """Logits of the baseline without an FSM: the teacher's if all modalities are present, else the robust model's."""
     incomplete = subset_logits(robust, images, [s for s in subsets if len(s) < images.shape[1]], degraded)
     for subset in subsets:
         complete = len(subset) == images.shape[1]
@@ -101,8 +101,8 @@ def switch_logits(teacher: nn.Module, robust: nn.Module, images: Tensor, subsets
 def selected_logits(
     fsm, teacher: nn.Module, robust: nn.Module, images: Tensor, subsets: list, degraded=None, rule=None
 ) -> Iterator[Tensor]:
-    """Logits of teacher, robust model and the selection between them, which alone knows what works with `degraded`.
-    rule: another than in training."""
+    """Logits (B, K, H, W) of the ensemble for each subset. With `degraded`, the selection knows which modalities work;
+    teacher and robust model do not. rule: another than in training."""
     outputs = (subset_outputs(model, images, subsets, degraded) for model in (teacher, robust))
     for subset, sources in zip(subsets, zip(*outputs, strict=True), strict=True):
         present = present_of(subset, images.shape[:2])
@@ -113,7 +113,8 @@ def load_fsm(path: Path | str, device: torch.device, expect: dict | None = None)
     """Rebuilds the selection of a `fsm.pt`, in eval mode; expect: as for `load_model`."""
     about = "rule", "temperature", "conditioned"
     state = read(Path(path), says=("widths", "classes", "modalities", *about))
-    require(path, meta := state["meta"], expect or {})
+    meta = state["meta"]
+    require(path, meta, expect or {})
     with fitting(f"{path} does not hold a feature selection"):
         sizes = meta["widths"], len(meta["classes"]), len(meta["modalities"])
         fsm = FSM(*sizes, **{name: meta[name] for name in about})

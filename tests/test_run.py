@@ -271,7 +271,7 @@ def test_an_edited_config_is_refused_by_the_option(run, capfd, option, value):
     config["train_stage1.py"]["options"][option] = value
     (run / "config.json").write_text(json.dumps(config))
     sentence = refused(capfd, 1, ["--resume", str(run)])
-    assert str(run / "config.json") in sentence and f"{option} {value}" in sentence
+    assert str(run / "config.json") in sentence and f"{option} is {value}" in sentence
 
 
 @pytest.mark.parametrize("stage, laid", [(1, "teacher"), (2, "robust")])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rule_for(data: str) -> str:
-    """The rule that is shown first: of files of your own, a class may be absent for good."""
+    """The rule of validation and of the tables: in a data set of your own some classes may never occur."""
     return "occurring" if data == "folder" else "published"
 
 
@@ -27,7 +27,7 @@ def class_ids(logits: Tensor, names: list[str]) -> Tensor:
 
 
 def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Counts of (label, prediction) pairs -> (K, K) int64: float32 would stop counting at 16.7 million pixels. Labels
+    """Counts of (label, prediction) pairs -> (K, K) int64; float32 would stop counting at 16.7 million pixels. Labels
     outside 0..K-1 (255 = ignore) are left out. prediction, labels: integers of one shape, on one device."""
     prediction, labels = prediction.long(), labels.long()  # uint8 would wrap around in the product below
     valid = (labels >= 0) & (labels < num_classes)
@@ -36,13 +36,15 @@ def confusion(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def scores(matrix: Tensor) -> dict:
-    """(K, K) int64 -> percentages: mIoU under both rules, per-class IoU (None where absent), accuracy, F1, matrix.
+    """(K, K) int64 -> percentages: mIoU by both rules, per-class IoU (None where absent), accuracy, F1; and the matrix.
     accuracy: pixels right of all labelled ones; mean_accuracy: mean recall of the classes that are labelled; f1: mean
     over the classes that occur."""
-    counts, matrix = matrix.tolist(), matrix.double().cpu()
+    counts = matrix.tolist()
+    matrix = matrix.double().cpu()
     right, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     union = labelled + predicted - right
-    occurs, iou = union > 0, right / union.clamp(min=1)
+    occurs = union > 0
+    iou = right / union.clamp(min=1)
     f1 = 2 * right / (labelled + predicted).clamp(min=1)
 
     def mean(values: Tensor, where: Tensor) -> float:

@@ -21,18 +21,20 @@ from fsm import FSM
 
 def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, nn.Module], FSM | None, dict]:
     """A model file, or all of a run folder in the order of training -> ({stem: model}, feature selection, first meta).
-    Raises FileNotFoundError, or ValueError, also if the models differ in an entry `same` of meta."""
+    Raises FileNotFoundError or ValueError; the latter also if the models' metas differ in an entry of `same`."""
     files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
     if not files:
         raise FileNotFoundError(f"{path} holds no model: none of {'.pt, '.join(PHASES)}.pt.")
-    models, said, selection, first, expect = {}, {}, None, None, {}
+    models, metas, expect = {}, {}, {}
+    selection = first = None
     for file in files:
         if "rule" in read(file)["meta"]:
-            sources = [said[name]["options"] for name in ("teacher", "robust") if name in said]
+            sources = [metas[name]["options"] for name in ("teacher", "robust") if name in metas]
             selection = load_fsm(file, device, expect | ({"sources": sources} if len(sources) == 2 else {}))
         else:
             model, meta = load_model(file, device, {name: first[name] for name in same} if first else {})
-            models[file.stem], said[file.stem], first = model, meta, first or meta
+            models[file.stem], metas[file.stem] = model, meta
+            first = first or meta
             expect = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}
     if not models:
         raise ValueError(f"{path}: an FSM selects between a teacher and a robust model; give their run folder.")
@@ -40,8 +42,8 @@ def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, 
 
 
 def open_data(meta: dict, data: str | None, root: str | None, split: str, size, say=say, **options) -> FrameDataset:
-    """The data set that a model was trained on, or `data` if that is given; options: further ones of `open_dataset`.
-    Raises ValueError if its classes are not the model's."""
+    """The data set that a model was trained on, or `data` if given, with the model's normalisation. options: further
+    ones of `open_dataset`. Raises ValueError if its classes are not the model's."""
     data = data or meta["data"]
     if data == meta["data"]:
         root = root or meta["root"]
@@ -63,19 +65,20 @@ def normalisation_of(names: list[str], meta: dict) -> list[list]:
 
 
 def titles(data: str, modalities: list[str]) -> list[str]:
-    """The modalities' names for people: of nyuv2, event and lidar are computed from the others, and called derived."""
+    """The modalities' names for display. Those of nyuv2 that are computed from others are called derived."""
     return [f"{name} (derived)" if data == "nyuv2" and name in ("event", "lidar") else name for name in modalities]
 
 
 def samples(dataset: FrameDataset) -> Iterator[tuple]:
-    """Each frame at its own size -> (the Frame, {modality: (H, W, 1 or 3) uint8 or float32}, label (H, W) uint8)."""
+    """Each frame at its own size -> (Frame, {modality: (H, W, 1 or 3) uint8 or float32}, label (H, W) uint8, 255 where
+    there is none)."""
     for index, frame in enumerate(dataset.frames):
         images, label = dataset.read(index)
         yield frame, dict(zip(dataset.modalities, images, strict=True)), label
 
 
 def stems(path: Path) -> dict[Path, Path]:
-    """The files of an --input that may be images -> their names in its folder, without ending. No pictures of ours."""
+    """The image files of an --input -> their names in its folder, without ending. Pictures of ours are left out."""
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file() and file.name[0] != "."]
     if path.is_dir() and (own := [file for file in found if ours(file)]):
@@ -97,9 +100,9 @@ def what_differs(names: Iterable[Path]) -> list[str]:
 
 
 def input_frames(given: dict[str, Path], meta: dict, depth_unit: float) -> Iterator[tuple]:
-    """The frames of --input, decoded as in training, as those of `samples`; all of a label is 255. In folders and
-    those inside, files of one name are a frame, or if there are none, files whose names differ from the others of their
-    folder by the same part. A frame may lack some modalities. depth_unit: see `given_depth`."""
+    """The frames of --input, decoded as in training -> as `samples`. In folders and those inside, files of one name are
+    a frame; if there are none, files whose names differ from the others of their folder by the same part. A frame may
+    lack some modalities. depth_unit: metres of a step of 16 bit, see `given_depth`."""
     found = {modality: stems(path) for modality, path in given.items()}
     single = not any(path.is_dir() for path in given.values())  # one frame, whatever the names
     for keys in (lambda names: ["one"] * single or list(map(str, names)), what_differs):

@@ -27,8 +27,8 @@ EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, sign
 
 
 def batch_keys(frames: int, batch_size: int, seed: int, steps: range, share: slice) -> Iterator[list[tuple[int, int]]]:
-    """(epoch, index) of this process's share of the batch of each of these steps. The run is one endless stream of
-    frames, a fresh permutation per epoch, cut into batches: a step says where in the stream it is."""
+    """For each of these steps, the (epoch, index) of the frames in this process's share of its batch. A run is one
+    endless stream of frames, a fresh permutation per epoch, cut into batches; the step gives the position in it."""
     order_of = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(frames).tolist())
     for step in steps:
         places = [divmod(position, frames) for position in range(step * batch_size, (step + 1) * batch_size)]
@@ -43,8 +43,8 @@ def quiet_worker(_: int) -> None:
 
 def loader(dataset, keys: Iterable[list], workers: int, device: torch.device) -> DataLoader:
     """Batches of a data set: the frames of each list of `keys`, stacked."""
-    cuda, own = device.type == "cuda", {"worker_init_fn": quiet_worker, "collate_fn": stack}
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, pin_memory=cuda, **own)
+    own = {"worker_init_fn": quiet_worker, "collate_fn": stack, "pin_memory": device.type == "cuda"}
+    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, **own)
 
 
 def stack(samples: list[tuple[Tensor, Tensor, str]]) -> list:
@@ -116,8 +116,8 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
 
 
 def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) -> dict[str, float]:
-    """mIoU by `metrics.rule_for`: mean over all subsets, of the complete one, which is the last, mean over the others.
-    predict(images, subsets) yields the logits of each subset."""
+    """mIoU in per cent by `metrics.rule_for` -> "miou", mean over all subsets; "miou_full", of the complete one, which
+    is the last; "miou_missing", mean over the others, if any. predict(images, subsets) yields each one's logits."""
 
     def answers(images: Tensor, labels: Tensor, names: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((metrics.class_ids(logits, names), labels) for logits in predict(images, subsets))
@@ -130,8 +130,8 @@ def validate(predict: Callable, dataset, subsets: list[tuple[int, ...]], run) ->
 
 
 def keep_freed_memory() -> None:
-    """For CPU runs on Linux. The C library gives large blocks back as soon as they are free, and the system clears all
-    their pages when the next step asks again: 5 to 25 % of a B0 step. Told so, it keeps them."""
+    """Keeps freed memory in the process, for CPU runs on Linux. By default the C library gives large blocks back to
+    the system, which clears their pages when the next step asks again: 5 to 25 % of a B0 step."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library, another system: nothing to tell
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping

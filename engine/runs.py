@@ -22,7 +22,7 @@ from engine import loop
 from engine.checkpoint import FILES, FREE, SAME, fitting, load_last, require, save_model, write
 from engine.output import replace, say
 
-# What torch, CUDA, NumPy and the system say, with types that tell less.
+# Messages of torch, CUDA, NumPy and the system; their exceptions' types tell less.
 NO_MEMORY = "out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED"
 NO_WORKER = r"DataLoader worker \(pid|shared memory|file </torch_"
 SCRIPTS = {"train_stage1.py", "train_stage2.py", "train_single.py"}
@@ -54,7 +54,8 @@ class Run:
 
     def claim(self, phases: tuple[str, ...]) -> dict | None:
         """Takes the run folder for these phases -> the state to continue from, or None. Never overwrites a run."""
-        args, self.folder, self.signalled, self.stopping = self.args, Path(self.args.out), 0, 0
+        args, self.folder = self.args, Path(self.args.out)
+        self.signalled = self.stopping = 0  # numbers of signals
         if args.batch_size % self.world:
             raise ValueError(f"--batch-size {args.batch_size} counts all processes: make it a multiple of {self.world}")
         if args.size == 32 and args.batch_size == self.world:
@@ -162,16 +163,17 @@ class Phase:
     """A phase of a run: one model that learns, its step, its best score, and all that has a state.
 
     meta: what its model says of itself (`checkpoint.describe`); state: what to continue from, or None; calls: a
-    module around the model that the loop calls instead of it. For each of `batches`, a loop draws from `generator`,
-    calls `model` under `autocast`, then `learn` and `keep`.
+    module around the model that the loop calls instead of it. A training loop iterates over `batches`: it draws from
+    `generator`, calls `model` under `autocast`, then `learn` with the losses and `keep`.
     """
 
     def __init__(self, run: Run, name: str, model: nn.Module, epochs: float, meta: dict, state, calls=None):
-        args, self.log_file = run.args, run.folder / "log.jsonl"
+        args = run.args
         self.run, self.name, self.meta, self.learner = run, name, meta, model
+        self.log_file = run.folder / "log.jsonl"
         self.model = run.parallel(calls or model)
         self.optimizer = loop.adamw(model, args.lr)
-        # Keeps small gradients of fp16 from becoming zero; else it does nothing.
+        # Keeps small fp16 gradients from becoming zero; does nothing for other types.
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
         self.parts = {"model": model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.per_epoch = meta["frames"] / args.batch_size  # steps, a fraction too: the stream of frames has no gap
@@ -198,13 +200,13 @@ class Phase:
             run.say(f"note: the run had {state['threads']} threads and now has {now}: its last bits will differ")
         if run.rank == 0 and self.log_file.exists():
             lines = self.log_file.read_bytes()[: state["logged"]].splitlines(keepends=True)
-            replace(
-                self.log_file, b"".join(line for line in lines if line.rstrip().endswith(b"}"))
-            )  # a crash tears lines
+            whole = [line for line in lines if line.rstrip().endswith(b"}")]  # a crash tears lines
+            replace(self.log_file, b"".join(whole))
 
     def save(self) -> None:
         """last.pt, all that `--resume` continues from. Ends the run if a signal or the clock asked for that."""
-        run, logged = self.run, self.log_file.stat().st_size if self.log_file.exists() else 0
+        run = self.run
+        logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes
         parts = {key: part.state_dict() for key, part in self.parts.items()}
         state = {"script": run.script, "phase": self.name, "step": self.step, "steps": self.steps, "best": self.best}
         state |= {"logged": logged, "meta": self.meta, "parts": parts, "options": vars(run.args)}
@@ -286,7 +288,8 @@ class Phase:
         run, steps = self.run, self.step - self.reported
         seconds = max(time.monotonic() - self.began, 1e-9)
         means = run.reduce(torch.stack(list(self.sums.values()))) / (steps * run.world)
-        values, speed = dict(zip(self.sums, means.tolist(), strict=True)), steps / seconds
+        speed = steps / seconds
+        values = dict(zip(self.sums, means.tolist(), strict=True))
         values |= {"lr": self.lr, "data_wait": self.waited / seconds, "images_per_second": speed * run.args.batch_size}
         values["peak_memory_mb"] = loop.peak_memory(run.device)
         self.log({**values, "minutes_left": (self.steps - self.step) / speed / 60})
@@ -308,7 +311,7 @@ class Phase:
 
 
 def guarded(main: Callable, *arguments) -> int:
-    """Runs a script's main -> exit status; what the user can mend is told in one sentence, status 2."""
+    """Runs a script's main -> exit status. An error that the user can mend is one sentence on stderr, status 2."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed from the start
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal cannot print
     try:

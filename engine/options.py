@@ -8,8 +8,8 @@ from pathlib import Path
 
 from engine.checkpoint import FILES, FREE, fitting, load_last, read
 
-# As published (docs/paper_vs_code.md), where it is: the batch size is usual on DELIVER, and stage 2 has no published
-# recipe at all. The synthetic recipe suits a short demo. A single model learns as long as the three together.
+# The published recipe (docs/paper_vs_code.md), with the usual batch size on DELIVER. Stage 2 has no published recipe.
+# A single model learns as long as teacher, robust model and student together. TINY suits a short demo.
 REAL = dict(backbone="segformer_b0", size=1024, batch_size=8, lr=6e-5, warmup_epochs=10.0, eval_every=10.0)
 REAL |= dict(epochs=200.0, distill_epochs=120.0, fsm_epochs=10.0, student_epochs=120.0, single_epochs=440.0)
 REAL["workers"] = min(4, os.cpu_count() or 1)
@@ -93,7 +93,7 @@ def training_options(parser: Parser) -> None:
     add("--val-size", type=SIDE, help="shorter side in validation and evaluation; default: --size, MCubeS 1024")
     add("--limit", type=COUNT, metavar="N", help="use only N frames of each split, spread evenly; for trials")
     add("--skip-broken", type=COUNT_OR_0, default=0, metavar="N", help="leave out at most N broken frames, listed")
-    add("--workers", type=COUNT_OR_0, help="loader processes; more while the log's data_wait is above 0.05")
+    add("--workers", type=COUNT_OR_0, help="loader processes; raise it while the log's data_wait is above 0.05")
     add("--batch-size", type=COUNT, help="frames per step over all processes; halve --lr when you halve it")
     add("--lr", type=RATE, help="peak of AdamW; from --pretrained 6e-5; from random weights 1e-3, a tiny model 2e-3")
     add("--warmup-epochs", type=WEIGHT, help="linear rise from a tenth of --lr; at most half a phase is used")
@@ -121,8 +121,8 @@ def saved_options(parser: Parser, folder: Path) -> dict:
     if state is None:
         parser.error(f"--resume {folder}: this folder holds no last.pt to continue from.")
     if state["script"] != parser.prog or state["options"].get("losses") != parser.get_default("losses"):
-        begun = f"{state['script']}, losses {state['options'].get('losses', 'its own')}"
-        parser.error(f"--resume {folder}: its last checkpoint is of {begun}; continue it with the same.")
+        begun = f"{state['script']} with the losses {state['options'].get('losses', 'of that script')}"
+        parser.error(f"--resume {folder}: its last checkpoint was written by {begun}; continue it in the same way.")
     saved = state["options"]
     for name in ("stage1", "teacher", "robust", "pretrained"):
         if saved.get(name) and Path(saved[name]).is_relative_to(saved["out"]):
@@ -131,7 +131,7 @@ def saved_options(parser: Parser, folder: Path) -> dict:
 
 
 def parse(parser: Parser, argv: list[str] | None, inherited=None) -> argparse.Namespace:
-    """The command line, over the options of --resume, or over `inherited(it)`, over the recipe -> the options."""
+    """Each option from the command line, else from the run of --resume, else from `inherited`, else from the recipe."""
     argv = sys.argv[1:] if argv is None else argv
     first = parser.parse_args([word for word in argv if word not in ("-h", "--help")])  # its defaults are not known yet
     if empty := [name for name, value in vars(first).items() if not str(value).strip()]:
@@ -140,15 +140,16 @@ def parse(parser: Parser, argv: list[str] | None, inherited=None) -> argparse.Na
     if first.resume:
         saved = saved_options(parser, Path(first.resume))
         if other := sorted(saved.keys() ^ {*vars(first), *FIXED}):
-            known = argument(other[0], "...")
-            parser.error(f"{first.resume} is of a version with other options, such as {known}: go on with that one.")
+            name = argument(other[0], "...")
+            parser.error(f"{first.resume} is of a version with other options, such as {name}: go on with that one.")
     data = saved.get("data") or getattr(first, "data", "synthetic")
     recipe = RECIPES[data] | ({"epochs": RECIPES[data]["single_epochs"]} if parser.prog == "train_single.py" else {})
     recipe |= {"backbone": None} if getattr(first, "teacher", None) else {}
     recipe |= {"lr": 1e-3} if data == "folder" and not getattr(first, "pretrained", None) else {}
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in first} | saved)
     args = parser.parse_args(argv)
-    for name in sorted(saved.keys() - (FREE - {"out"}) - FILES - {"pretrained"}) if first.resume else ():
+    fixed = saved.keys() - (FREE - {"out"}) - FILES - {"pretrained"} if first.resume else ()
+    for name in sorted(fixed):
         mine, its = argument(name, getattr(args, name)), argument(name, saved[name])
         if mine != its:
             parser.error(f"{mine} contradicts the run in {saved['out']}, which has {its}: choose another --out.")
@@ -167,7 +168,7 @@ def refuse(parser: Parser, names: tuple[str, ...], where: str) -> None:
 
 
 def stage1_options(doc: str, argv: list[str] | None = None, losses: str = "paper_losses") -> argparse.Namespace:
-    """losses: the name of the function of losses; a run is resumed with the same."""
+    """losses: the name of the function that computes them; a run is resumed with the same one."""
     parser = Parser("train_stage1.py", doc)
     parser.set_defaults(losses=losses)
     data_options(parser)
@@ -178,7 +179,7 @@ def stage1_options(doc: str, argv: list[str] | None = None, losses: str = "paper
     add("--robust-from", choices=("teacher", "start"), default="teacher", help="start: where the teacher started")
     add("--lambda-kl", type=WEIGHT, default=50.0, help="weight of KL(teacher || robust) on the logits")
     add("--alpha", type=WEIGHT, default=100.0, help="weight of the prototype distance; 0: without")
-    add("--match", choices=("random", "same"), default="random", help="of modalities; same is the ablation")
+    add("--match", choices=("random", "same"), default="random", help="of modalities by HPDM; same: the ablation")
     add("--absent", choices=("skip", "zero"), default="skip", help="zero: absent modalities are encoded as zero images")
     training_options(parser)
     args = parse(parser, argv)
@@ -205,7 +206,7 @@ def single_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     data_options(parser)
     add = parser.add_argument_group("single model").add_argument
     add("--epochs", type=RATE, help="by default as many as of teacher, robust model and student together")
-    add("--subset-weight", type=WEIGHT, default=0.4, help="of CE on random subsets; more: better with some missing")
+    add("--subset-weight", type=WEIGHT, default=0.4, help="of CE on random subsets; larger: better with some missing")
     training_options(parser)
     parser.set_defaults(absent="skip")
     args = parse(parser, argv)

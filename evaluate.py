@@ -143,8 +143,8 @@ def evaluate(predict: Callable, dataset: FrameDataset, run: runs.Run) -> dict[st
 
 
 def summary(protocol: str, values: list[float], modalities: list[str]) -> dict[str, float]:
-    """The summary columns of a protocol's table, of the mIoU in its other columns. Apart from those, whose names are
-    the data's: a weather may be called "mean"."""
+    """The summary columns of a protocol's table from the mIoU values of its other columns. They are kept apart from
+    those, whose names come from the data: a weather may be called "mean"."""
     table = {}
     if protocol == "any":
         *missing, table["full"] = values
@@ -181,8 +181,8 @@ def tables(results: dict, modalities: list[str], protocols: list[str], rule: str
             texts = [f"{v:.2f}" + (f" ({v - first[c]:+.2f})" if first else "") for c, v in means.items()]
             cells.append([name, *(f"{v:.2f}" for v in shown.values()), *texts, f"{last:.2f}"])
             first = first or means
-        if list(values) == ["none"]:  # one group that is not a group
-            out.append(f"No table of {protocol}: this data set does not say it of its frames.")
+        if list(values) == ["none"]:  # the only group: frames without one
+            out.append(f"No table of {protocol}: this data set does not name it for its frames.")
             continue
         title = f"{PROTOCOLS[protocol]}; mIoU in per cent, {RULES[rule]}"
         out.append(table(title, [["", *shown, *means, f"mean, {other}"], *cells]))

@@ -1,4 +1,4 @@
-"""Feature Selection Module (RMMSS, arXiv 2505.12861 v2, section 4.3): the best of two frozen models, stage 2.
+"""Feature Selection Module (RMMSS, arXiv 2505.12861 v2, section 4.3): stage 2 selects between two frozen models.
 
 Teacher T and robust model R see the same, possibly incomplete, input. At each stage i, on the fused features
 f_T, f_R (B, C_i, h_i, w_i), and once more on the logits with K channels:
@@ -62,7 +62,7 @@ class FSM(nn.Module):
         return kernels.feature_select(sources, weight, bias, rule, self.temperature)
 
     def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Output:
-        """outputs: of the sources for one input, on (B, M) `present` modalities; rule: another than in training."""
+        """outputs: of both sources for one input; present (B, M) bool, its modalities; rule: None: that of training."""
         levels = [*zip(*(out.fused for out in outputs), strict=True), [out.logits for out in outputs]]
         *fused, logits = (self.select(list(x), i, present, rule or self.rule) for i, x in enumerate(levels))
         return Output(logits, tuple(fused), ())
@@ -71,7 +71,8 @@ class FSM(nn.Module):
 def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) -> Tensor:
     """What pulls the final student to the selected features: mean squared difference, summed over stages -> scalar.
 
-    Not in the paper. Differences are divided by each selected channel's deviation, so that all channels weigh the same.
+    student, selected: 4 x (B, C_i, h_i, w_i), gradient to the student only. Not in the paper. Differences are divided
+    by the deviation of each selected channel, so that all channels weigh the same.
     """
     distance = 0.0
     for s, t in zip(student, selected, strict=True):
@@ -92,6 +93,6 @@ def decode(selected: Output, teacher: nn.Module, robust: nn.Module, present: Ten
 
 
 def ensemble_logits(selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor) -> Tensor:
-    """The ensemble's logits: log of the summed softmax of the selected logits and of the decoded features."""
+    """The ensemble's logits (B, K, H, W): log(softmax(selected logits) + softmax(decoded features)). See `decode`."""
     decoded = decode(selected, teacher, robust, present)
     return (selected.logits.float().softmax(1) + decoded.float().softmax(1)).clamp(min=1e-12).log()

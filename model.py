@@ -155,7 +155,8 @@ class CMNeXt(nn.Module):
         self.stages = mit_stages(p, eps=1e-5)
         self.aux = nn.ModuleList()  # what each stage adds to the RGB branch
         for i, (c, drops) in enumerate(zip(p.widths, drop_rates(p.depths), strict=True)):
-            self.aux.append(extra := nn.Module())
+            extra = nn.Module()
+            self.aux.append(extra)
             extra.embed = AuxEmbed(3 if i == 0 else p.widths[i - 1], c, i == 0, len(modalities) - 1)
             extra.hub = ScorePredictor(c, len(modalities) - 1) if len(modalities) > 2 else None
             extra.blocks = nn.Sequential(*[MSPABlock(c, (8, 8, 4, 4)[i], drop) for drop in drops])

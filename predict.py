@@ -39,8 +39,8 @@ from segformer import upsample
 class Segmenter:
     """A trained model on arrays, in any size and from any of its modalities.
 
-    path: model file, or run folder for its final model. size: shorter side, or (rows, columns), that the network sees;
-    None: as in validation. keep_constant: an image without any variation is not missing.
+    path: model file, or run folder for its final model. device: None: a GPU if there is one. size: shorter side, or
+    (rows, columns), that the network sees; None: as in validation. keep_constant: constant images are not missing.
     """
 
     def __init__(self, path: Path | str, device: str | None = None, size=None, keep_constant: bool = False):
@@ -49,7 +49,7 @@ class Segmenter:
         with fitting(f"the size {size!r} is neither a side of at least 32 pixels nor (rows, columns)"):
             sides = [operator.index(side) for side in np.ravel(size).tolist()] if size is not None else [32]
             if min(sides) < 32 or len(sides) > 2:
-                raise ValueError("it is too small, or of more than two sides")
+                raise ValueError("a side is too small, or there are more than two")
         torch.backends.cudnn.allow_tf32 = False  # the same bits as in evaluation
         self.models, _, self.meta = load_models(Path(path), device)
         self.size, self.keep_constant = size or self.meta["val_size"], keep_constant
@@ -57,7 +57,7 @@ class Segmenter:
     def __call__(self, **images: np.ndarray | None) -> np.ndarray:
         """Images by modality -> class ids (H, W) uint8, to the bit those of predict.py.
 
-        (H, W), (H, W, 1) or (H, W, 3) of one H, W; uint8, uint16 (of 65535), or float: 0..1 for what were 8 or 16 bits
+        (H, W), (H, W, 1) or (H, W, 3) of one H, W; uint8, uint16 (of 65535), or float: 0..1 for what was 8 or 16 bit
         in training, else as data.py decodes it. None, not given or constant: missing. ValueError names the modality.
         """
         return self.answer(list(self.models)[-1], self.working(images))
@@ -131,7 +131,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep-constant", action="store_true", help="an image without any variation is not a missing one")
     add("--size", type=image_size, help="shorter side, or HxW, that the network sees. None: the training's --val-size")
     add = parser.add_argument_group("output").add_argument
-    add("--out", metavar="DIR", help="pictures of each frame. None: predictions, if no other is asked")
+    add("--out", metavar="DIR", help="pictures of each frame. None: predictions, unless --panel or --export is given")
     views = "from all modalities and from --modalities (None: without the first, and the first two)"
     add("--panel", metavar="FILE.png", help=f"frames by row; modalities, ground truth, what each model says {views}")
     add("--file-ids", action="store_true", help="NAME_label.png in the ids of the training files, by their label map")
@@ -156,7 +156,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def comparison(segmenter: Segmenter, models: list[str], frames: Iterable[tuple], views: list, data: str) -> Image.Image:
-    """Rows: frames. Columns: modalities, ground truth, and what every model says from each view (some modalities)."""
+    """Rows: frames. Columns: modalities, ground truth, each model's answer from each view, a list of modalities."""
     grid, sides, occurring, meta = [], [], set(), segmenter.meta
     classes, palette = meta["classes"], meta["palette"]
     for frame, images, label in frames:

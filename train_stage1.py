@@ -36,8 +36,8 @@ def paper_losses(
     if args.lambda_kl:
         losses["kl"] = args.lambda_kl * hpdm.distill_logits(robust.logits, teacher.logits)
     if args.alpha:  # eqs. 4 and 5
-        features, classes = (robust.per_modality, teacher.per_modality), robust.logits.shape[1]
-        losses["hpdm"] = args.alpha * hpdm.hpdm_loss(*features, labels, present, match, classes)
+        r, t, classes = robust.per_modality, teacher.per_modality, robust.logits.shape[1]
+        losses["hpdm"] = args.alpha * hpdm.hpdm_loss(r, t, labels, present, match, classes)
     return losses
 
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None, losses_of: Callable = paper_losses) -> N
         teacher, found = load_model(source, run.device, expect)
         meta["backbone"] = found["backbone"]
         if not state:
-            run.save_model("teacher", teacher, {**found, "absent": args.absent})  # once more, for stage 2
+            run.save_model("teacher", teacher, {**found, "absent": args.absent})  # a copy, for stage 2
     else:
         if not (state and state["phase"] == "robust"):  # a resumed run may be past this phase
             train_teacher(run, start_model(run, meta), train, val, meta, state)

@@ -70,8 +70,7 @@ def titles(data: str, modalities: list[str]) -> list[str]:
 
 
 def samples(dataset: FrameDataset) -> Iterator[tuple]:
-    """Each frame at its own size -> (Frame, {modality: (H, W, 1 or 3) uint8 or float32}, label (H, W) uint8, 255 where
-    there is none)."""
+    """Each frame at its own size -> (Frame, {modality: (H, W, 1 or 3) uint8 or float32}, label (H, W) or all 255)."""
     for index, frame in enumerate(dataset.frames):
         images, label = dataset.read(index)
         yield frame, dict(zip(dataset.modalities, images, strict=True)), label

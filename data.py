@@ -81,7 +81,7 @@ class FrameDataset(torch.utils.data.Dataset):
             f"{modality} ({kind}, {low:g}..{high:g}, mean {np.mean(mean):.3g}, deviation {np.mean(deviation):.3g})"
             for modality, (kind, low, high, mean, deviation) in self.ranges.items()
         ]
-        frames = f"{len(self)} frames" + (", by train" if self.split != "train" else "")
+        frames = f"{len(self)} frames" + (", ranges of train" if self.split != "train" else "")
         return f"{self.name} {self.split}, {frames}: {', '.join(what)}"
 
     def unseen(self) -> list[str]:
@@ -122,7 +122,7 @@ class FrameDataset(torch.utils.data.Dataset):
 
         As published (DELIVER, semseg/augmentations_mm.py): colour jitter and blur of rgb, a flip, the shorter side
         scaled to `scales` times the crop, a random crop. Here the crop comes first, so that only what it shows is
-        resized; pixels move by less than one by that.
+        resized; that moves pixels by less than one.
         """
         # Synthetic scenes are painted at the crop's size, and have fewer pixels to lose.
         scales = (0.8, 1.25) if self.name == "synthetic" else (0.5, 2)
@@ -198,7 +198,7 @@ def open_dataset(
     classes: int = 40,  # or 13, of nyuv2
     hold_out: int = 0,  # of nyuv2: validate on so many frames of the train list, evenly spread and not trained on
     label_map: str | None = None,  # of a folder's ids, see `label_table`
-    skip_broken: int | None = 0,  # if not 0, open every file now and leave out so many broken frames; None: any number
+    skip_broken: int | None = 0,  # if not 0, open all files now and leave out at most so many frames; None: any number
     ranges: dict[str, list] | None = None,  # what values must keep to, and are normalised by; None: by the train split
 ) -> FrameDataset:
     """Open a split of a data set; what it yields is said at `FrameDataset`.
@@ -208,8 +208,9 @@ def open_dataset(
     exact; None leaves frames as they are. With hold_out 0, nyuv2 validates on the test list, as everyone reports it.
     Raises ValueError or FileNotFoundError with one sentence about what is missing or wrong.
     """
-    choices = {"data set": DATASETS, "split": synthetic.SPLITS, "depth": ("hha", "raw"), "number of classes": (13, 40)}
-    for (what, known), value in zip(choices.items(), (name, split, depth, classes), strict=True):
+    given = [("data set", name, DATASETS), ("split", split, synthetic.SPLITS)]
+    given += [("depth", depth, ("hha", "raw")), ("number of classes", classes, (13, 40))]
+    for what, value, known in given:
         if value not in known:
             raise ValueError(f"{what} {value!r} is unknown; choose one of {', '.join(map(str, known))}")
     if name == "synthetic" and root is not None:
@@ -260,11 +261,11 @@ def is_copy(path: Path, split: str) -> bool:
 
 
 def refuse_unlike(found: dict[str, list], ranges: dict[str, list], split: str) -> None:
-    """ValueError if a modality of 16 bit or float is of another unit in a split than in training (`learn_ranges`)."""
+    """ValueError if the mean of a 16-bit or float modality is off by a factor of 4 from train's (`learn_ranges`)."""
     for modality, (kind, low, _, mean, _) in found.items():
         here, there = np.mean(mean), np.mean(ranges[modality][3])
         if kind != "8 bit" and low >= 0 and not there / 4 < here < 4 * there:
-            what = f"{modality} of {split} has a mean of {here:.3g} of its full range, of train {there:.3g}"
+            what = f"{modality} has a mean of {here:.3g} in {split}, but of {there:.3g} in train"
             raise ValueError(f"{what}; is one of the splits in another unit?")
 
 
@@ -339,7 +340,7 @@ def say(text: object) -> None:
 
 
 def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
-    """What a person would want to know of a split of which every frame was read; pixels (256,) of each class."""
+    """Remarks for the user on a split whose frames were all read; pixels (256,): of each class."""
     sizes = Counter(f"{rows} x {columns}" for (rows, columns), *_ in dataset.looks).most_common(5)
     found = [f"{count} frames of {size} pixels" for size, count in sizes] + dataset.broken
     if not dataset.looks:
@@ -386,7 +387,7 @@ def check(args: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--check", action="store_true", help="read all of --data; status 1: a bad file, 2: no training")
+    task.add_argument("--check", action="store_true", help="read all of --data; status 1: a broken file, 2: refused")
     task.add_argument("--export", type=Path, metavar="DIR", help="write synthetic scenes into this new folder")
     add = parser.add_argument_group("for --check").add_argument
     add("--data", choices=DATASETS, default="synthetic", help="data set (default synthetic)")

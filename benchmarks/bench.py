@@ -1,6 +1,6 @@
 """Times on this machine: training steps, evaluation, and the fused kernels.
 
-    python -m benchmarks.bench --quick --only kernels    # all of it on a GPU takes some minutes, for torch.compile
+    python -m benchmarks.bench --quick --only kernels    # without --quick some minutes on a GPU, for torch.compile
 
 steps    Both training scripts with DELIVER's recipe, M-SegFormer-B0, 4 images of 256 x 256 (--quick: 128 x 128).
 kernels  Forward, then with backward, of what training launches, in float32 even under autocast: DELIVER at 1024 x 1024

@@ -38,7 +38,7 @@ COLOURS["single"] = (130, 60, 150)
 
 
 def axis(values: list[float], first: int, last: int) -> tuple[Callable, list[tuple[str, float]]]:
-    """From pixel `first` to `last`, at round numbers -> value to pixel, and at most seven ticks: text and pixel."""
+    """An axis from pixel `first` to `last` -> a function from value to pixel; at most seven ticks (text, pixel)."""
     step = next(m * 10**e for e in range(-3, 9) for m in (1, 2, 5) if max(values) - min(values) <= 6 * m * 10**e)
     low = math.floor(min(values) / step)
     high = max(math.ceil(max(values) / step), low + 1)
@@ -92,7 +92,7 @@ def scatter(*files: Path) -> Image.Image:
 
 
 def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image:
-    """rows: label -> its x values and y values, one of each a seed."""
+    """rows: label -> [x values, y values], a value for each seed."""
     image = Image.new("RGB", (1520, 1120), "white")
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(34), ImageFont.load_default(32)
     across, columns = axis([v for x, _ in rows.values() for v in x], 150, 1470)

@@ -72,8 +72,8 @@ class MBConv(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks and a LayerNorm: (N, C_in, H, W) -> (N, h, w, C). `encode` gives its output to the next stage, which goes
-    on from the map before the LayerNorm instead, as in the package: the stages hand it on in a list that they share."""
+    """Blocks and a LayerNorm: (N, C_in, H, W) -> (N, h, w, C). As in the package, the next stage reads the map before
+    the LayerNorm, not the output that `encode` passes on: the stages hand that map on in `shared`, a list of theirs."""
 
     def __init__(self, number: int, blocks: list[nn.Module], c: int, eps: float, shared: list[Tensor]):
         super().__init__()

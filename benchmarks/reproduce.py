@@ -71,7 +71,7 @@ class Row(NamedTuple):
     name: str
     label: str  # in the picture
     what: str  # in the table
-    train: str  # a command, after the rows whose folders {seed}/ROW it reads. Or the row whose run this one takes
+    train: str  # a command; the rows whose folders {seed}/ROW it reads are trained first. Or the row whose run it uses
     take: str = "robust"  # the row's name in evaluate.py's table
     evaluate: str = ""
     against: str = "dropped"  # the row that it is compared with, in the table's Δ
@@ -153,7 +153,7 @@ def score(file: Path, row: Row, modalities: list[str]) -> dict[str, float]:
 
 
 class Results:
-    """benchmarks/results/SETTING.json: rows come, none goes, and none changes its commands."""
+    """benchmarks/results/SETTING.json: rows are added, none is removed, and none changes its commands."""
 
     def __init__(self, setting: str):
         self.file, self.lock = ROOT / "benchmarks/results" / f"{setting}.json", Lock()
@@ -198,7 +198,7 @@ def run(words: list[str], device: str, log: Path) -> None:
 
 
 def train(args: argparse.Namespace, row: Row, base: Path, device: str) -> Path:
-    """The run folder of a row. What is missing of it is trained now, after the rows that it reads."""
+    """The run folder of a row. It is trained now if it is not complete, after the rows that it reads."""
     for needed in re.findall(r"{seed}/(\w+)", row.train):
         train(args, BY_NAME[needed], base, device)
     folder, done, words = base / row.name, base / f"{row.name}.done", command(args, row, str(base))
@@ -263,8 +263,9 @@ def main(argv: list[str] | None = None) -> None:
             if row.train not in BY_NAME:
                 print("python", shlex.join([*command(args, row, base), "--out", f"{base}/{row.name}"]))
         return
-    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in CHILDREN])  # each device's seeds end
-    results, step = Results(args.setting), len(args.device)
+    signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in CHILDREN])  # their failure ends the loops
+    results = Results(args.setting)
+    step = len(args.device)
     with ThreadPoolExecutor(step) as pool:
         shares = [(args.seeds[i::step], device) for i, device in enumerate(args.device)]
         for found in [pool.submit(train_seeds, args, results, *share) for share in shares]:

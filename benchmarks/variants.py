@@ -119,7 +119,7 @@ def feature_variation_loss(
     loss = labels.new_zeros((), dtype=torch.float32)
     for r, t in zip(robust, teacher, strict=True):
         y = labels_at(labels, r.shape[-2:])
-        # With the prototypes (B, M, K, C) of the same model -> 2 x (B, M, h w).
+        # 2 x (B, M, h w), each with the prototypes (B, M, K, C) of its own model.
         cosines = [pixel_prototype_cosine(x, y, prototype_pool(x, y, classes)[0]).flatten(2) for x in (r, t.detach())]
         ignored = (y == IGNORED).flatten(1)[:, None]
         log_r, log_t = (x.masked_fill(ignored, MASKED).log_softmax(2) for x in cosines)

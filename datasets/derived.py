@@ -42,7 +42,7 @@ def derive_event(rgb: np.ndarray, metres: np.ndarray, name: str) -> np.ndarray:
     The depth of a pixel tells where its point was before: near points have moved more. The pixel fires if log
     intensity differs by THRESHOLD between the two, to the nearest pixel. Occlusion is not modelled.
 
-    rgb: (H, W, 3) uint8. metres: (H, W) float32, its depth; 0, no measurement, is infinitely far: it moves by the turn.
+    rgb: (H, W, 3) uint8. metres: (H, W) float32, its depth; 0, not measured, counts as infinitely far.
     Returns (H, W, 3) uint8, 0 or 255, as in DELIVER: brighter than before, darker, empty. A border of one colour has
     no events. ValueError if rgb is of another kind or size.
     """

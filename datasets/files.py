@@ -1,6 +1,6 @@
 """Decoding the files of the data sets, PNG, JPEG, TIFF, .npy and .npz, as arrays (H, W, C).
 
-And the kind and range of each modality: learnt from training frames, kept in checkpoints, held wherever frames are
+And the kind and range of each modality: learnt from training frames, kept in checkpoints, checked wherever frames are
 read. Not in the paper. A missing, damaged or odd file is a FileNotFoundError or ValueError of one sentence.
 """
 
@@ -195,7 +195,7 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
         elif varies.any():
             numbers = (mean / top).tolist(), np.where(varies, deviation / top, 1).tolist()
         else:
-            what = f"{modality} is {mean[0]:g} (almost) everywhere in {len(means)} training frames"
+            what = f"{modality} is {mean[0]:g} (almost) everywhere in {len(means)} frames"
             path = frames[0].images[modalities.index(modality)]
             raise ValueError(f"{what}; look at {path}, or leave {modality} out of --modalities")
         ranges[modality] = [kind, low, high, *numbers]

@@ -89,7 +89,7 @@ def layout(seed: int, split: str, index: int) -> SimpleNamespace:
     def pick_colour(ranges, light: float = 1.0) -> tuple[float, float, float]:
         return tuple(light * between(low, high) for low, high in ranges)
 
-    # Ground: grass | sidewalk | road with two edge lines and a dashed one | sidewalk | grass; the curb is its height
+    # Ground: grass | sidewalk | road with two edge lines and a dashed one | sidewalk | grass; curb: sidewalk height
     curb, left, right = between(0.15, 0.3), between(-4.2, -1.8), between(1.8, 4.2)
     far_left, far_right = left - between(2, 5), right + between(2, 5)
     middle, line = left + (right - left) * between(0.35, 0.65), between(0.3, 0.5)

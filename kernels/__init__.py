@@ -99,7 +99,7 @@ def feature_select(features: Sequence[Tensor], weight: Tensor, bias: Tensor, rul
 
 
 def _by_definition(definition: Callable, *args):
-    with torch.autocast(args[1].device.type, enabled=False):  # float32 under autocast too
+    with torch.autocast(args[1].device.type, enabled=False):  # args[1]: a tensor in both. float32 under autocast too
         return definition(*args)
 
 

@@ -106,7 +106,7 @@ def require(path: Path | str, found: dict, expect: dict) -> None:
     """Refuses a checkpoint of another backbone, class list, ... with both descriptions."""
     for name, value in expect.items():
         if found.get(name) != value and name == "normalisation":  # this and the next are too long to print
-            raise ValueError(f"{path} was made with other data: its normalisation differs.")
+            raise ValueError(f"{path} was made with other data: normalisation differs.")
         if found.get(name) != value and name == "sources":
             raise ValueError(f"{path} was made with other models: the options that they were trained with differ.")
         if found.get(name) != value:

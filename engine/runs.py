@@ -108,7 +108,9 @@ class Run:
                 raise ValueError("it has other entries")
         for name in vars(self.args).keys() - FREE - FILES - {"pretrained"} if resumed else ():
             if found.get(name) != getattr(self.args, name):
-                raise ValueError(f"{file} was edited: {name} is {found.get(name)}, not the run's; {way}.")
+                raise ValueError(
+                    f"{file} was edited: {name} is {found.get(name)}, the run's {getattr(self.args, name)}; {way}."
+                )
         if not resumed and self.rank == 0:
             replace(file, f"{json.dumps({**config, self.script: mine}, indent=1)}\n".encode())
 

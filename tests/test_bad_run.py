@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from kill_and_resume import SMALL, SMALL2, STAGE2, train
-from small_runs import during, log
+from small_runs import during, log, stop
 
 import evaluate
 from datasets.export import export, write_file
@@ -71,8 +71,7 @@ class Place:
 
     def interrupted(self) -> pathlib.Path:
         """A run of stage 1 that a signal ended after its first step."""
-        with pytest.MonkeyPatch.context() as patch:
-            during(patch, "teacher", 0, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with during("teacher", 0, stop):
             assert self.start().startswith("143")
         return self.out
 
@@ -109,7 +108,7 @@ USE = {
         ("teacher.pt", {"label_map": "shift:-1"}, "was trained with label_map shift:-1, .* it is None"),
         ("teacher.pt", {"data": "folder"}, "was trained with data folder, but here it is synthetic"),
         ("teacher.pt", {"hold_out": 3}, "was trained with hold_out 3, but here it is 0"),
-        ("teacher.pt", {"normalisation": []}, "was trained with normalisation"),
+        ("teacher.pt", {"normalisation": []}, "other data: normalisation"),
         ("robust.pt", {"label_map": "shift:-1"}, "was trained with label_map shift:-1, .* it is None"),
         ("robust.pt", {"backbone": "cmnext_tiny"}, "was trained with backbone cmnext_tiny, .*segformer_tin"),
         ("fsm.pt", {"depth": "raw"}, "was trained with depth raw, but here it is hha"),
@@ -184,10 +183,10 @@ def test_a_folder_is_refused_while_another_process_holds_it_and_taken_when_that_
 
 
 # ---- bad luck -------------------------------------------------------------------------------------------------------
-def test_a_closed_terminal_after_nohup_costs_nothing(place, monkeypatch):
+def test_a_closed_terminal_after_nohup_costs_nothing(place):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    during(monkeypatch, "teacher", 0, lambda *_: os.kill(os.getpid(), signal.SIGHUP))
-    assert place.start() == "0: "
+    with during("teacher", 0, lambda *_: os.kill(os.getpid(), signal.SIGHUP)):
+        assert place.start() == "0: "
 
 
 def test_a_terminal_that_is_gone_costs_nothing(place, monkeypatch):

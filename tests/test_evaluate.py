@@ -208,7 +208,7 @@ def run_folder(tmp_path_factory):
         for p in model.parameters():
             p.data *= 1.1
     selection = {"rule": "score", "temperature": 0.2, "conditioned": True, "widths": list(model.widths)}
-    save_model(folder / "fsm.pt", FSM(model.widths, K, 4), {**meta, **selection})
+    save_model(folder / "fsm.pt", FSM(model.widths, K, 4), {**meta, **selection, "sources": [meta["options"]] * 2})
     return folder
 
 

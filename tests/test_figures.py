@@ -123,7 +123,11 @@ def test_the_selection_of_a_fresh_fsm_is_the_switch(monkeypatch, untrained):
     model, meta = load_model("teacher.pt", torch.device("cpu"))
     torch.manual_seed(0)
     about = {"rule": "score", "temperature": 0.2, "conditioned": True}
-    save_model(Path("fsm.pt"), FSM(model.widths, 12, 4, **about), {**meta, **about, "widths": list(model.widths)})
+    save_model(
+        Path("fsm.pt"),
+        FSM(model.widths, 12, 4, **about),
+        {**meta, **about, "widths": list(model.widths), "sources": [meta["options"]] * 2},
+    )
     draw = Mock(wraps=figures.draw)
     monkeypatch.setattr(figures, "draw", draw)
     figures.selection(Path())

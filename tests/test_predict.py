@@ -436,7 +436,7 @@ def test_one_program_answers_every_subset_like_predict_without_the_repository(un
     rng, size = np.random.default_rng(3), (32, 64)
     arrays = {m: rng.integers(0, 256, (*size, 3), np.uint8) for m in MODALITIES}
     arrays["depth"], arrays["lidar"] = rng.integers(0, 65536, size, np.uint16), rng.random(size, np.float32)
-    ranges = {"rgb": ["8 bit", 0, 1], "depth": ["16 bit", 0, 1], "event": ["8 bit", 0, 1], "lidar": ["float", 0, 1]}
+    ranges = {"rgb": ["8 bit", 0, 1], "depth": ["16 bit", 0, 65535], "event": ["8 bit", 0, 1], "lidar": ["float", 0, 1]}
     numbers = [[rng.uniform(low, high, 3).tolist() for _ in MODALITIES] for low, high in ((0.2, 0.6), (0.1, 0.4))]
     model = changed(untrained, ranges=ranges, absent=absent, normalisation=numbers)
     call(model, "--export", "student.pt2", "--size", "32x64")

@@ -274,11 +274,11 @@ def test_an_edited_config_is_refused_by_the_option(run, capfd, option, value):
     assert str(run / "config.json") in sentence and f"{option} is {value}" in sentence
 
 
-@pytest.mark.parametrize("stage, laid, told", [(1, "teacher", "lr 0.25"), (2, "robust", "made with other models")])
-def test_models_of_another_run_laid_into_the_folder_are_refused(stopped, capfd, stage, laid, told):
+@pytest.mark.parametrize("stage, laid", [(1, "teacher"), (2, "robust")])
+def test_models_of_another_run_laid_into_the_folder_are_refused(stopped, capfd, stage, laid):
     run = stopped(stage)
     change_option(run / f"{laid}.pt", lr=0.25)
-    assert told in refused(capfd, stage, ["--resume", str(run)])
+    assert ("0.25" if stage == 1 else "other models") in refused(capfd, stage, ["--resume", str(run)])
 
 
 def test_a_resume_with_another_number_of_threads_says_so(run, capfd):

@@ -107,10 +107,9 @@ class Run:
             if config.keys() - SCRIPTS:
                 raise ValueError("it has other entries")
         for name in vars(self.args).keys() - FREE - FILES - {"pretrained"} if resumed else ():
-            if found.get(name) != getattr(self.args, name):
-                raise ValueError(
-                    f"{file} was edited: {name} is {found.get(name)}, the run's {getattr(self.args, name)}; {way}."
-                )
+            edited, own = found.get(name), getattr(self.args, name)
+            if edited != own:
+                raise ValueError(f"{file} was edited: {name} is {edited}, the run's is {own}; {way}.")
         if not resumed and self.rank == 0:
             replace(file, f"{json.dumps({**config, self.script: mine}, indent=1)}\n".encode())
 

@@ -9,10 +9,11 @@ Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 
 
 import argparse
 import filecmp
+import itertools
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class FrameDataset(torch.utils.data.Dataset):
     cache: dict[int, tuple] = field(default_factory=dict)  # see `read`
     broken: list[str] = field(default_factory=list)  # by `open_all`: a sentence for each frame that is left out
     looks: list[tuple] = field(default_factory=list)  # of the others: shape, pixels of each class (256,), medians
+    unused: list[str] = field(default_factory=list)  # folders that could be modalities, but are named like labels
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -82,7 +84,8 @@ class FrameDataset(torch.utils.data.Dataset):
             for modality, (kind, low, high, mean, deviation) in self.ranges.items()
         ]
         frames = f"{len(self)} frames" + (", ranges of train" if self.split != "train" else "")
-        return f"{self.name} {self.split}, {frames}: {', '.join(what)}"
+        unused = f"; not used, as named or filled like labels: {', '.join(self.unused)}" if self.unused else ""
+        return f"{self.name} {self.split}, {frames}: {', '.join(what)}{unused}"
 
     def unseen(self) -> list[str]:
         """The classes that no pixel of this split has, read until none is left; ValueError if no pixel has a class."""
@@ -238,7 +241,7 @@ def open_dataset(
         if split != "train":
             real = {os.path.realpath(frame.images[0]) for frame in train}
             both = [frame.name for frame in frames if os.path.realpath(frame.images[0]) in real]
-            both += [f.name for f in spread(frames, 16) if all(is_copy(path, split) for path in f.images)]
+            both += copies(spread(frames, 16), train) if name == "folder" else []
             if both:
                 raise ValueError(f"{len(both)} frames of {split} are frames of train as well, such as {both[0]}")
     table = label_table(label_map or layout.label_map, len(names))
@@ -249,15 +252,25 @@ def open_dataset(
     if ranges:  # if any of those frames is sound
         dataset.ranges = {modality: ranges[modality] for modality in modalities}
         dataset.normalisation = [[ranges[modality][part] for modality in modalities] for part in (3, 4)]
+    if name == "folder":
+        dataset.unused = [modality for modality in layout.unasked if modality not in modalities]
     if skip_broken != 0:
         dataset.open_all(skip_broken)
     return dataset
 
 
-def is_copy(path: Path, split: str) -> bool:
-    """Whether train has a file of this name and content."""
-    twin = Path(*("train" if part == split else part for part in path.parts))
-    return twin != path and path.is_file() and twin.is_file() and filecmp.cmp(path, twin, shallow=False)
+def copies(frames: list[Frame], train: list[Frame]) -> list[str]:
+    """The names of those frames whose files have the content of a training frame's, whatever their names."""
+    by_size = defaultdict(list)  # bytes of each file: the training frames
+    for frame in train:
+        by_size[sizes_of(frame)].append(frame)
+    pairs = [(frame, other) for frame in frames for other in by_size[sizes_of(frame)] if None not in sizes_of(frame)]
+    same = [f.name for f, other in pairs if all(map(filecmp.cmp, f.images, other.images, itertools.repeat(False)))]
+    return list(dict.fromkeys(same))
+
+
+def sizes_of(frame: Frame) -> tuple:
+    return tuple(path.stat().st_size if path.is_file() else None for path in frame.images)
 
 
 def refuse_unlike(found: dict[str, list], ranges: dict[str, list], split: str) -> None:
@@ -266,7 +279,7 @@ def refuse_unlike(found: dict[str, list], ranges: dict[str, list], split: str) -
         here, there = np.mean(mean), np.mean(ranges[modality][3])
         if kind != "8 bit" and low >= 0 and not there / 4 < here < 4 * there:
             what = f"{modality} has a mean of {here:.3g} in {split}, but of {there:.3g} in train"
-            raise ValueError(f"{what}; is one of the splits in another unit?")
+            raise ValueError(f"{what}; is one of the splits in another unit, or a sensor dead?")
 
 
 # ---- on the device: normalisation, modality dropping, corruptions ---------------------------------------------------
@@ -361,7 +374,7 @@ def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
 def check(args: argparse.Namespace) -> int:
     """Read every frame and tell what is there -> exit status 1 if a frame is broken, 2 if training would refuse."""
     options = {name: getattr(args, name) for name in ("modalities", "depth", "label_map", "classes")}
-    parts, refused = [], []
+    parts, refused, notes = [], [], []
     for split in synthetic.SPLITS:
         try:
             ranges = parts[0].ranges if parts else None
@@ -370,6 +383,7 @@ def check(args: argparse.Namespace) -> int:
             parts[-1].unseen()
         except (ValueError, FileNotFoundError) as error:
             refused += [error] * (split != "test")  # which may be absent, or without labels
+            notes += [f"test: {error}"] * (split == "test" and isinstance(error, ValueError))
     if not parts:
         raise refused[0]
     pixels = [sum((look[1] for look in part.looks), np.zeros(256, int)) for part in parts]
@@ -379,6 +393,8 @@ def check(args: argparse.Namespace) -> int:
         say(f"{name:24}" + "".join(f"{share:>8}" for share in shares))
     for part, count in zip(parts, pixels, strict=True):
         say("\n".join(remarks(part, count)))
+    for note in notes:
+        say(note)
     for error in refused:
         print(f"training would refuse: {error}", file=sys.stderr)
     return 2 if refused else int(any(part.broken for part in parts))
@@ -402,6 +418,11 @@ def main() -> int:
     add("--size", type=int, default=256, help="height in pixels, 8 or more (default 256)")
     add("--seed", type=int, default=0, help="0 or more; another seed gives other scenes (default 0)")
     args = parser.parse_args()
+    others = {"--layout", "--count", "--size", "--seed"}
+    if args.export:
+        others = {"--data", "--root", "--modalities", "--depth", "--classes", "--label-map"}
+    if useless := others & {word.partition("=")[0] for word in sys.argv}:
+        parser.error(f"{min(useless)} has no effect on --{'export' if args.export else 'check'}: leave it out")
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     try:
         if args.check:

@@ -52,7 +52,8 @@ class Segmenter:
                 raise ValueError("a side is too small, or there are more than two")
         torch.backends.cudnn.allow_tf32 = False  # the same bits as in evaluation
         self.models, _, self.meta = load_models(Path(path), device)
-        self.size, self.keep_constant = size or self.meta["val_size"], keep_constant
+        self.size = self.meta["val_size"] if size is None else sides[0] if len(sides) == 1 else tuple(sides)
+        self.keep_constant = keep_constant
 
     def __call__(self, **images: np.ndarray | None) -> np.ndarray:
         """Images by modality -> class ids (H, W) uint8, to the bit those of predict.py.
@@ -149,6 +150,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"'{modality}={path}' must be MODALITY=PATH with a file or folder that exists.")
         if modality in found:
             parser.error("--input names a modality twice; give each one file, or one folder for several frames.")
+        if Path(path) in found.values():
+            parser.error(f"--input gives {path} to two modalities; each has files of its own.")
         found[modality] = Path(path)
     args.input = found
     args.out = args.out or (None if args.panel or args.export else "predictions")
@@ -197,6 +200,8 @@ def main(args: argparse.Namespace) -> None:
         where = meta, args.data, args.root, args.split or "val", size
         return samples(open_data(*where, limit=args.count or 8, modalities=modalities))
 
+    if args.checkpoint.is_dir():
+        say(f"{final} answers, the last model in {args.checkpoint}")
     if args.panel:
         views = [known, chosen] if args.modalities else [view for view in (known, known[1:], known[2:]) if view]
         models = [name for name in segmenter.models if name != "robust" or final == "robust"]  # the student's start

@@ -76,17 +76,24 @@ def chart(title: str, x_label: str, ticks: dict, series: dict, colours: dict = C
     return image
 
 
+def per_cent(values: list[float]) -> list[float]:
+    if not all(0 <= value <= 100 for value in values):
+        raise ValueError("a score is not in 0..100")
+    return values
+
+
 def scatter(*files: Path) -> Image.Image:
     """A point for each row that has a label, over mIoU with all modalities and its mean over the subsets with some
     missing; its cross is the range over seeds. A panel for each JSON file of benchmarks.reproduce."""
     panels = []
     for file in files:
         results, rows = json.loads(file.read_text()), {}
-        for row, label in results["labels"].items():
-            if seeds := results["scores"].get(row):
-                rows[label] = [[score[column] for score in seeds.values()] for column in ("full", "missing")]
-        if not rows:
-            raise ValueError("none of its rows has both a label and scores")
+        with fitting(f"{file} holds no results of benchmarks.reproduce"):
+            for row, label in results["labels"].items():
+                if seeds := results["scores"].get(row):
+                    rows[label] = [per_cent([s[column] for s in seeds.values()]) for column in ("full", "missing")]
+            if not rows:
+                raise ValueError("none of its rows has both a label and scores")
         panels.append(scatter_panel(results.get("title", file.stem), rows))
     return Image.fromarray(np.hstack(panels))
 
@@ -142,7 +149,7 @@ def lost(file: Path) -> Image.Image:
         if len(scores) != 2**m - 1:
             raise ValueError(f"its row {model} has {len(scores)} of the {2**m - 1} subsets of {m} modalities")
         for n in range(m):
-            series[model][n] = fmean(scores[name] for name in scores if size[name] == m - n)
+            series[model][n] = fmean(per_cent([scores[name] for name in scores if size[name] == m - n]))
             ticks[n] = f"{n} of {m}"
     title = f"mIoU in per cent ({report['rule']} rule), mean over the subsets"
     return chart(title, "modalities lost", ticks, series)
@@ -175,6 +182,8 @@ def prototypes(run: Path) -> Image.Image:
     models, _, meta = load_models(run, torch.device("cpu"))
     dataset = open_data(meta, None, None, "val", meta["val_size"], limit=64)
     names = dataset.modalities
+    if len(names) < 2:
+        raise ValueError(f"it has one modality, {names[0]}, and a cosine needs two")
     pairs = list(itertools.combinations(range(len(names)), 2))
     by_stage, by_pair = defaultdict(dict), {}
     for model_name, model in models.items():

@@ -11,6 +11,7 @@ a row that stands in that file with the same commands is not trained again, and 
 """
 
 import argparse
+import fcntl
 import itertools
 import json
 import os
@@ -20,7 +21,6 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -169,8 +169,8 @@ class Results:
                     raise ValueError("its labels, texts and commands are not those of its rows")
                 if any(not scores or scores.keys() != cells[0].keys() for scores in cells) or not all(found.values()):
                     raise ValueError("its rows differ in columns, or have none")
-                if not all(isfinite(value) for scores in cells for value in scores.values()):
-                    raise ValueError("a score is not finite")
+                if not all(0 <= value <= 100 for scores in cells for value in scores.values()):
+                    raise ValueError("a score is not in 0..100")
 
     def has(self, row: Row, seed: int, text: str) -> bool:
         known = self.data["commands"].get(row.name, text)
@@ -263,6 +263,19 @@ def main(argv: list[str] | None = None) -> None:
             if row.train not in BY_NAME:
                 print("python", shlex.join([*command(args, row, base), "--out", f"{base}/{row.name}"]))
         return
+    lock = Path("runs/reproduce", args.setting, "lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another reproduce runs {args.setting}: wait, or give it all seeds and devices."
+            ) from None
+        train_all(args)
+
+
+def train_all(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in CHILDREN])  # their failure ends the loops
     results = Results(args.setting)
     step = len(args.device)

@@ -240,7 +240,9 @@ def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) ->
             raise ValueError(f"{what}; save the ids as 8-bit grey PNG, or write the palette's colours into classes.txt")
     ids = ids[..., 0] if ids.ndim == 3 and (name == "deliver" or ids.shape[2] == 1) else ids
     if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "ui" or not 0 <= ids.min() <= ids.max() < len(table):
-        raise ValueError(f"{path} is no label map; expected class ids of 8 or 16 bit in one channel")
+        raise ValueError(
+            f"{path} is {ids.dtype} {ids.shape}, no label map; expected class ids of 8 or 16 bit in one channel"
+        )
     label = table.take(ids)  # (H, W), in int16: no id can wrap around
     if label.min() < 0:
         known = np.flatnonzero(table >= 0)

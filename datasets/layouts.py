@@ -31,6 +31,7 @@ class Layout(NamedTuple):
         """For people: the files that are looked for, and where to read more."""
         lists = ["train.txt", "test.txt"] if self.split_level < 0 else []
         files = dict.fromkeys([*lists, *self.modalities.values(), self.label])
+        files = [name.replace("**", "{train,val}/**") if self.split_level == 0 else name for name in files]
         return f"expected {', '.join(files)}; docs/data.md has all folders, and where to get them"
 
 
@@ -58,7 +59,7 @@ LAYOUTS = {
 }  # fmt: skip
 DATASETS = ("synthetic", *LAYOUTS)
 # Names of folders that are no modalities, unless they are asked for.
-LIKE_LABELS = re.compile(r"^\.|^gt|label|mask|annotation|semantic|segment|panoptic|instance", re.IGNORECASE)
+LIKE_LABELS = re.compile(r"^\.|^gt($|_)|label|mask|annotation|semantic|segment|panoptic|instance", re.IGNORECASE)
 CLASSES = Path(__file__).parent / "classes"  # NAME.txt for each data set, in the format of a folder's classes.txt
 
 

@@ -87,7 +87,10 @@ def load_model(path: Path | str, device: torch.device, expect: dict | None = Non
     with fitting(f"{path} does not hold the weights of a {meta['backbone']}"):
         model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"])
         model.load_state_dict(state["model"])
-        torch.tensor(meta["normalisation"]).view(2, len(meta["modalities"]), 3)  # fails if it has another shape
+        torch.tensor(meta["normalisation"]).view(2, len(meta["modalities"]), 3)  # these fail for another shape
+        torch.tensor(meta["palette"], dtype=torch.uint8).view(len(meta["classes"]), 3)
+        if not meta["val_size"] >= 32 or any(high < low for _, low, high, *_ in meta.get("ranges", {}).values()):
+            raise ValueError("val_size is below 32, or a range is empty")
     model.absent = meta["absent"]
     return model.to(device).eval(), meta
 
@@ -98,6 +101,7 @@ def fitting(failure: str):
     try:
         yield
     except Exception as error:
+        error = f"it has no entry {error}" if isinstance(error, KeyError) else error
         why = " ".join(str(error).split()[:40]).split(". ")[0].rstrip(".")  # torch can say pages: its first sentence
         raise ValueError(f"{failure}: {why or type(error).__name__}.") from error
 
@@ -115,12 +119,16 @@ def require(path: Path | str, found: dict, expect: dict) -> None:
             raise ValueError(f"{path} was trained with {name} {there}, but here it is {here}.{hint}")
 
 
+def frame_names(dataset) -> str:
+    names = [frame.name for frame in dataset.frames]
+    return f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})"
+
+
 def describe(args, dataset, backbone: str | None) -> dict:
     """What a model's checkpoint says of itself."""
-    names = [frame.name for frame in dataset.frames]
     meta = {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes)}
     meta |= {"palette": [[int(v) for v in colour] for colour in dataset.palette], "frames": len(dataset)}
-    meta["frame names"] = f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})"
+    meta["frame names"] = frame_names(dataset)
     meta |= {"normalisation": dataset.normalisation, "ranges": dataset.ranges}
     meta["options"] = {name: value for name, value in vars(args).items() if name not in FREE | FILES}
     return meta | {name: getattr(args, name) for name in OPTIONS}

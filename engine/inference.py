@@ -1,5 +1,6 @@
 """Trained models as evaluate.py and predict.py take them: what a path holds, and the frames that they are shown."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from torch import nn
 
 from data import Frame, FrameDataset, open_dataset
 from datasets.files import SUFFIXES, read_frame, read_image
-from engine.checkpoint import SAME, load_model, read, require
+from engine.checkpoint import SAME, load_last, load_model, read, require
 from engine.loop import PHASES
 from engine.options import ROOTS
 from engine.output import ours, say
@@ -25,6 +26,9 @@ def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, 
     files = [path] if not path.is_dir() else [file for p in PHASES if (file := path / f"{p}.pt").exists()]
     if not files:
         raise FileNotFoundError(f"{path} holds no model: none of {'.pt, '.join(PHASES)}.pt.")
+    with contextlib.suppress(ValueError, OSError):  # last.pt may be damaged, the models need not be
+        if path.is_dir() and (last := load_last(path, warn=False)) and last["step"] < last["steps"]:
+            say(f"note: {path} is not finished: step {last['step']} of {last['steps']} of phase {last['phase']}")
     models, metas, expect = {}, {}, {}
     selection = first = None
     for file in files:
@@ -33,6 +37,8 @@ def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, 
             selection = load_fsm(file, device, expect | ({"sources": sources} if len(sources) == 2 else {}))
         else:
             model, meta = load_model(file, device, {name: first[name] for name in same} if first else {})
+            if path.is_dir() and meta.get("phase", file.stem) != file.stem:
+                raise ValueError(f"{file} is a {meta['phase']}, not a {file.stem}: give it back its name.")
             models[file.stem], metas[file.stem] = model, meta
             first = first or meta
             expect = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}

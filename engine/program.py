@@ -44,8 +44,9 @@ def export(model: nn.Module, meta: dict, size: int | tuple[int, int], file: str)
     first, compared with the model on complete and incomplete images, and timed."""
     beside, names = Path(file).with_name("about.json"), meta["modalities"]
     check_output(beside)
-    if beside.exists() and (other := json.loads(beside.read_text())["program"]) != Path(file).name:
-        raise ValueError(f"{beside} describes {other}: export {file} into another folder.")
+    with fitting(f"{file} cannot be exported beside {beside}; choose another folder"):
+        if beside.exists() and (other := json.loads(beside.read_text())["program"]) != Path(file).name:
+            raise ValueError(f"it describes {other}")
     height, width = (size, size) if isinstance(size, int) else size
     rows = not isinstance(model, CMNeXt) or model.absent == "zero"  # whether it takes `present`
     kinds = [meta.get("ranges", {}).get(name, ["8 bit"])[0] for name in names]

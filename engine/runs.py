@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data import normalise, open_dataset
 from engine import loop
-from engine.checkpoint import FILES, FREE, SAME, fitting, load_last, require, save_model, write
+from engine.checkpoint import FILES, FREE, SAME, fitting, frame_names, load_last, require, save_model, write
 from engine.output import replace, say
 
 # Messages of torch, CUDA, NumPy and the system; their exceptions' types tell less.
@@ -63,8 +63,8 @@ class Run:
         if args.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        if self.folder.is_file():
-            raise ValueError(f"--out {self.folder} is a file; give a folder.")
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ValueError(f"--out {self.folder} is no folder; give one.")
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a")  # locked until this process ends, however it ends
@@ -126,6 +126,7 @@ class Run:
         val = open_dataset(self.args.data, split="val", size=self.args.val_size, ranges=train.ranges, **same)
         broken = [f"left out: {problem}" for problem in (*train.broken, *val.broken)]
         self.say("\n".join([*broken, train.describe(), val.describe()]))
+        self.val_frames = frame_names(val)  # a best score is of these
         val.unseen()  # refused without any labelled pixel, as train is
         if never := train.unseen():
             self.say(f"warning: no pixel of the train split is {', '.join(never[:9])}{', ...' if never[9:] else ''}")
@@ -192,6 +193,7 @@ class Phase:
         """Continues from the last checkpoint, without what was logged since: that will be logged again."""
         run, meta = self.run, self.meta
         require(file, state["meta"], {key: meta[key] for key in ("backbone", "frames", "frame names", *SAME)})
+        require(file, state, {"val_frames": run.val_frames})
         for key, part in self.parts.items():
             with fitting(f"{file} does not hold the {key} of this phase"):
                 part.load_state_dict(state["parts"][key])
@@ -210,7 +212,13 @@ class Phase:
         logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes
         parts = {key: part.state_dict() for key, part in self.parts.items()}
         state = {"script": run.script, "phase": self.name, "step": self.step, "steps": self.steps, "best": self.best}
-        state |= {"logged": logged, "meta": self.meta, "parts": parts, "options": vars(run.args)}
+        state |= {
+            "val_frames": run.val_frames,
+            "logged": logged,
+            "meta": self.meta,
+            "parts": parts,
+            "options": vars(run.args),
+        }
         if run.rank == 0:
             write(run.folder / "last.pt", {**state, "threads": torch.get_num_threads()}, keep_previous=True)
         if run.stopping:

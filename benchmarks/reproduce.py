@@ -232,6 +232,10 @@ def train_seeds(args: argparse.Namespace, results: Results, seeds: list[int], de
         print(f"seed {seed}, {row.what}: {', '.join(f'{k} {v:.2f}' for k, v in found.items())}", flush=True)
 
 
+def signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # never -0.0
+
+
 def table(data: dict) -> str:
     """The Markdown table of a results file: mean over the seeds, ± half the range where there are several.
 
@@ -248,8 +252,9 @@ def table(data: dict) -> str:
             texts.append(f"{fmean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if values[1:] else ""))
         for column in ("full", "missing"):
             apart = [seeds[seed][column] - others[seed][column] for seed in seeds if seed in others]
-            mean = f"{fmean(apart):+.1f}" if apart and row.against != row.name else ""
-            texts.append(mean + (f" ({min(apart):+.1f} to {max(apart):+.1f})" if mean and apart[1:] else ""))
+            apart = apart if row.against != row.name else []
+            ends = f" ({signed(min(apart))} to {signed(max(apart))})" if apart[1:] else ""
+            texts.append(signed(fmean(apart)) + ends if apart else "")
         lines.append([data["what"][row.name], *texts, str(len(seeds))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

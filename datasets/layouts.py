@@ -59,7 +59,9 @@ LAYOUTS = {
 }  # fmt: skip
 DATASETS = ("synthetic", *LAYOUTS)
 # Names of folders that are no modalities, unless they are asked for.
-LIKE_LABELS = re.compile(r"^\.|^gt($|_)|label|mask|annotation|semantic|segment|panoptic|instance", re.IGNORECASE)
+LIKE_LABELS = re.compile(
+    r"^\.|^gt($|_|fine|coarse)|label|mask|annotation|semantic|segment|panoptic|instance", re.IGNORECASE
+)
 CLASSES = Path(__file__).parent / "classes"  # NAME.txt for each data set, in the format of a folder's classes.txt
 
 

@@ -101,8 +101,8 @@ def fitting(failure: str):
     try:
         yield
     except Exception as error:
-        error = f"it has no entry {error}" if isinstance(error, KeyError) else error
-        why = " ".join(str(error).split()[:40]).split(". ")[0].rstrip(".")  # torch can say pages: its first sentence
+        text = f"it has no entry {error}" if isinstance(error, KeyError) else str(error)
+        why = " ".join(text.split()[:40]).split(". ")[0].rstrip(".")  # torch can say pages: its first sentence
         raise ValueError(f"{failure}: {why or type(error).__name__}.") from error
 
 

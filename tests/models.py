@@ -51,11 +51,12 @@ def agree(ours: torch.Tensor, golden: np.ndarray, atol: float = 1e-4) -> None:
 
 def about(**changes) -> dict:
     """What a checkpoint says of its model (`checkpoint.describe`): an own data set of RGB and depth, two classes."""
-    meta = {"backbone": "segformer_tiny", "modalities": ["rgb", "depth"], "classes": ["a", "b"], "palette": []}
+    meta = {"backbone": "segformer_tiny", "modalities": ["rgb", "depth"], "classes": ["a", "b"]}
     meta |= {"data": "folder", "root": None, "label_map": None, "depth": "hha", "hold_out": 0, "size": 64}
     meta |= {"val_size": 64, "absent": "skip", "options": {}, **changes}
     count = len(meta["modalities"])
-    return {"normalisation": [[[0.5] * 3] * count, [[0.25] * 3] * count], **meta}
+    numbers, palette = [[[0.5] * 3] * count, [[0.25] * 3] * count], [[k] * 3 for k in range(len(meta["classes"]))]
+    return {"normalisation": numbers, "palette": palette, **meta}
 
 
 def about_scenes(**changes) -> dict:

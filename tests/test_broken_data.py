@@ -17,10 +17,10 @@ from datasets.export import write_file
     "layout, expected",
     [
         ("deliver", "img/**/*_rgb_front.png, hha/**/*_depth_front.png"),
-        ("muses", "gt_semantic/**/*_gt_labelTrainIds.png"),
+        ("muses", "gt_semantic/{train,val}/**/*_gt_labelTrainIds.png"),
         ("mcubes", "train.txt, test.txt, polL_color/**/*.png"),
         ("nyuv2", "RGB/**/*.jpg, HHA/**/*.png, Depth/**/*.png"),
-        ("folder", "<modality>/**/*.png, labels/**/*.png"),
+        ("folder", "<modality>/{train,val}/**/*.png, labels/{train,val}/**/*.png"),
     ],
 )
 def test_a_data_set_that_is_not_there_is_answered_with_what_was_looked_for(tmp_path, layout, expected):

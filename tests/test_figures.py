@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -118,16 +117,13 @@ def test_prototypes_are_means_over_pixels_compared_by_their_cosine(drawn, untrai
 
 
 def test_the_selection_of_a_fresh_fsm_is_the_switch(monkeypatch, untrained):
-    shutil.copy(untrained / "teacher.pt", "teacher.pt")
-    shutil.copy(untrained / "student.pt", "robust.pt")
-    model, meta = load_model("teacher.pt", torch.device("cpu"))
+    for old, new in (("student", "robust"), ("teacher", "teacher")):
+        model, meta = load_model(untrained / f"{old}.pt", torch.device("cpu"))
+        save_model(Path(f"{new}.pt"), model, meta)
     torch.manual_seed(0)
     about = {"rule": "score", "temperature": 0.2, "conditioned": True}
-    save_model(
-        Path("fsm.pt"),
-        FSM(model.widths, 12, 4, **about),
-        {**meta, **about, "widths": list(model.widths), "sources": [meta["options"]] * 2},
-    )
+    meta |= {**about, "widths": list(model.widths), "sources": [meta["options"]] * 2}
+    save_model(Path("fsm.pt"), FSM(model.widths, 12, 4, **about), meta)
     draw = Mock(wraps=figures.draw)
     monkeypatch.setattr(figures, "draw", draw)
     figures.selection(Path())

@@ -42,19 +42,21 @@ def test_a_validation_sensor_that_is_dead_or_in_another_unit_is_refused(tmp_path
     assert open_dataset("folder", root, "val", ["rgb"], ranges=train.ranges)
 
 
-def test_a_validation_split_that_is_a_copy_of_train_is_refused(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "copy_"])
+def test_a_validation_split_that_is_a_copy_of_train_is_refused(tmp_path, prefix):
     root = folder_dataset(tmp_path / "d")
-    for part in ("rgb", "event", "labels"):
-        shutil.rmtree(root / part / "val")
-        shutil.copytree(root / part / "train", root / part / "val")
-    with fails(ValueError, "4 frames of val", "val/0"):
+    for path in [path for part in ("rgb", "event", "labels") for path in (root / part / "train").iterdir()]:
+        (path.parents[1] / "val" / path.name).unlink()
+        shutil.copy(path, path.parents[1] / "val" / f"{prefix}{path.name}")
+    with fails(ValueError, "4 frames of val", f"val/{prefix}0"):
         open_dataset("folder", root, "val")
 
 
 def test_what_describes_the_truth_is_no_modality_and_numbered_classes_are_refused(tmp_path):
     root = folder_dataset(tmp_path / "d")
     (root / "event").rename(root / "panoptic")
-    assert open_dataset("folder", root).modalities == ["rgb"]
+    train = open_dataset("folder", root)
+    assert train.modalities == ["rgb"] and "not used" in train.describe() and "panoptic" in train.describe()
     (root / "classes.txt").write_text("0 a\n1 b\n10 c\n2 d\n3 e\n")
     with fails(ValueError, "classes.txt", "0, 1, 10, 2"):
         open_dataset("folder", root)
@@ -74,9 +76,17 @@ def test_a_split_without_a_sound_frame_is_checked_without_a_warning(tmp_path, mo
     assert capsys.readouterr().out.count("cannot be read") == 4
 
 
+@pytest.mark.parametrize("argv, named", [("--check --count 3", "--count"), ("--export x --data folder", "--data")])
+def test_options_of_checking_and_exporting_do_not_mix(monkeypatch, capsys, argv, named):
+    monkeypatch.setattr("sys.argv", ["data.py", *argv.split()])
+    with pytest.raises(SystemExit):
+        data.main()
+    assert f"{named} has no effect" in capsys.readouterr().err
+
+
 # ---- a run and its models -------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("how", ["another teacher", "the student for a teacher"])
+@pytest.mark.parametrize("how", ["another teacher", "student for teacher", "swapped"])
 def test_an_ensemble_of_other_models_than_its_own_is_refused(whole, tmp_path, capfd, how):
     run = shutil.copytree(whole / "2", tmp_path / "run")
     for name in ("teacher.pt", "robust.pt"):
@@ -86,11 +96,35 @@ def test_an_ensemble_of_other_models_than_its_own_is_refused(whole, tmp_path, ca
     if how == "another teacher":
         options = torch.load(run / "teacher.pt", weights_only=True)["meta"]["options"]
         change(run / "teacher.pt", "meta", options={**options, "seed": 5})
+    elif how == "swapped":
+        names = run / "teacher.pt", run / "robust.pt"
+        contents = [name.read_bytes() for name in names]
+        for name, content in zip(names, contents[::-1], strict=True):
+            name.write_bytes(content)
     else:
         shutil.copy(run / "student.pt", run / "teacher.pt")
     capfd.readouterr()
     assert runs.guarded(evaluate.main, evaluated) == 2
-    assert "fsm.pt was made with other models" in said(capfd)
+    wrong = "fsm.pt was made with other models" if how == "another teacher" else "not a teacher: give it back its name"
+    assert wrong in said(capfd)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_run_goes_on_with_its_own_validation_frames_alone_and_is_called_unfinished(run, capfd):
+    evaluated = evaluate.options([str(run), "--limit", "2", "--device", "cpu"])
+    change(run / "last.pt", step=1)
+    assert runs.guarded(evaluate.main, evaluated) == 0 and "step 1 of 4 of phase robust" in capfd.readouterr().out
+    change(run / "last.pt", val_frames="a to b")
+    assert "val_frames a to b" in refused(capfd, 1, ["--resume", str(run)])
+
+
+@pytest.mark.parametrize(
+    "entry", [{"val_size": 0}, {"val_size": "64"}, {"palette": [[300, 0, 0]]}, {"ranges": {"rgb": 5}}]
+)
+def test_an_edited_model_is_refused(untrained, tmp_path, entry):
+    change(shutil.copy(untrained / "student.pt", tmp_path / "m.pt"), "meta", **entry)
+    with fails(ValueError, "m.pt"):
+        predict.Segmenter(tmp_path / "m.pt", "cpu")
 
 
 @pytest.mark.usefixtures("handlers")
@@ -141,7 +175,7 @@ def test_a_cmnext_wants_rgb_first():
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("given, named", [
     ({"rgb": np.uint16}, "16 bit"), ({"rgb": 300.0}, "0..1"), ({"size": 16}, "size 16"), ({"size": 64.0}, "size 64.0"),
-    ({"size": "64"}, "size '64'"), ({"device": "gpu"}, "device 'gpu'"),
+    ({"size": "64"}, "size '64'"), ({"device": "gpu"}, "device 'gpu'"), ({"size": (64, 64, 64)}, "size (64"),
 ])  # fmt: skip
 def test_the_segmenter_refuses_what_predict_refuses(whole, given, named):
     rgb = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
@@ -149,6 +183,18 @@ def test_the_segmenter_refuses_what_predict_refuses(whole, given, named):
         rgb = rgb.astype(given["rgb"]) if isinstance(given["rgb"], type) else rgb * given.pop("rgb")
     with fails(ValueError, named):
         predict.Segmenter(whole / "1", given.get("device", "cpu"), given.get("size"))(rgb=rgb)
+
+
+def test_the_segmenter_takes_any_integers_for_its_size(untrained):
+    for size in (np.int64(64), (64,), np.array([64, 96])):
+        assert predict.Segmenter(untrained / "student.pt", "cpu", size).size in (64, (64, 96))
+
+
+def test_one_file_for_two_modalities_is_refused(tmp_path, capsys):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(SystemExit):
+        predict.options(["m.pt", "--input", f"rgb={tmp_path}/a.png", f"depth={tmp_path}/a.png"])
+    assert "a.png to two modalities" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", ["--export m.pt2 --count 3", "--export m.pt2 --split val", "--input rgb=" + 300 * "x"])
@@ -159,13 +205,17 @@ def test_predict_options_that_can_do_nothing_are_refused(argv, capsys):
 
 
 def test_an_exported_program_keeps_its_about_json(untrained, tmp_path):
-    for name, right in (("m.pt2", True), ("n.pt2", False)):
-        args = predict.options([str(untrained / "student.pt"), "--export", str(tmp_path / name)])
-        if right:
-            predict.main(args)
-        else:
-            with fails(ValueError, "about.json", "m.pt2"):
-                predict.main(args)
+    first, second = (
+        predict.options([str(untrained / "student.pt"), "--export", str(tmp_path / name)])
+        for name in ("m.pt2", "n.pt2")
+    )
+    predict.main(first)
+    with fails(ValueError, "about.json", "m.pt2"):
+        predict.main(second)
+    about = tmp_path / "about.json"
+    about.write_text(about.read_text().replace('"program"', '"x"'))
+    with fails(ValueError, "about.json", "program"):
+        predict.main(first)
 
 
 def test_evaluate_takes_no_path_twice(untrained):
@@ -182,6 +232,10 @@ def test_the_lost_figure_goes_by_the_names_of_its_columns(tmp_path, monkeypatch)
     monkeypatch.setattr(figures, "chart", lambda title, _, ticks, series: (title, series))
     title, series = figures.lost(tmp_path / "r.json")
     assert series == {"teacher": {0: 60.0, 1: 25.0}} and "occurring" in title
+    scores["D"] = {"miou_occurring": 530.0}
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    with fails(ValueError, "0..100"):
+        figures.lost(tmp_path / "r.json")
     del scores["D"]
     (tmp_path / "r.json").write_text(json.dumps(report))
     with fails(ValueError, "teacher", "2 of the 3"):
@@ -191,6 +245,7 @@ def test_the_lost_figure_goes_by_the_names_of_its_columns(tmp_path, monkeypatch)
 @pytest.mark.parametrize("key, value", [
     ("labels", {}), ("commands", {}), ("scores", {"teacher": {"0": {}}}),
     ("scores", {"teacher": {"0": {"full": "60"}}}), ("scores", {"teacher": {"0": {"full": float("nan")}}}),
+    ("scores", {"teacher": {"0": {"full": 640}}}),
 ])  # fmt: skip
 def test_results_of_another_shape_are_named(tmp_path, monkeypatch, key, value):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -202,6 +257,18 @@ def test_results_of_another_shape_are_named(tmp_path, monkeypatch, key, value):
     (tmp_path / "benchmarks/results/scenes.json").write_text(json.dumps({**found, key: value}))
     with fails(ValueError, "scenes.json"):
         reproduce.Results("scenes")
+
+
+def test_two_reproduces_of_one_setting_do_not_run_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def again(*_):
+        with fails(ValueError, "another reproduce runs scenes"):
+            reproduce.main(["scenes", "--seeds", "1", "--rows", "teacher"])
+
+    monkeypatch.setattr(reproduce, "train_all", again)
+    reproduce.main(["scenes", "--seeds", "0", "--rows", "teacher"])
 
 
 def test_grey_of_16_bits_with_alpha_is_named(tmp_path):

@@ -307,7 +307,7 @@ def test_a_model_of_zero_images_is_given_them(untrained, frame):
 
 def test_a_single_model_is_a_runs_final_model(untrained, frame):
     Path("one").mkdir()
-    shutil.copy(untrained / "student.pt", "one/single.pt")
+    save_model(Path("one/single.pt"), *load_model(untrained / "student.pt", torch.device("cpu")))
     assert (labels("one", "rgb=a.png") == labels(untrained, "rgb=a.png")).all()
     call("one", "--count", 1, "--panel", "panel.png")
 

@@ -1,13 +1,12 @@
 """fsm.py: the hard rule against the published outputs, the relaxations against loops, the ensemble piece by piece."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import GOLDEN, MODALITIES, golden_images, golden_weights
+from models import GOLDEN, MODALITIES, golden_images, golden_weights, with_random_weights
 
 from engine import checkpoint
 from engine.subsets import load_fsm, selected_logits, switch_logits
@@ -17,13 +16,6 @@ from segformer import Output
 
 WIDTHS, K = (6, 8, 10, 12), 5
 PRESENT = torch.tensor([[True, True, True, True], [True, False, False, True], [False, False, True, False]])
-
-
-def with_random_weights(model):
-    """Weights, biases and statistics far from their trivial start values, so that predictions vary; eval mode."""
-    shapes = {name: list(v.shape) for name, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
-    model.load_state_dict(golden_weights(json.dumps(shapes).encode()), strict=False)
-    return model.eval()
 
 
 def random_fsm(rule="score", widths=WIDTHS, **options):

@@ -19,7 +19,7 @@ KEYS = {
 }
 # Options that may change when a run is continued: they do not change what it computes.
 FREE = {"resume", "out", "root", "workers", "device", "max_minutes", "save_every"}
-FILES = {"stage1", "teacher", "robust"}  # where a run's models came from: may be renamed
+FILES = {"stage1", "teacher", "robust", "pretrained"}  # what a run started from: may be renamed
 # Options that are entries of a model's meta by themselves, and all entries that a meta must have.
 OPTIONS = ("data", "root", "depth", "label_map", "hold_out", "size", "val_size", "absent")
 SAYS = ("backbone", "classes", "modalities", "palette", "normalisation", "options", *OPTIONS)

@@ -124,7 +124,7 @@ def saved_options(parser: Parser, folder: Path) -> dict:
         begun = f"{state['script']} with the losses {state['options'].get('losses', 'of that script')}"
         parser.error(f"--resume {folder}: its last checkpoint was written by {begun}; continue it in the same way.")
     saved = state["options"]
-    for name in ("stage1", "teacher", "robust", "pretrained"):
+    for name in FILES:
         if saved.get(name) and Path(saved[name]).is_relative_to(saved["out"]):
             saved[name] = str(folder / Path(saved[name]).relative_to(saved["out"]))
     return {**saved, "out": str(folder)}
@@ -148,7 +148,7 @@ def parse(parser: Parser, argv: list[str] | None, inherited=None) -> argparse.Na
     recipe |= {"lr": 1e-3} if data == "folder" and not getattr(first, "pretrained", None) else {}
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in first} | saved)
     args = parser.parse_args(argv)
-    fixed = saved.keys() - (FREE - {"out"}) - FILES - {"pretrained"} if first.resume else ()
+    fixed = saved.keys() - (FREE - {"out"}) - FILES if first.resume else ()
     for name in sorted(fixed):
         mine, its = argument(name, getattr(args, name)), argument(name, saved[name])
         if mine != its:

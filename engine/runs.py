@@ -106,7 +106,7 @@ class Run:
             found = config.get(self.script, mine)["options"]
             if config.keys() - SCRIPTS:
                 raise ValueError("it has other entries")
-        for name in vars(self.args).keys() - FREE - FILES - {"pretrained"} if resumed else ():
+        for name in vars(self.args).keys() - FREE - FILES if resumed else ():
             edited, own = found.get(name), getattr(self.args, name)
             if edited != own:
                 raise ValueError(f"{file} was edited: {name} is {edited}, the run's is {own}; {way}.")

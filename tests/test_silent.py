@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import fails, folder_dataset
-from small_runs import change, refused, said, start, train
+from small_runs import change, during, refused, said, start, stop, train
 
 import data
 import evaluate
@@ -138,6 +138,16 @@ def test_files_that_moved_are_found_again_by_their_options(whole, run, tmp_path)
     assert train(2, start(2, run.parent, tmp_path / "2", "--max-minutes", "1e-6")) == 0
     run.rename(tmp_path / "moved")
     assert train(2, ["--resume", str(tmp_path / "2"), "--stage1", str(tmp_path / "moved"), "--max-minutes", "60"]) == 0
+
+
+@pytest.mark.usefixtures("handlers")
+def test_start_weights_that_moved_are_given_again(whole, tmp_path):
+    weights = shutil.copy(whole / "1/teacher.pt", tmp_path / "start.pt")
+    argv = start(1, whole, tmp_path / "1", "--pretrained", str(weights))
+    with during("robust", 1, stop):
+        assert train(1, argv) == 143
+    moved = Path(weights).rename(tmp_path / "moved.pt")
+    assert train(1, ["--resume", str(tmp_path / "1"), "--pretrained", str(moved)]) == 0
 
 
 @pytest.mark.usefixtures("handlers")

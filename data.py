@@ -27,7 +27,7 @@ from torch import Tensor
 from datasets import synthetic
 from datasets.derived import frame_rng
 from datasets.export import export
-from datasets.files import IGNORED, IMAGENET, Frame, learn_ranges, nearest, read_frame, read_label
+from datasets.files import IGNORED, IMAGENET, Frame, learn_ranges, nearest, read_frame, read_label, turned
 from datasets.layouts import DATASETS, LAYOUTS, find_frames, label_table, open_layout, spread
 
 # The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
@@ -61,6 +61,7 @@ class FrameDataset(torch.utils.data.Dataset):
     broken: list[str] = field(default_factory=list)  # by `open_all`: a sentence for each frame that is left out
     looks: list[tuple] = field(default_factory=list)  # of the others: shape, pixels of each class (256,), medians
     unused: list[str] = field(default_factory=list)  # folders that could be modalities, but are named like labels
+    turned: list[str] = field(default_factory=list)  # frames of whose files EXIF turns some, but not all
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -85,7 +86,8 @@ class FrameDataset(torch.utils.data.Dataset):
         ]
         frames = f"{len(self)} frames" + (", ranges of train" if self.split != "train" else "")
         unused = f"; not used, as named or filled like labels: {', '.join(self.unused)}" if self.unused else ""
-        return f"{self.name} {self.split}, {frames}: {', '.join(what)}{unused}"
+        warning = f"; warning: EXIF turns some files of {self.turned[0]}, but not all" if self.turned else ""
+        return f"{self.name} {self.split}, {frames}: {', '.join(what)}{unused}{warning}"
 
     def unseen(self) -> list[str]:
         """The classes that no pixel of this split has, read until none is left; ValueError if no pixel has a class."""
@@ -254,6 +256,8 @@ def open_dataset(
         dataset.normalisation = [[ranges[modality][part] for modality in modalities] for part in (3, 4)]
     if name == "folder":
         dataset.unused = [modality for modality in layout.unasked if modality not in modalities]
+        files = {frame.name: (*frame.images, *([frame.label] if frame.label else [])) for frame in spread(frames, 64)}
+        dataset.turned = [name for name, paths in files.items() if len(set(map(turned, paths))) > 1]
     if skip_broken != 0:
         dataset.open_all(skip_broken)
     return dataset

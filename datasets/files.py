@@ -85,6 +85,13 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
         raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
+def turned(path: Path) -> bool:
+    """Whether a picture's EXIF has it turned or mirrored within its shape, which no comparison of sizes shows."""
+    with suppress(OSError), Image.open(path) as image:
+        return image.getexif().get(0x0112, 1) in (2, 3, 4)
+    return False
+
+
 def packings(image: Image.Image, new: str | None = None) -> list[str]:
     """How the tiles of an opened picture are packed, such as RGB;16B; `new` has them read as packed like that."""
     tiles = [(*tile[:3], (tile[3],) if isinstance(tile[3], str) else tile[3]) for tile in image.tile]
@@ -170,16 +177,16 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
     Minimum and maximum: medians over the frames, of values as stored. Mean and deviation: of each channel, of values as
     `scaled`; for the published data sets the published ones. A constant channel has deviation 1. Broken frames and
     those beyond `limits` are left out; whoever reads them will be told. Without a sound one there are no ranges.
-    Raises ValueError for a modality that is constant over all frames.
+    Raises ValueError for a modality that is constant over all frames, or that is of two units.
     """
-    seen, ranges = [], {}  # seen: (kind, minimum, maximum, mean, variance) of each modality, by frame
+    seen, ranges = [], {}  # seen: (kind, minimum, maximum, mean, variance, file) of each modality, by frame
     for frame in frames:
         with suppress(ValueError, OSError):
             images, _ = read_frame(name, modalities, frame, *codes)
             images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
-            seen.append(
-                [(KINDS[i.dtype.name], i.min(), i.max(), i.mean((0, 1), float), i.var((0, 1), float)) for i in images]
-            )
+            moments = [(i.mean((0, 1), float), i.var((0, 1), float)) for i in images]
+            ends = [(KINDS[i.dtype.name], i.min(), i.max()) for i in images]
+            seen.append([(*a, *b, path) for a, b, path in zip(ends, moments, frame.images, strict=True)])
     for modality, values in zip(modalities, zip(*seen, strict=True), strict=False):
         kind = mode(kind for kind, *_ in values)  # the most frequent: then it is the odd file that is refused
         values = [value for value in values if value[0] == kind]
@@ -187,7 +194,7 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
         (low, high), top = np.median(ends, 0).tolist(), LARGEST_OF.get(kind, 1)
         least, most = limits([kind, low, high], modality)
         near = [value for value in values if least <= value[1] <= value[2] <= most] or values
-        *_, means, variances = zip(*near, strict=True)
+        *_, means, variances, paths = zip(*near, strict=True)
         mean, deviation = np.mean(means, 0), np.sqrt(np.mean(variances, 0) + np.var(means, 0))
         varies = deviation > max(1e-4 * (high - low), 1e-9 * max(-low, high))  # the second is rounding
         if name in PUBLISHED:
@@ -196,8 +203,13 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
             numbers = (mean / top).tolist(), np.where(varies, deviation / top, 1).tolist()
         else:
             what = f"{modality} is {mean[0]:g} (almost) everywhere in {len(means)} frames"
-            path = frames[0].images[modalities.index(modality)]
-            raise ValueError(f"{what}; look at {path}, or leave {modality} out of --modalities")
+            raise ValueError(f"{what}; look at {paths[0]}, or leave {modality} out of --modalities")
+        tops = sorted((float(most), path) for _, least, most, *_, path in values if 0 <= least < most)
+        few = max(2, len(tops) // 10)  # one odd file is refused by `checked`; here many are of another unit
+        for (below, one), (above, other) in zip(tops[few - 1 :], tops[few : 1 - few], strict=False):
+            if kind != "8 bit" and above > 30 * below and name not in PUBLISHED:
+                what = f"{modality} reaches {below:g} in {one}, but {above:g} in {other}"
+                raise ValueError(f"{what}; is it of two units? Write all files in one, or leave out {modality}")
         ranges[modality] = [kind, low, high, *numbers]
     return ranges
 

@@ -141,6 +141,10 @@ def open_layout(name: str, root: str | Path | None, depth: str, classes: int) ->
     if root is None or not Path(root).is_dir():
         raise FileNotFoundError(f"{root or f'--data {name} without --root'}: no such folder; {layout.expected()}")
     root = Path(root) / layout.inner if (Path(root) / layout.inner).is_dir() else Path(root)
+    labels = label.partition("/**")[0]
+    near = [*root.glob(f"*/{labels}"), *root.glob(f"*/*/{labels}"), root.parent / labels]
+    if not (root / labels).is_dir() and (near := [path for path in near if path.is_dir()]):
+        raise FileNotFoundError(f"{root} has no {labels}; did you mean --root {near[0].parent}?")
     if name == "folder":
         folders = {path.name for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)}
         for found in folders:

@@ -30,7 +30,7 @@ SAME = ("data", "classes", "modalities", "normalisation", "depth", "label_map", 
 def write(path: Path, state: dict, keep_previous: bool = False) -> None:
     """Saves atomically. Raises OSError with the space needed when the disk is full; the old file stays as it was."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save({**state, "checksum": checksum(state)}, buffer)
     replace(path, buffer.getvalue(), path.with_suffix(".previous.pt") if keep_previous else None)
 
 
@@ -44,9 +44,16 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
     if not isinstance(state, dict) or not KEYS[what] <= state.keys() or not isinstance(state["meta"], dict):
         hint = "a run's models are teacher.pt, robust.pt and student.pt; published weights go through --pretrained"
         raise ValueError(f"{path} is not a {what} that this version of the project saved: {hint}.")
+    if (known := state.pop("checksum", None)) not in (None, checksum(state)):
+        raise ValueError(f"{path} was edited after it was saved (checksum {known}); restore it.")
     if lacking := [name for name in says if name not in state["meta"]]:
         raise ValueError(f"{path} does not say its {lacking[0]}: an older version wrote it; train again.")
     return state
+
+
+def checksum(state: dict) -> int:
+    """Of all entries but the tensors, whose own is in the zip container: an edited step or range shows."""
+    return zlib.crc32(repr([(key, value) for key, value in state.items() if key not in ("model", "parts")]).encode())
 
 
 def unpack(data: bytes) -> object:

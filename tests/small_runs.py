@@ -50,11 +50,16 @@ def stop(*_):
     signal.raise_signal(signal.SIGTERM)
 
 
-def change(file: pathlib.Path, key: str | None = None, **entries) -> None:
-    """Rewrites a checkpoint with other entries of state[key], or of the state itself."""
+def change(file: pathlib.Path, key: str | None = None, drop: tuple = (), **entries) -> pathlib.Path:
+    """Rewrites a checkpoint as if it had been saved with other entries of state[key], or of the state itself."""
     state = torch.load(file, weights_only=True)
-    (state if key is None else state[key]).update(entries)
+    state.pop("checksum", None)
+    inner = state if key is None else state[key]
+    inner.update(entries)
+    for name in drop:
+        del inner[name]
     torch.save(state, file)
+    return file
 
 
 def log(folder: pathlib.Path) -> list[dict]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from kill_and_resume import SMALL, SMALL2, STAGE2, train
-from small_runs import during, log, stop
+from small_runs import change, during, log, stop
 
 import evaluate
 from datasets.export import export, write_file
@@ -81,17 +81,6 @@ def place(whole, handlers, tmp_path, capfd):
     return Place(whole, tmp_path, capfd)
 
 
-def change(file: pathlib.Path, drop: tuple = (), key: str | None = "meta", **changes) -> pathlib.Path:
-    """Rewrites a checkpoint with other entries of state[key], or of the state itself with key None."""
-    state = torch.load(file, weights_only=True)
-    inner = state if key is None else state[key]
-    inner.update(changes)
-    for name in drop:
-        del inner[name]
-    torch.save(state, file)
-    return file
-
-
 # ---- models of other data -------------------------------------------------------------------------------------------
 USE = {
     "teacher.pt": lambda at: at.start("--teacher", at.run / "teacher.pt"),
@@ -118,16 +107,16 @@ USE = {
         ("student.pt", {"drop": ["palette"]}, "does not say its palette"),
         ("student.pt", {"drop": ["data"]}, "does not say its data"),
         ("student.pt", {"classes": 3}, ""),
-        ("student.pt", {"key": None, "model": None}, "does not hold the weights of a segformer_tiny"),
+        ("student.pt", {"model": None}, "does not hold the weights of a segformer_tiny"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_by_what_it_says_of_itself(place, name, changes, sentence):
-    change(place.run / name, **changes)
+    change(place.run / name, None if "model" in changes else "meta", **changes)
     assert re.search(f"^2: error: .*{name}.*{sentence}", USE[name](place))
 
 
 def test_a_teacher_trained_elsewhere_still_says_so_in_the_new_folder(place):
-    file = change(place.run / "teacher.pt", frames=5, root="elsewhere")
+    file = change(place.run / "teacher.pt", "meta", frames=5, root="elsewhere")
     assert place.start("--teacher", file, "--eval-every", "9") == "0: "
     meta = torch.load(place.out / "teacher.pt", weights_only=True)["meta"]
     assert (meta["frames"], meta["root"]) == (5, "elsewhere")
@@ -136,7 +125,7 @@ def test_a_teacher_trained_elsewhere_still_says_so_in_the_new_folder(place):
 # ---- checkpoints and folders ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("entries, told", [({"meta": None}, "^0: $"), ({"model": None}, "^2: error: .*teacher.pt")])
 def test_weights_to_start_from_need_not_say_what_they_are_of(place, entries, told):
-    assert re.search(told, place.start("--pretrained", change(place.run / "teacher.pt", key=None, **entries)))
+    assert re.search(told, place.start("--pretrained", change(place.run / "teacher.pt", **entries)))
 
 
 @pytest.mark.parametrize("option", ["--pretrained", "--teacher"])
@@ -203,7 +192,7 @@ def test_a_log_that_a_loss_of_power_tore_is_mended(place, end):
     """The checkpoint counts more of the log than reached the disk; what is left ends in `end`."""
     file = place.interrupted() / "log.jsonl"
     line = file.read_bytes()
-    change(place.out / "last.pt", key=None, logged=len(line) + 60)
+    change(place.out / "last.pt", logged=len(line) + 60)
     file.write_bytes(line + end)
     assert place.train(1, "--resume", place.out) == "0: " and len(log(place.out)) == 5
 

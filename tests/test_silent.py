@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import fails, folder_dataset
+from PIL import Image
 from small_runs import change, during, refused, said, start, stop, train
 
 import data
@@ -18,6 +19,7 @@ from data import open_dataset
 from datasets import files, synthetic
 from datasets.export import write_file
 from engine import runs
+from engine.checkpoint import load_last
 from engine.options import stage1_options
 from model import build_model
 
@@ -40,6 +42,30 @@ def test_a_validation_sensor_that_is_dead_or_in_another_unit_is_refused(tmp_path
     with fails(ValueError, "depth"):
         open_dataset("folder", root, "val", ["rgb", "depth"], ranges=train.ranges)
     assert open_dataset("folder", root, "val", ["rgb"], ranges=train.ranges)
+
+
+def test_two_units_in_one_split_are_refused_and_a_single_odd_frame_is_not(tmp_path):
+    root = with_depth(tmp_path / "d", (1000, 1500), (1000, 1500))
+    open_dataset("folder", root)
+    for i in (1, 3):
+        write_file(root / f"depth/train/{i}.png", np.full((40, 60), 40 + i, np.uint16) + np.eye(40, 60).astype("u2"))
+    with fails(ValueError, "depth reaches 44 in", "3.png", "but 1499 in"):
+        open_dataset("folder", root)
+
+
+def test_a_picture_that_exif_turns_upside_down_is_said_if_its_label_is_not(tmp_path):
+    root, exif = folder_dataset(tmp_path / "d"), Image.Exif()
+    exif[0x0112] = 3
+    assert "EXIF" not in open_dataset("folder", root).describe()
+    Image.open(root / "rgb/train/2.png").save(root / "rgb/train/2.png", exif=exif)
+    assert "files of train/2" in open_dataset("folder", root).describe()
+
+
+@pytest.mark.parametrize("given", [".", "d/rgb", "../x"])
+def test_a_root_that_is_a_level_off_gets_a_hint(tmp_path, given):
+    root = folder_dataset(tmp_path / "x/d")
+    with fails(FileNotFoundError, "did you mean --root", f"{root.name}?"):
+        open_dataset("folder", root.parent / given)
 
 
 @pytest.mark.parametrize("prefix", ["", "copy_"])
@@ -107,6 +133,16 @@ def test_an_ensemble_of_other_models_than_its_own_is_refused(whole, tmp_path, ca
     assert runs.guarded(evaluate.main, evaluated) == 2
     wrong = "fsm.pt was made with other models" if how == "another teacher" else "not a teacher: give it back its name"
     assert wrong in said(capfd)
+
+
+@pytest.mark.parametrize("key, entries", [(None, {"step": 1}), (None, {"phase": "teacher"}), ("options", {"lr": 1.0})])
+def test_a_checkpoint_that_was_edited_by_hand_is_refused(run, key, entries):
+    state = torch.load(run / "last.pt", weights_only=True)
+    (state[key] if key else state).update(entries)
+    torch.save(state, run / "last.pt")
+    (run / "last.previous.pt").unlink()
+    with fails(ValueError, "last.pt was edited"):
+        load_last(run)
 
 
 @pytest.mark.usefixtures("handlers")

@@ -59,7 +59,7 @@ class FrameDataset(torch.utils.data.Dataset):
     normalisation: list[list] = field(default_factory=list)  # mean and deviation of each modality, see `normalise`
     cache: dict[int, tuple] = field(default_factory=dict)  # see `read`
     broken: list[str] = field(default_factory=list)  # by `open_all`: a sentence for each frame that is left out
-    looks: list[tuple] = field(default_factory=list)  # of the others: shape, pixels of each class (256,), medians
+    looks: list[tuple] = field(default_factory=list)  # of the others, see `open_all`
     unused: list[str] = field(default_factory=list)  # folders that could be modalities, but are named like labels
     turned: list[str] = field(default_factory=list)  # frames of whose files EXIF turns some, but not all
 
@@ -109,7 +109,8 @@ class FrameDataset(torch.utils.data.Dataset):
             try:
                 images, label = self.read(index)
                 medians = [float(np.median(image[image != 0])) if image.any() else 0.0 for image in images]
-                return label.shape, np.bincount(label.ravel(), minlength=256), medians
+                highest = [float((image == image.max()).mean()) if np.ptp(image) else 1.0 for image in images]
+                return label.shape, np.bincount(label.ravel(), minlength=256), medians, highest
             except (ValueError, OSError) as error:
                 return str(error)
 
@@ -220,6 +221,8 @@ def open_dataset(
             raise ValueError(f"{what} {value!r} is unknown; choose one of {', '.join(map(str, known))}")
     if name == "synthetic" and root is not None:
         raise ValueError(f"--root {root} means nothing to synthetic scenes: add --data folder, or the data set's name")
+    if depth == "raw" and not (name in LAYOUTS and LAYOUTS[name].raw_depth):
+        raise ValueError(f"--depth raw is for deliver and nyuv2; {name} has its own depth")
     if label_map is not None and name != "folder" or (classes, hold_out) != (40, 0) and name != "nyuv2":
         raise ValueError(f"a label map is for folder data sets, --classes and --hold-out for nyuv2; {name} has its own")
     layout, root, names, palette = open_layout(name, root, depth, classes)
@@ -247,6 +250,8 @@ def open_dataset(
             if both:
                 raise ValueError(f"{len(both)} frames of {split} are frames of train as well, such as {both[0]}")
     table = label_table(label_map or layout.label_map, len(names))
+    if name == "nyuv2":
+        table[IGNORED] = -1  # its unlabelled pixels are 0; 255 tells that somebody has shifted the ids
     dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
     if ranges and split != "train" and name in ("nyuv2", "folder"):
         refuse_unlike(learn_ranges(name, modalities, spread(frames, 16), table, palette), ranges, split)
@@ -264,17 +269,25 @@ def open_dataset(
 
 
 def copies(frames: list[Frame], train: list[Frame]) -> list[str]:
-    """The names of those frames whose files have the content of a training frame's, whatever their names."""
+    """The names of those frames whose first image and label have the content of a training frame's, by any name."""
     by_size = defaultdict(list)  # bytes of each file: the training frames
     for frame in train:
         by_size[sizes_of(frame)].append(frame)
     pairs = [(frame, other) for frame in frames for other in by_size[sizes_of(frame)] if None not in sizes_of(frame)]
-    same = [f.name for f, other in pairs if all(map(filecmp.cmp, f.images, other.images, itertools.repeat(False)))]
+    same = [
+        f.name
+        for f, other in pairs
+        if all(map(filecmp.cmp, first_and_label(f), first_and_label(other), itertools.repeat(False)))
+    ]
     return list(dict.fromkeys(same))
 
 
+def first_and_label(frame: Frame) -> tuple[Path, Path]:
+    return frame.images[0], frame.label or frame.images[-1]
+
+
 def sizes_of(frame: Frame) -> tuple:
-    return tuple(path.stat().st_size if path.is_file() else None for path in frame.images)
+    return tuple(path.stat().st_size if path.is_file() else None for path in first_and_label(frame))
 
 
 def refuse_unlike(found: dict[str, list], ranges: dict[str, list], split: str) -> None:
@@ -367,7 +380,11 @@ def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
     for m, (modality, (kind, low, high, *_)) in enumerate(dataset.ranges.items()):
         if kind == "16 bit" and high - low < 65535 / 20:
             found.append(f"warning: {modality} fills less than a twentieth of 16 bit; check its unit")
-        medians = np.array([look[2][m] for look in dataset.looks])
+        medians, highest = (np.array([look[part][m] for look in dataset.looks]) for part in (2, 3))
+        if (constant := int((highest == 1).sum())) > len(highest) / 10:
+            found.append(f"warning: {modality} is constant in {constant} of {len(highest)} frames; is the sensor dead?")
+        if kind != "8 bit" and (share := np.median(highest)) > 0.05 and not constant:
+            found.append(f"warning: {share:.0%} of {modality} is its largest value; 0 must stand for nothing measured")
         far = (medians > 5 * np.median(medians)) | (5 * medians < np.median(medians))
         if kind != "8 bit" and low >= 0 and far.any():
             first = dataset.frames[far.argmax()].name
@@ -405,7 +422,8 @@ def check(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shown, allow_abbrev=False)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--check", action="store_true", help="read all of --data; status 1: a broken file, 2: refused")
     task.add_argument("--export", type=Path, metavar="DIR", help="write synthetic scenes into this new folder")

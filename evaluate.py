@@ -29,7 +29,7 @@ from data import IGNORED, FrameDataset, random_missing, sensor_noise
 from engine import loop, runs
 from engine.checkpoint import require
 from engine.inference import load_models, open_data, titles
-from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, Parser, names
+from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, SIDE, Parser, names
 from engine.output import MARK, check_output, write_output
 from engine.subsets import all_subsets, selected_logits, subset_logits, switch_logits
 
@@ -58,7 +58,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", choices=RECIPES)
     add("--root", help="folder of the data set")
     add("--split", default="val", choices=("train", "val", "test"), help="papers report val")
-    add("--size", type=COUNT, help="shorter side in pixels, then both go up to multiples of 32. None: --val-size")
+    add("--size", type=SIDE, help="shorter side in pixels, then both go up to multiples of 32. None: --val-size")
     add("--label-map", help="folder data: label ids to classes, as in training")
     add("--skip-broken", type=COUNT_OR_0, default=0, metavar="N", help="leave out at most N broken frames, listed")
     add("--limit", type=COUNT, help="only N frames, spread evenly")

@@ -216,6 +216,7 @@ def build_model(backbone: str, num_classes: int, modalities: list[str]) -> MSegF
     family, _, size = backbone.partition("_")
     preset = PRESETS.get(backbone if size == "tiny" else size)
     if family not in ("segformer", "cmnext") or preset is None or (family == "cmnext" and preset.stages):
-        raise ValueError(f"unknown backbone '{backbone}'; choose one of {', '.join(BACKBONES)}.")
+        others = "segformer_lite0 needs python -m benchmarks.lite0 before the script's name"
+        raise ValueError(f"unknown backbone '{backbone}'; choose one of {', '.join(BACKBONES)}; {others}.")
     build = MSegFormer if family == "segformer" else CMNeXt
     return build(preset, num_classes, modalities)

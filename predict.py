@@ -25,11 +25,11 @@ from PIL import Image
 
 import metrics
 from data import IGNORED, incomplete, normalise, resize, resized_to
-from datasets.files import checked
+from datasets.files import LARGEST_OF, checked
 from datasets.layouts import label_table
 from engine import pictures, runs
 from engine.checkpoint import fitting
-from engine.inference import input_frames, load_models, normalisation_of, open_data, samples, titles
+from engine.inference import given_depth, input_frames, load_models, normalisation_of, open_data, samples, titles
 from engine.options import COUNT, RATE, RECIPES, Parser, names
 from engine.output import check_output, say, write_picture
 from engine.program import export
@@ -59,8 +59,11 @@ class Segmenter:
         """Images by modality -> class ids (H, W) uint8, to the bit those of predict.py.
 
         (H, W), (H, W, 1) or (H, W, 3) of one H, W; uint8, uint16 (of 65535), or float: 0..1 for what was 8 or 16 bit
-        in training, else as data.py decodes it. None, not given or constant: missing. ValueError names the modality.
+        in training, metres for raw depth of nyuv2 (uint16: millimetres), else as data.py decodes it. None, not given or
+        constant: missing. ValueError names the modality.
         """
+        if (self.meta["data"], self.meta["depth"]) == ("nyuv2", "raw") and images.get("depth") is not None:
+            images["depth"] = given_depth("the array", np.atleast_3d(images["depth"]), "raw", 0.001)
         return self.answer(list(self.models)[-1], self.working(images))
 
     def working(self, images: dict[str, np.ndarray | None]) -> dict[str, np.ndarray]:
@@ -71,15 +74,18 @@ class Segmenter:
                 raise ValueError(f"the model has no modality {name}; it has {', '.join(known)}.")
             if image is None:
                 continue
-            image = np.atleast_3d(np.array(image, order="C"))  # torch takes no flipped views
+            image = np.atleast_3d(np.array(np.ma.filled(image, 0), order="C"))  # torch takes no flipped views
             right = image.dtype.kind == "f" or image.dtype in (np.uint8, np.uint16)
             if not right or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
                 raise ValueError(f"{name} is {image.dtype} {image.shape}; give (H, W, 1 or 3) uint8, uint16 or float.")
             image = image.astype(np.float32) if image.dtype.kind == "f" else image
             ranges = self.meta.get("ranges", {})
-            if image.dtype == np.float32 and ranges.get(name, ["float"])[0] != "float":  # of 8 or 16 bit
-                if not 0 <= image.min() <= image.max() <= 1:
+            top = LARGEST_OF.get(ranges.get(name, ["float"])[0])
+            if image.dtype == np.float32 and top:  # of 8 or 16 bit
+                if not -1e-5 <= image.min() <= image.max() <= 1 + 1e-5:
                     raise ValueError(f"{name} has values in {image.min():g}..{image.max():g}; floats must be in 0..1.")
+                image = image.clip(0, 1)
+                checked(np.rint(top * image).astype(np.uint8 if top == 255 else np.uint16), name, "the array", ranges)
             else:
                 image = checked(image, name, "the array", ranges)
             if self.keep_constant or (image != image[:1, :1]).any():
@@ -142,6 +148,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     if args.input and foreign:
         parser.error(f"--input has its own frames and modalities: leave out --{' and --'.join(foreign)}.")
     useless = [name for name in ("input", "modalities", "count", "split", "data", "root") if getattr(args, name)]
+    if args.file_ids and args.panel and not args.out:
+        parser.error("--file-ids has no effect on --panel: leave it out, or add --out.")
     if args.export and useless and not (args.out or args.panel):
         parser.error(f"--{useless[0]} has no effect on --export, which needs no frame: leave it out, or add --out.")
     found = {}
@@ -212,6 +220,11 @@ def main(args: argparse.Namespace) -> None:
         folder, ids_of = Path(args.out), np.arange(256).astype(np.uint8)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {folder} is a file; give a folder.")
+        data, root = args.data or meta["data"], args.root or meta["root"]
+        if data == "folder" and folder.resolve().is_relative_to(Path(root).resolve()):
+            raise ValueError(
+                f"--out {folder} is in the folder of the data, where it would be a modality; choose another."
+            )
         if args.file_ids:
             table = label_table(meta["label_map"], len(meta["classes"]))
             ids_of = np.array([np.flatnonzero(table == k)[:1].sum() for k in range(len(meta["classes"]))])

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, "train_single.py")
     train, val = run.open_splits()
     state = run.claim(("single",))
-    meta = describe(args, train, args.backbone)
+    meta = describe(args, train, args.backbone, state)
     model = start_model(run, meta)
     modalities, subsets = len(train.modalities), all_subsets(len(train.modalities))
     phase = Phase(run, "single", model, args.epochs, meta, state, calls=TwoAnswers(model))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hpdm
 from data import draw_present, incomplete
 from engine import loop
-from engine.checkpoint import SAME, describe, load_model, require
+from engine.checkpoint import SAME, checksum, describe, load_model, read
 from engine.options import stage1_options
 from engine.pretrained import start_model
 from engine.runs import Phase, Run, guarded
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None, losses_of: Callable = paper_losses) -> N
     run = Run(args, "train_stage1.py")
     train, val = run.open_splits()
     state = run.claim(("teacher", "robust"))
-    meta = describe(args, train, args.backbone)
+    meta = describe(args, train, args.backbone, state)
 
     if args.teacher:
         expect = {name: meta[name] for name in SAME} | ({"backbone": args.backbone} if args.backbone else {})
@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None, losses_of: Callable = paper_losses) -> N
             train_teacher(run, start_model(run, meta), train, val, meta, state)
             state = None
         teacher, found = load_model(run.folder / "teacher.pt", run.device)  # the best one, not the last
-        require(run.folder / "teacher.pt", found["options"], meta["options"])  # no other run's
     if args.distill_epochs:
+        meta["teacher"] = checksum(read(run.folder / "teacher.pt")["meta"])
         # The paper: from the teacher's weights. The published script: from what the teacher itself started from.
         robust = copy.deepcopy(teacher) if args.robust_from == "teacher" else start_model(run, meta)
         train_robust(run, teacher, robust, train, val, meta, state, losses_of)

@@ -19,7 +19,7 @@ from torch import nn
 
 import hpdm
 from data import draw_present, incomplete
-from engine.checkpoint import SAME, describe, load_last, load_model, require
+from engine.checkpoint import SAME, checksum, describe, load_last, load_model, require
 from engine.options import stage2_options
 from engine.runs import Phase, Run, guarded
 from engine.subsets import all_subsets, load_fsm, selected_logits, subset_logits
@@ -101,11 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     teacher, from_teacher = load_model(args.teacher or f"{args.stage1}/teacher.pt", run.device, expect)
     meta["backbone"] = expect["backbone"] = from_teacher["backbone"]  # the FSM selects between models of one backbone
     robust, from_robust = load_model(args.robust or f"{args.stage1}/robust.pt", run.device, expect)
-    if (from_teacher.get("phase"), from_robust.get("phase")) == ("robust", "teacher"):
-        raise ValueError(f"--teacher {args.teacher} is a robust model and --robust {args.robust} a teacher: swap them.")
-    meta["sources"] = [from_teacher["options"], from_robust["options"]]
-    if state:
-        require(run.folder / "last.pt", state["meta"], {"sources": meta["sources"]})  # no other run's models
+    if from_teacher.get("phase") == "robust" or from_robust.get("phase") == "teacher":
+        raise ValueError(f"--teacher {args.teacher} is a robust model or --robust {args.robust} a teacher: swap them.")
+    if args.stage1 and "teacher" in from_robust:
+        require(f"{args.stage1}/robust.pt", from_robust, {"teacher": checksum(from_teacher)})
+    meta["sources"] = [checksum(from_teacher), checksum(from_robust)]
     teacher.requires_grad_(False)
     robust.requires_grad_(False)
 
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         if not (state and state["phase"] == "student"):  # a resumed run may be past this phase
             train_fsm(run, teacher, robust, train, val, meta, state)
             state = None
-        fsm = load_fsm(run.folder / "fsm.pt", run.device, expect).requires_grad_(False)
+        fsm = load_fsm(run.folder / "fsm.pt", run.device, expect | {"sources": meta["sources"]}).requires_grad_(False)
     if args.student_epochs:
         train_student(run, teacher, robust, fsm, train, val, meta, state)
     run.say(f"stage 2 is complete, its models are in {run.folder}.\nNext: python evaluate.py {run.folder}")

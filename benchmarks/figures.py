@@ -25,7 +25,7 @@ from data import normalise
 from engine.checkpoint import fitting
 from engine.inference import load_models, open_data
 from engine.options import Parser
-from engine.output import check_output, write_picture
+from engine.output import check_output, say, write_picture
 from engine.pictures import Cell, draw, photograph
 from engine.runs import guarded
 from engine.subsets import present_of, subset_outputs
@@ -141,6 +141,8 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
 def lost(file: Path) -> Image.Image:
     """Mean mIoU over the subsets in which 0, 1, 2 ... modalities are lost; a JSON file of evaluate.py."""
     report, series, ticks = json.loads(file.read_text()), defaultdict(dict), {}
+    if others := report["results"].keys() - COLOURS.keys():
+        say(f"not drawn: {', '.join(sorted(others))}")
     for model in [name for name in COLOURS if name in report["results"]]:
         scores = {name: s[f"miou_{report['rule']}"] for name, s in report["results"][model].get("any", {}).items()}
         joined = any("+" in name for name in scores)  # "rgb+depth", else initials
@@ -161,7 +163,9 @@ def curves(file: Path) -> Image.Image:
     for text in [line for line in file.read_text().splitlines() if line.endswith("}")]:  # a crash tears lines
         line = json.loads(text)
         phase = line["phase"]
-        now = begun.setdefault(phase, now) + line["step"]  # steps since the run began
+        before, now = now, begun.setdefault(phase, now) + line["step"]  # steps since the run began
+        if now < before:
+            raise ValueError("its steps go back: it is of two runs")
         if "lr" in line:  # a report, its losses stand before the learning rate
             losses[phase][now] = sum(list(line.values())[3 : list(line).index("lr")])
         else:  # the paper's teacher is validated on all modalities alone

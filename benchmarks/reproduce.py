@@ -111,7 +111,7 @@ CHILDREN = []  # the commands that were started
 
 
 def seeds(text: str) -> list[int]:
-    return [COUNT_OR_0(seed) for seed in names(text)]
+    return list(dict.fromkeys(COUNT_OR_0(seed) for seed in names(text)))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -126,6 +126,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.rows) - set(BY_NAME)):
         parser.error(f"--rows {unknown[0]} is unknown; choose of {', '.join(BY_NAME)}.")
+    if args.pretrained == "":
+        parser.error("--pretrained is empty; is a variable of the shell not set?")
     args.rows = [BY_NAME[name] for name in args.rows]
     return args
 
@@ -134,9 +136,9 @@ def command(args: argparse.Namespace, row: Row, seed: str) -> list[str]:
     """The training command of a row, without --out and --device. `seed` is the seed's folder, ending in its number."""
     s, (long, short, fsm) = SETTINGS[args.setting], SETTINGS[args.setting].epochs
     data = s.teacher.format(modalities=s.modalities)
-    new = f"{data} --pretrained {args.pretrained}" if args.pretrained else data
+    new = f"{data} --pretrained {shlex.quote(args.pretrained)}" if args.pretrained else data
     epochs = dict(long=long, short=short, both=2 * short, all=long + 2 * short, fsm=fsm)
-    script, *options = row.train.format(seed=seed, new=new, **epochs).split()
+    script, *options = shlex.split(row.train.format(seed=seed, new=new, **epochs))
     options += f"{data} {s.distil}".split() if "--teacher" in options else []  # stage 2 takes its data from the models
     script = ["-m", "benchmarks.variants"] if "/" in script and not s.prefix else [script]
     return [*s.prefix.split(), *script, *options, *s.train.split(), "--seed", seed.rpartition("seed")[2]]
@@ -167,6 +169,8 @@ class Results:
                 cells = [scores for seeds in found.values() for scores in seeds.values()]
                 if any(found.keys() != self.data[key].keys() for key in ("labels", "what", "commands")):
                     raise ValueError("its labels, texts and commands are not those of its rows")
+                if not all(seed.isdecimal() for seeds in found.values() for seed in seeds):
+                    raise ValueError("a seed is no number")
                 if any(not scores or scores.keys() != cells[0].keys() for scores in cells) or not all(found.values()):
                     raise ValueError("its rows differ in columns, or have none")
                 if not all(0 <= value <= 100 for scores in cells for value in scores.values()):
@@ -194,13 +198,24 @@ def run(words: list[str], device: str, log: Path) -> None:
         whole = [sys.executable, *words, "--device", device]
         CHILDREN.append(child := subprocess.Popen(whole, stdout=file, stderr=file, env=os.environ | threads))
     if status := child.wait():
-        raise ValueError(f"{shlex.join(words)} ended with {status}: {log.read_text().splitlines()[-1]}")
+        raise ValueError(
+            f"{shlex.join(words)} ended with {status}: {(log.read_text().splitlines() or ['nothing was said'])[-1]}"
+        )
+
+
+def chain(row: Row) -> list[Row]:
+    """What is trained for a row, in order: the rows whose runs it reads, then the one whose run it uses."""
+    owner = BY_NAME.get(row.train, row)
+    return [*(first for name in re.findall(r"{seed}/(\w+)", owner.train) for first in chain(BY_NAME[name])), owner]
+
+
+def described(args: argparse.Namespace, row: Row) -> str:
+    """The command of a row as it stands in the results: the seed has no number, and the data no place."""
+    return shlex.join([*command(args, chain(row)[-1], "seed"), *row.evaluate.split()])
 
 
 def train(args: argparse.Namespace, row: Row, base: Path, device: str) -> Path:
-    """The run folder of a row. It is trained now if it is not complete, after the rows that it reads."""
-    for needed in re.findall(r"{seed}/(\w+)", row.train):
-        train(args, BY_NAME[needed], base, device)
+    """The run folder of a row. It is trained now if it is not complete."""
     folder, done, words = base / row.name, base / f"{row.name}.done", command(args, row, str(base))
     if not (done.exists() and folder.is_dir()):
         way = "--resume" if (folder / "last.pt").exists() else "--out"  # resumed, the script compares the options
@@ -215,11 +230,10 @@ def train_seeds(args: argparse.Namespace, results: Results, seeds: list[int], de
     """Trains and evaluates the rows of these seeds that are not there yet, one after the other."""
     s = SETTINGS[args.setting]
     for seed, row in itertools.product(seeds, args.rows):
-        base, owner = Path("runs/reproduce", args.setting, f"seed{seed}"), BY_NAME.get(row.train, row)
-        text = shlex.join([*command(args, owner, "seed"), *row.evaluate.split()])
+        base, text = Path("runs/reproduce", args.setting, f"seed{seed}"), described(args, row)
         if results.has(row, seed, text):
             continue
-        model, file = train(args, owner, base, device), base / f"{row.name}.json"
+        model, file = [train(args, part, base, device) for part in chain(row)][-1], base / f"{row.name}.json"
         for name in ("teacher.pt", "robust.pt") if (model / "fsm.pt").exists() else ():  # an ensemble lies together
             if not (model / name).exists():
                 (model / name).symlink_to(Path("..", "hpdm", name))
@@ -263,10 +277,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     os.chdir(ROOT)
     if args.dry_run:
-        for seed, row in itertools.product(args.seeds, args.rows):
+        rows = dict.fromkeys(part for row in args.rows for part in chain(row))
+        for seed, row in itertools.product(args.seeds, rows):
             base = f"runs/reproduce/{args.setting}/seed{seed}"
-            if row.train not in BY_NAME:
-                print("python", shlex.join([*command(args, row, base), "--out", f"{base}/{row.name}"]))
+            more = [*args.root, "--out", f"{base}/{row.name}", "--device", args.device[0]]
+            print("python", shlex.join([*command(args, row, base), *more]))
         return
     lock = Path("runs/reproduce", args.setting, "lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -283,6 +298,8 @@ def main(argv: list[str] | None = None) -> None:
 def train_all(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in CHILDREN])  # their failure ends the loops
     results = Results(args.setting)
+    for row in args.rows:
+        results.has(row, 0, described(args, row))  # other commands are refused now, not after hours
     step = len(args.device)
     with ThreadPoolExecutor(step) as pool:
         shares = [(args.seeds[i::step], device) for i, device in enumerate(args.device)]

@@ -64,6 +64,9 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
                 raise ValueError("it is a JPEG, whose compression changes class ids; write labels as PNG")
             if packing.startswith("LA;16"):
                 raise ValueError("it is 16-bit grey with alpha; save it without alpha")
+            tags = image.tag_v2 if kind == "TIFF" else {}
+            if max(tags.get(258, (8,))) > 8 and (tags.get(284) == 2 or tags.get(262) == 0):  # Pillow reads them wrongly
+                raise ValueError("it is a 16-bit TIFF in planes, or with 0 for white; save it interleaved, 0 for black")
             if mode.startswith("I;16") or (kind, mode) == ("PNG", "I"):  # 16-bit grey
                 array = np.asarray(image).astype(np.uint16)
             elif ids and packing in FEW_BITS:
@@ -86,9 +89,9 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
 
 
 def turned(path: Path) -> bool:
-    """Whether a picture's EXIF has it turned or mirrored within its shape, which no comparison of sizes shows."""
+    """Whether a picture's EXIF has it turned or mirrored; sizes do not show all of these turns."""
     with suppress(OSError), Image.open(path) as image:
-        return image.getexif().get(0x0112, 1) in (2, 3, 4)
+        return image.getexif().get(0x0112, 1) != 1
     return False
 
 
@@ -147,6 +150,8 @@ def read_muses_range(path: Path) -> np.ndarray:
 def read_mcubes(path: Path) -> np.ndarray:
     """A MCubeS modality in floats without its left 192 columns, as is usual; AoLP as sin, cos, sin; NIR unmasked."""
     image = scaled(read_image(path))
+    if image.shape[1] <= 192:
+        raise ValueError(f"{path} has {image.shape[1]} columns, but the left 192 are left out; give the uncut files")
     if path.parent.name == "polL_aolp_sin":
         image = np.dstack([image, scaled(read_image(path.parents[1] / "polL_aolp_cos" / path.name)), image])
     return image[:, 192:]
@@ -229,7 +234,7 @@ def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list
         if kind != known:
             raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
         low, high, (least, most) = image.min(), image.max(), limits(ranges[modality], modality)
-        if low < least or high > most:
+        if not least <= low <= high <= most:  # NaN neither
             what = f"values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, by the training split"
             raise ValueError(f"{path} has {what}; correct the file or its unit")
     return scaled(image) if image.dtype == np.uint16 else image

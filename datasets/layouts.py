@@ -60,7 +60,8 @@ LAYOUTS = {
 DATASETS = ("synthetic", *LAYOUTS)
 # Names of folders that are no modalities, unless they are asked for.
 LIKE_LABELS = re.compile(
-    r"^\.|^gt($|_|fine|coarse)|label|mask|annotation|semantic|segment|panoptic|instance", re.IGNORECASE
+    r"^\.|(^|_)(gt|seg)($|_|fine|coarse)|label|mask|annotation|truth|target|trainid|semantic|segment|panoptic|instance",
+    re.IGNORECASE,
 )
 CLASSES = Path(__file__).parent / "classes"  # NAME.txt for each data set, in the format of a folder's classes.txt
 
@@ -84,8 +85,10 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; write a class a line, 'name' or 'name r g b', in label order")
     lines = [line.split() for line in read_lines(path)]
-    if not 0 < len(lines) < 256:
-        raise ValueError(f"{path} has {len(lines)} classes; expected 1 to 255, one a line")
+    if not 1 < len(lines) < 256:
+        raise ValueError(f"{path} has {len(lines)} classes; expected 2 to 255, one a line")
+    if re.search(r"\n[ \t\r]*\n\s*\S", path.read_text(encoding="utf-8-sig")):
+        raise ValueError(f"{path} has an empty line before its end; an unused class has a line with a name, too")
     ids = [words[0].rstrip(":.)") for words in lines]
     if all(map(str.isdecimal, ids)) and ids != [str(number) for number in range(len(ids))]:
         raise ValueError(f"{path} numbers its lines {', '.join(ids[:4])}, ...; write only names, label 0 first")
@@ -96,7 +99,7 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
         if len(words) > 3 and all(map(str.isdecimal, words[-3:])):
             words, colour = words[:-3], [int(word) for word in words[-3:]]
         name = " ".join(words)
-        if name.startswith("#") or max(colour) > 255 or name in classes or re.search("[,;]", name):
+        if max(colour) > 255 or name in classes or re.search(r"[,;#]|\d\.\d+$| r g b$", name):
             what = f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line"
             raise ValueError(f"{what}, no name twice, no comma or semicolon, and r, g, b in 0..255")
         classes[name] = colour
@@ -144,10 +147,15 @@ def open_layout(name: str, root: str | Path | None, depth: str, classes: int) ->
     labels = label.partition("/**")[0]
     near = [*root.glob(f"*/{labels}"), *root.glob(f"*/*/{labels}"), root.parent / labels]
     if not (root / labels).is_dir() and (near := [path for path in near if path.is_dir()]):
-        raise FileNotFoundError(f"{root} has no {labels}; did you mean --root {near[0].parent}?")
+        hint = f"did you mean --root {near[0].parent}?"
+        if (root / "train" / labels).is_dir():
+            hint = f"its folders must be {labels}/train, not train/{labels}, and so on"
+        raise FileNotFoundError(f"{root} has no {labels}; {hint}")
     if name == "folder":
         folders = {path.name for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)}
         for found in folders:
+            if re.search("[=,]", found):
+                raise ValueError(f"{root / found} has a name that no option can take; rename it without = and comma")
             if found != (right := found.lower()) and right in ("labels", "rgb", "depth", "event", "lidar"):
                 raise ValueError(f"{root / found} is named in capitals; rename it to {right}")
         known = {m: f"{m}/**/*.png" for m in sorted(folders - {"labels"}, key=lambda m: (m != "rgb", m))}
@@ -225,11 +233,13 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
     indexed = {pattern: find_files(root, pattern, layout.split_level, split) for pattern in patterns}
     keys = sorted({key for found in indexed.values() for key in found})
     keys = listed(name, root, split, hold_out) if name in ("mcubes", "nyuv2") else keys
-    if keys and indexed.get(LAYOUTS["nyuv2"].modalities["depth"]) == {}:
-        raise FileNotFoundError(f"{root / 'HHA'} has no files; --depth raw reads {root / 'Depth'} instead")
-    labels = root / layout.label.partition("/**")[0]
-    if keys and split != "test" and not indexed[layout.label]:
-        raise FileNotFoundError(f"{labels} has no labels of {split}; the labels' folder must be called {labels.name}")
+    for pattern, found in indexed.items() if keys else ():
+        if not found and (pattern != layout.label or split != "test"):
+            raw = (
+                LAYOUTS[name].raw_depth.partition("/**")[0] if pattern == LAYOUTS[name].modalities.get("depth") else ""
+            )
+            hint = f"; --depth raw reads {root / raw} instead" if raw else ""
+            raise FileNotFoundError(f"{root} has no {pattern} of {split}, which is needed beside the other files{hint}")
     frames = []
     for key in keys:
         # A file that is not there keeps the path where it should be, so that reading the frame names it.

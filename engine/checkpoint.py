@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import sys
 import zipfile
 import zlib
@@ -52,8 +53,10 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
 
 
 def checksum(state: dict) -> int:
-    """Of all entries but the tensors, whose own is in the zip container: an edited step or range shows."""
-    return zlib.crc32(repr([(key, value) for key, value in state.items() if key not in ("model", "parts")]).encode())
+    """Of all entries but the tensors, whose own is in the zip container: an edited step or range shows. Of a model's
+    meta, it tells which run and phase the model is of, wherever the data lie."""
+    words = {key: value for key, value in state.items() if key not in ("model", "parts", "root")}
+    return zlib.crc32(json.dumps(words, sort_keys=True, default=repr).encode())
 
 
 def unpack(data: bytes) -> object:
@@ -82,6 +85,13 @@ def load_last(folder: Path, warn: bool = True) -> dict | None:
 def save_model(path: Path, model: nn.Module, meta: dict) -> None:
     """A model that describes itself: evaluate.py and predict.py need only the path."""
     write(path, {"format": "rmmss 1", "meta": {**meta, "phase": path.stem}, "model": model.state_dict()})
+
+
+def has_model(file: Path, meta: dict) -> bool:
+    """Whether the model with this meta is there; ValueError if the file is damaged, or of another run."""
+    if file.exists() and checksum(read(file)["meta"]) != checksum({**meta, "phase": file.stem}):
+        raise ValueError(f"{file} is not of the run in last.pt: move it away, or put back the right one.")
+    return file.exists()
 
 
 def load_model(path: Path | str, device: torch.device, expect: dict | None = None) -> tuple[nn.Module, dict]:
@@ -118,8 +128,9 @@ def require(path: Path | str, found: dict, expect: dict) -> None:
     for name, value in expect.items():
         if found.get(name) != value and name == "normalisation":  # this and the next are too long to print
             raise ValueError(f"{path} was made with other data: normalisation differs.")
-        if found.get(name) != value and name == "sources":
-            raise ValueError(f"{path} was made with other models: the options that they were trained with differ.")
+        if found.get(name) != value and name in ("start", "teacher", "sources"):  # checksums
+            what = {"start": "start weights", "sources": "teacher or robust model"}.get(name, name)
+            raise ValueError(f"{path} was made with another {what} than the one that is here; put back its own.")
         if found.get(name) != value:
             there, here = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (found.get(name), value))
             hint = {"val_size": " Choose with --size.", "label_map": " Choose with --label-map."}.get(name, "")
@@ -131,11 +142,12 @@ def frame_names(dataset) -> str:
     return f"{names[0]} to {names[-1]} (checksum {zlib.crc32(repr(names).encode()):08x})"
 
 
-def describe(args, dataset, backbone: str | None) -> dict:
-    """What a model's checkpoint says of itself."""
+def describe(args, dataset, backbone: str | None, state: dict | None = None) -> dict:
+    """What a model's checkpoint says of itself; state: what the run continues from."""
     meta = {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes)}
     meta |= {"palette": [[int(v) for v in colour] for colour in dataset.palette], "frames": len(dataset)}
     meta["frame names"] = frame_names(dataset)
     meta |= {"normalisation": dataset.normalisation, "ranges": dataset.ranges}
     meta["options"] = {name: value for name, value in vars(args).items() if name not in FREE | FILES}
+    meta |= {"start": state["meta"].get("start")} if state and args.pretrained else {}
     return meta | {name: getattr(args, name) for name in OPTIONS}

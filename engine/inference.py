@@ -12,7 +12,7 @@ from torch import nn
 
 from data import Frame, FrameDataset, open_dataset
 from datasets.files import SUFFIXES, read_frame, read_image
-from engine.checkpoint import SAME, load_last, load_model, read, require
+from engine.checkpoint import SAME, checksum, load_last, load_model, read, require
 from engine.loop import PHASES
 from engine.options import ROOTS
 from engine.output import ours, say
@@ -33,12 +33,14 @@ def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, 
     selection = first = None
     for file in files:
         if "rule" in read(file)["meta"]:
-            sources = [metas[name]["options"] for name in ("teacher", "robust") if name in metas]
+            sources = [checksum(metas[name]) for name in ("teacher", "robust") if name in metas]
             selection = load_fsm(file, device, expect | ({"sources": sources} if len(sources) == 2 else {}))
         else:
             model, meta = load_model(file, device, {name: first[name] for name in same} if first else {})
             if path.is_dir() and meta.get("phase", file.stem) != file.stem:
                 raise ValueError(f"{file} is a {meta['phase']}, not a {file.stem}: give it back its name.")
+            if {"teacher"} <= metas.keys() & meta.keys():
+                require(file, meta, {"teacher": checksum(metas["teacher"])})
             models[file.stem], metas[file.stem] = model, meta
             first = first or meta
             expect = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}
@@ -136,19 +138,18 @@ def input_frames(given: dict[str, Path], meta: dict, depth_unit: float) -> Itera
         decoded, label = read_frame(decoding, list(files), frame, None, meta["palette"], ranges)
         images = dict(zip(files, decoded, strict=True))
         if decoding == "nyuv2" and "depth" in images:
-            images["depth"] = given_depth(files["depth"], images["depth"], meta["depth"], depth_unit)
+            images["depth"] = given_depth(files["depth"], read_image(files["depth"]), meta["depth"], depth_unit)
         yield frame, images, label
 
 
-def given_depth(file: Path, image: np.ndarray, kind: str, unit: float) -> np.ndarray:
-    """Depth of --input for a model of nyuv2: HHA (H, W, 3) as read, or raw depth (H, W, 1) as metres / 10 in 0..1.
-    kind: "hha" or "raw", what the model was trained on; unit: metres of a step of 16 bit."""
-    found, expected = image.shape[2], {"hha": 3, "raw": 1}[kind]
+def given_depth(file: Path | str, stored: np.ndarray, kind: str, unit: float) -> np.ndarray:
+    """Depth for a model of nyuv2, from what a file holds: HHA (H, W, 3) as it is, raw depth (H, W, 1) as metres / 10 in
+    0..1. kind: "hha" or "raw", what the model was trained on; unit: metres of a step of 16 bit."""
+    found, expected = stored.shape[2], {"hha": 3, "raw": 1}[kind]
     if found != expected:
         raise ValueError(f"{file} has {found} channel(s), but the model was trained on {kind} depth, of {expected}.")
     if kind == "hha":
-        return image
-    stored = read_image(file)
+        return stored
     unit = {"uint8": 10 / 255, "uint16": unit}.get(stored.dtype.name, 1.0)  # floats are metres
     metres = stored * np.float32(unit)
     middle = float(np.median(metres[metres > 0])) if (metres > 0).any() else 0.0

@@ -68,7 +68,9 @@ def names(text: str) -> list[str]:
 
 
 def run_folder(text: str) -> str:
-    return str(Path(text).parent) if text.endswith(".pt") else text
+    if Path(text).name == "last.previous.pt":
+        raise argparse.ArgumentTypeError(f"'{text}': the run goes on from last.pt; to go back, delete that first")
+    return str(Path(text).parent) if text.endswith(".pt") and not Path(text).is_dir() else text
 
 
 def data_options(parser: Parser) -> None:
@@ -148,7 +150,8 @@ def parse(parser: Parser, argv: list[str] | None, inherited=None) -> argparse.Na
     recipe |= {"lr": 1e-3} if data == "folder" and not getattr(first, "pretrained", None) else {}
     parser.set_defaults(**{name: value for name, value in recipe.items() if name in first} | saved)
     args = parser.parse_args(argv)
-    fixed = saved.keys() - (FREE - {"out"}) - FILES if first.resume else ()
+    moved = {name for name in FILES if saved.get(name)}  # a file that the run started from, perhaps in a new place
+    fixed = saved.keys() - (FREE - {"out"}) - moved if first.resume else ()
     for name in sorted(fixed):
         mine, its = argument(name, getattr(args, name)), argument(name, saved[name])
         if mine != its:
@@ -194,6 +197,10 @@ def stage1_options(doc: str, argv: list[str] | None = None, losses: str = "paper
         refuse(parser, ("lambda_kl", "alpha", "match"), "on AnySeg's losses")
     if args.teacher:
         refuse(parser, ("epochs",), f"with --teacher {args.teacher}")
+    if args.resume:
+        refuse(parser, ("teacher",), f"on --resume {args.resume}, which has a copy of it")
+    if losses == "published" and not args.alpha:
+        parser.error("published with --alpha 0 is the paper's script with --alpha 0.")
     if not args.alpha:
         refuse(parser, ("match",), "with --alpha 0")
     if args.teacher and args.pretrained and args.robust_from == "teacher":
@@ -224,11 +231,21 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--fsm-epochs", type=RATE, help="of the feature selection, which has few parameters and needs few")
     add("--student-epochs", type=WEIGHT, help="of the final student, from the robust model on; 0: the selection only")
     add("--rule", choices=("score", "candidate"), default="score", help="relaxation to train the FSM through (fsm.py)")
-    add("--temperature", type=RATE, default=0.2, help="of its softmax, 0.05..1; smaller is closer to the hard rule")
+    add(
+        "--temperature",
+        type=number(float, 0.05, 1),
+        default=0.2,
+        help="of its softmax, 0.05..1; smaller is closer to the hard rule",
+    )
     add("--unconditioned-scores", action="store_true", help="scores that do not know which modalities are present")
     add("--complete", type=SHARE, default=0.5, help="fraction of inputs that are complete in any case")
     add("--gamma-logits", type=WEIGHT, default=25.0, help="weight of KL(ensemble || student), as --lambda-kl")
-    add("--gamma-features", type=WEIGHT, default=0.1, help="weight of the distance to the selected features, 0..10")
+    add(
+        "--gamma-features",
+        type=number(float, 0, 10),
+        default=0.1,
+        help="weight of the distance to the selected features, 0..10",
+    )
     training_options(parser)
 
     def from_models(args: argparse.Namespace) -> dict:

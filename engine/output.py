@@ -1,5 +1,6 @@
 """Files written whole or not at all, and outputs that never replace a file that this program did not write."""
 
+import contextlib
 import io
 import os
 import sys
@@ -36,6 +37,8 @@ def check_output(path: str | Path | None, ending: str = "") -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: its folder cannot be written to.")
     if path.exists() and not (path.is_file() and ours(path)):
         what = "is a folder" if path.is_dir() else f"exists and is not marked as {MARK}"
         raise ValueError(f"{path} {what}; choose the name of another file.")
@@ -70,6 +73,7 @@ def replace(path: Path, content: bytes, previous: Path | None = None, beside: st
             os.replace(path, previous)
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk
+            beside.unlink(missing_ok=True)
         what, space = f"cannot write {path} ({error.strerror or error})", f"{len(content) / 2**20:.1f} MB"
         raise OSError(f"{what}; what was there before is still there. {space} of free space are needed.") from error

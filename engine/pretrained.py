@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,12 +143,16 @@ def check_weight(path: str, name: str, value) -> None:
 
 
 def start_model(run, meta: dict) -> nn.Module:
-    """What a run starts from: --pretrained, or chance; the same at each call and on each process."""
+    """What a run starts from: --pretrained, or chance; the same at each call and on each process. `meta` gets the
+    checksum of the file as "start", or must have that one."""
     torch.manual_seed(run.args.seed)
     model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"]).to(run.device)
     model.absent = meta["absent"]
     if run.args.pretrained:
         run.say(f"{run.args.pretrained}: {load_pretrained(model, run.args.pretrained, meta['classes'])}")
+        start = zlib.crc32(Path(run.args.pretrained).read_bytes())
+        if start != meta.setdefault("start", start):
+            raise ValueError(f"--pretrained {run.args.pretrained} is not the file that this run started from.")
     return model
 
 

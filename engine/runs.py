@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from data import normalise, open_dataset
 from engine import loop
-from engine.checkpoint import FILES, FREE, SAME, fitting, frame_names, load_last, require, save_model, write
+from engine.checkpoint import FILES, FREE, SAME, fitting, frame_names, has_model, load_last, require, save_model, write
 from engine.output import replace, say
 
 # Messages of torch, CUDA, NumPy and the system; their exceptions' types tell less.
@@ -65,6 +65,8 @@ class Run:
             torch.use_deterministic_algorithms(True)
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise ValueError(f"--out {self.folder} is no folder; give one.")
+        if args.root and self.folder.resolve() == Path(args.root).resolve():
+            raise ValueError(f"--out {self.folder} is the folder of the data; choose another.")
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a")  # locked until this process ends, however it ends
@@ -78,12 +80,12 @@ class Run:
         ours = state is not None and state["script"] == self.script
         after = vars(args).get("stage1")  # in whose folder stage 2 may go on
         follows = not ours and after and self.folder.resolve() == Path(after).resolve()
-        files = [f"{name}.pt" for name in (phases if follows else (*loop.PHASES, "last"))]
+        files = [f"{name}.pt" for name in (phases if follows else (*loop.PHASES, "last", "last.previous"))]
         files += [] if follows else ["log.jsonl"]
         used = [name for name in files if (self.folder / name).exists()]
         if used and not (ours and args.resume):
             what = f"{used[0]} of an earlier run:"
-            if "last.pt" in used:
+            if state:
                 what = f"a run of {state['script']}: continue it with --resume {self.folder}, or"
             raise ValueError(f"{self.folder} holds {what} choose another folder with --out.")
         self.meet()  # nobody writes before everybody has looked
@@ -109,7 +111,8 @@ class Run:
         for name in vars(self.args).keys() - FREE - FILES if resumed else ():
             edited, own = found.get(name), getattr(self.args, name)
             if edited != own:
-                raise ValueError(f"{file} was edited: {name} is {edited}, the run's is {own}; {way}.")
+                what = f"in {file} {name} is {edited}, in last.pt {own}: one of them was edited, or is of another run"
+                raise ValueError(f"{what}; put back the right last.pt, or {way}.")
         if not resumed and self.rank == 0:
             replace(file, f"{json.dumps({**config, self.script: mine}, indent=1)}\n".encode())
 
@@ -192,12 +195,19 @@ class Phase:
     def restore(self, file: Path, state: dict) -> None:
         """Continues from the last checkpoint, without what was logged since: that will be logged again."""
         run, meta = self.run, self.meta
-        require(file, state["meta"], {key: meta[key] for key in ("backbone", "frames", "frame names", *SAME)})
-        require(file, state, {"val_frames": run.val_frames})
+        known = ("backbone", "frames", "frame names", *SAME, "start", "teacher", "sources")
+        require(file, state["meta"], {key: meta[key] for key in known if key in meta})
+        require(file, state, {"val_frames": run.val_frames, "phase": self.name})
         for key, part in self.parts.items():
             with fitting(f"{file} does not hold the {key} of this phase"):
                 part.load_state_dict(state["parts"][key])
         self.step, self.best = state["step"], state["best"]
+        best = run.folder / f"{self.name}.pt"
+        if not has_model(best, meta) and self.best >= 0:
+            if self.step == self.steps:
+                raise FileNotFoundError(f"{best} is missing, and its training is over: put it back.")
+            run.say(f"note: {best}, the best model so far, is missing; the best from now on will be kept")
+            self.best = -1.0
         run.say(f"continuing {self.name} at step {self.step} of {self.steps}")
         if state["threads"] != (now := torch.get_num_threads()):
             run.say(f"note: the run had {state['threads']} threads and now has {now}: its last bits will differ")

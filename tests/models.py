@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from datasets.layouts import open_layout
+from engine.checkpoint import checksum, read
 from engine.pretrained import load_pretrained
 from model import build_model
 
@@ -64,6 +65,11 @@ def about_scenes(**changes) -> dict:
     _, _, classes, palette = open_layout("synthetic", None, "hha", 40)
     scenes = {"data": "synthetic", "modalities": MODALITIES, "classes": classes, "palette": palette.tolist()}
     return about(**scenes, normalisation=[[[0.485, 0.456, 0.406]] * 4, [[0.229, 0.224, 0.225]] * 4], **changes)
+
+
+def sources_in(folder: pathlib.Path) -> list[int]:
+    """What a fsm.pt says of the models in this folder."""
+    return [checksum(read(folder / f"{name}.pt")["meta"]) for name in ("teacher", "robust")]
 
 
 def with_random_weights(model):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import fails
-from models import MODALITIES, about, about_scenes, with_random_weights
+from models import MODALITIES, about, about_scenes, sources_in, with_random_weights
 
 import evaluate
 import metrics
@@ -208,7 +208,7 @@ def run_folder(tmp_path_factory):
         for p in model.parameters():
             p.data *= 1.1
     selection = {"rule": "score", "temperature": 0.2, "conditioned": True, "widths": list(model.widths)}
-    save_model(folder / "fsm.pt", FSM(model.widths, K, 4), {**meta, **selection, "sources": [meta["options"]] * 2})
+    save_model(folder / "fsm.pt", FSM(model.widths, K, 4), {**meta, **selection, "sources": sources_in(folder)})
     return folder
 
 

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from models import sources_in
 
 from benchmarks import figures
 from data import normalise, open_dataset
@@ -122,7 +123,7 @@ def test_the_selection_of_a_fresh_fsm_is_the_switch(monkeypatch, untrained):
         save_model(Path(f"{new}.pt"), model, meta)
     torch.manual_seed(0)
     about = {"rule": "score", "temperature": 0.2, "conditioned": True}
-    meta |= {**about, "widths": list(model.widths), "sources": [meta["options"]] * 2}
+    meta |= {**about, "widths": list(model.widths), "sources": sources_in(Path())}
     save_model(Path("fsm.pt"), FSM(model.widths, 12, 4, **about), meta)
     draw = Mock(wraps=figures.draw)
     monkeypatch.setattr(figures, "draw", draw)

@@ -1,7 +1,9 @@
 """What would give a wrong number without a word: each case was found by somebody who had not seen the tests."""
 
 import json
+import shlex
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import evaluate
 import predict
 from benchmarks import figures, reproduce
 from data import open_dataset
-from datasets import files, synthetic
+from datasets import files, layouts, synthetic
 from datasets.export import write_file
 from engine import runs
 from engine.checkpoint import load_last
@@ -112,16 +114,16 @@ def test_options_of_checking_and_exporting_do_not_mix(monkeypatch, capsys, argv,
 
 # ---- a run and its models -------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize("how", ["another teacher", "student for teacher", "swapped"])
+@pytest.mark.parametrize("how", ["another teacher", "another robust model", "student for teacher", "swapped"])
 def test_an_ensemble_of_other_models_than_its_own_is_refused(whole, tmp_path, capfd, how):
     run = shutil.copytree(whole / "2", tmp_path / "run")
     for name in ("teacher.pt", "robust.pt"):
         shutil.copy(whole / "1" / name, run)
     evaluated = evaluate.options([str(run), "--limit", "2", "--device", "cpu"])
     assert runs.guarded(evaluate.main, evaluated) == 0
-    if how == "another teacher":
-        options = torch.load(run / "teacher.pt", weights_only=True)["meta"]["options"]
-        change(run / "teacher.pt", "meta", options={**options, "seed": 5})
+    if how.startswith("another"):
+        file = run / ("teacher.pt" if "teacher" in how else "robust.pt")
+        change(file, "meta", options={**torch.load(file, weights_only=True)["meta"]["options"], "seed": 5})
     elif how == "swapped":
         names = run / "teacher.pt", run / "robust.pt"
         contents = [name.read_bytes() for name in names]
@@ -131,8 +133,11 @@ def test_an_ensemble_of_other_models_than_its_own_is_refused(whole, tmp_path, ca
         shutil.copy(run / "student.pt", run / "teacher.pt")
     capfd.readouterr()
     assert runs.guarded(evaluate.main, evaluated) == 2
-    wrong = "fsm.pt was made with other models" if how == "another teacher" else "not a teacher: give it back its name"
-    assert wrong in said(capfd)
+    told = {
+        "another teacher": "robust.pt was made with another teacher",
+        "another robust model": "fsm.pt was made with",
+    }
+    assert told.get(how, "not a teacher: give it back its name") in said(capfd)
 
 
 @pytest.mark.parametrize("key, entries", [(None, {"step": 1}), (None, {"phase": "teacher"}), ("options", {"lr": 1.0})])
@@ -291,7 +296,7 @@ def test_the_lost_figure_goes_by_the_names_of_its_columns(tmp_path, monkeypatch)
 @pytest.mark.parametrize("key, value", [
     ("labels", {}), ("commands", {}), ("scores", {"teacher": {"0": {}}}),
     ("scores", {"teacher": {"0": {"full": "60"}}}), ("scores", {"teacher": {"0": {"full": float("nan")}}}),
-    ("scores", {"teacher": {"0": {"full": 640}}}),
+    ("scores", {"teacher": {"0": {"full": 640}}}), ("scores", {"teacher": {"seed0": {"full": 60.0}}}),
 ])  # fmt: skip
 def test_results_of_another_shape_are_named(tmp_path, monkeypatch, key, value):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -323,3 +328,203 @@ def test_grey_of_16_bits_with_alpha_is_named(tmp_path):
     put_together(tmp_path / "a.png", np.zeros((4, 4)), 16, 4, bytes(4 * (1 + 16)))
     with fails(ValueError, "a.png", "alpha"):
         files.read_image(tmp_path / "a.png")
+
+
+# ---- own data, once more --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "classes",
+    ["a\n", "a\n\nb\n", "name r g b\na\nb\n", "a 0.5 0.25 0.5\nb\n", "a #804080\nb\n"],
+)
+def test_a_classes_txt_that_would_shift_or_rename_classes_is_refused(tmp_path, classes):
+    (tmp_path / "classes.txt").write_text(classes)
+    with fails(ValueError, "classes.txt"):
+        layouts.read_classes(tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize("folder", ["truth_colour", "seg", "colour_gt", "trainIds", "target", "gtFine"])
+def test_folders_that_describe_the_truth_are_no_modalities(tmp_path, folder):
+    root = folder_dataset(tmp_path / "d")
+    shutil.copytree(root / "rgb", root / folder)
+    assert open_dataset("folder", root).modalities == ["rgb", "event"]
+
+
+def test_a_layout_that_is_the_other_way_round_is_explained(tmp_path):
+    root = folder_dataset(tmp_path / "d")
+    for part in ("rgb", "labels"):
+        shutil.move(root / part / "train", tmp_path / "e/train" / part)
+    with fails(FileNotFoundError, "labels/train, not train/labels"):
+        open_dataset("folder", tmp_path / "e")
+    (root / "x=y").mkdir()
+    shutil.move(root / "event/train", root / "x=y/train")
+    with fails(ValueError, "x=y"):
+        open_dataset("folder", root)
+
+
+def test_a_modality_without_any_file_in_a_split_is_refused_at_once(tmp_path, mini):
+    root = folder_dataset(tmp_path / "d")
+    shutil.copytree(root / "event/train", root / "thermal/train")
+    with fails(FileNotFoundError, "thermal", "val"):
+        open_dataset("folder", root, "val")
+    shutil.rmtree(mini("deliver") / "hha")
+    with fails(FileNotFoundError, "hha", "--depth raw"):
+        open_dataset("deliver", tmp_path / "deliver")
+    assert open_dataset("deliver", tmp_path / "deliver", depth="raw")
+    with fails(ValueError, "--depth raw"):
+        open_dataset("folder", root, depth="raw")
+
+
+def test_labels_of_nyuv2_whose_ids_were_shifted_are_refused(mini):
+    root = mini("nyuv2")
+    for path in (root / "Label").iterdir():
+        label = files.read_image(path)[..., 0]
+        write_file(path, np.where(label == 0, 255, label - 1).astype(np.uint8))
+    path.write_bytes(path.read_bytes())
+    label[:2] = 0
+    write_file(path, np.where(label == 0, 255, label - 1).astype(np.uint8))
+    dataset = open_dataset("nyuv2", root, "train" if path.stem.startswith("train") else "test")
+    with fails(ValueError, path.name, "255"):
+        [dataset[i] for i in range(len(dataset))]
+
+
+def test_validation_frames_of_train_are_found_by_image_and_label(tmp_path):
+    root = folder_dataset(tmp_path / "d")
+    for part in ("rgb", "labels"):
+        shutil.copy(root / part / "train/1.png", root / part / "val/2.png")
+    with fails(ValueError, "val/2"):
+        open_dataset("folder", root, "val")
+
+
+def test_check_says_dead_frames_and_marks_for_nothing_measured(tmp_path, monkeypatch, capsys):
+    root = with_depth(tmp_path / "d")
+    for path in [*(root / "depth").glob("*/*")]:
+        depth = files.read_image(path)[..., 0]
+        depth[:20] = 3500
+        write_file(path, depth)
+    for path in [*(root / "event/train").iterdir()][:2]:
+        write_file(path, np.zeros((40, 60, 3), np.uint8))
+    monkeypatch.setattr("sys.argv", ["data.py", "--check", "--data", "folder", "--root", str(root)])
+    assert data.main() == 0
+    printed = capsys.readouterr().out
+    assert "train: warning: event is constant in 2 of 4 frames" in printed
+    assert "train: warning: 50% of depth is its largest value" in printed
+
+
+@pytest.mark.parametrize("tags", [{284: 2}, {262: 0}])
+def test_16_bit_tiffs_that_pillow_reads_wrongly_are_refused(tmp_path, tags):
+    image = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8))
+    image.save(tmp_path / "a.tif")
+    assert files.read_image(tmp_path / "a.tif").dtype == np.uint16
+    with Image.open(tmp_path / "a.tif") as opened:
+        known = opened.tag_v2
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    entry = {key: struct.pack("<HHI", key, 3, 1) + struct.pack("<I", known.get(key, 1)) for key in tags}
+    for key, value in tags.items():
+        place = data.find(entry[key])
+        assert place >= 0
+        data[place + 8 : place + 12] = struct.pack("<I", value)
+    (tmp_path / "a.tif").write_bytes(data)
+    with fails(ValueError, "a.tif", "16-bit TIFF"):
+        files.read_image(tmp_path / "a.tif")
+
+
+def test_mcubes_files_that_were_cut_already_are_refused(mini):
+    root = mini("mcubes")
+    for path in root.rglob("*.npy"):
+        np.save(path, np.load(path)[:, 192:])
+    with fails(ValueError, "192"):
+        open_dataset("mcubes", root)[0]
+
+
+# ---- arrays of a robot ----------------------------------------------------------------------------------------------
+@pytest.fixture
+def metric(untrained, tmp_path):
+    """A function that makes a Segmenter whose depth has this kind and range, of a data set."""
+
+    def make(kind, high, data="folder"):
+        ranges = {"depth": [kind, 0, high, [0.5] * 3, [0.25] * 3]}
+        file = shutil.copy(untrained / "student.pt", tmp_path / "m.pt")
+        change(file, "meta", data=data, depth="raw" if data == "nyuv2" else "hha", ranges=ranges)
+        return predict.Segmenter(file, "cpu")
+
+    return make
+
+
+def test_floats_are_held_to_the_range_of_the_integers_they_stand_for(metric):
+    depth = np.random.default_rng(0).uniform(0, 0.03, (64, 64)).astype(np.float32)
+    model = metric("16 bit", 2000)
+    model(depth=depth)
+    model(depth=depth / depth.max() * np.float32(0.04))
+    for wrong, named in (
+        (depth * 20, "depth must be in"),
+        (depth + 1, "0..1"),
+        (np.where(depth > 0.02, np.nan, depth), "nan"),
+    ):
+        with fails(ValueError, "depth", named):
+            model(depth=wrong)
+    with fails(ValueError, "depth", "nan"):
+        metric("float", 10)(depth=np.where(depth > 0.02, np.nan, depth))
+
+
+def test_raw_depth_of_nyuv2_is_metres_or_millimetres(metric):
+    metres, model = np.random.default_rng(0).uniform(1, 4, (64, 64)).astype(np.float32), metric("float", 1, "nyuv2")
+    millimetres = np.rint(1000 * metres).astype(np.uint16)
+    assert (model(depth=millimetres) == model(depth=millimetres / np.float32(1000))).all()
+    with fails(ValueError, "beyond"):
+        model(depth=1000 * metres)
+
+
+def test_masked_values_are_nothing_measured(metric):
+    depth = np.random.default_rng(0).integers(1, 200, (64, 64), np.uint8)
+    mask = depth > 100
+    model = metric("8 bit", 255)
+    assert (
+        model(depth=np.ma.masked_array(depth, mask)) == model(depth=np.where(mask, 0, depth).astype(np.uint8))
+    ).all()
+
+
+def test_pictures_do_not_go_into_the_folder_of_the_data(untrained, tmp_path, mini):
+    root = mini("folder")
+    file = change(shutil.copy(untrained / "student.pt", tmp_path / "m.pt"), "meta", data="folder", root=str(root))
+    with fails(ValueError, "--out", "folder of the data"):
+        predict.main(predict.options([str(file), "--out", str(root / "predictions")]))
+    with pytest.raises(SystemExit):
+        predict.options([str(file), "--panel", "p.png", "--file-ids"])
+
+
+# ---- reproduce and figures, once more -------------------------------------------------------------------------------
+def test_a_dry_run_prints_all_that_a_row_needs_ready_to_be_run(capsys):
+    argv = [
+        "deliver",
+        "--dry-run",
+        "--seeds",
+        "0,00",
+        "--rows",
+        "switch,fsm",
+        "--root",
+        "my data",
+        "--pretrained",
+        "a b",
+    ]
+    reproduce.main(argv)
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(words[words.index("--out") + 1]).name for words in commands] == ["teacher", "hpdm", "student"]
+    assert all(words[words.index("--root") + 1] == "my data" for words in commands) and "a b" in commands[0]
+    with pytest.raises(SystemExit):
+        reproduce.main(["deliver", "--dry-run", "--pretrained", ""])
+
+
+def test_a_child_that_says_nothing_is_named(tmp_path):
+    with fails(ValueError, "ended with 3", "nothing was said"):
+        reproduce.run(["-c", "raise SystemExit(3)"], "cpu", tmp_path / "log")
+
+
+def test_curves_of_two_runs_are_refused_and_rows_that_are_not_drawn_are_said(tmp_path, capsys):
+    line = {"phase": "teacher", "step": 2, "epoch": 1, "ce": 1.0, "lr": 0.1}
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in (2, 4, 2)))
+    with fails(ValueError, "two runs"):
+        figures.curves(tmp_path / "log.jsonl")
+    scores = {"any": {"R": {"miou_published": 50.0}}}
+    report = {"rule": "published", "results": {"teacher": scores, "a/student.pt": scores}}
+    (tmp_path / "r.json").write_text(json.dumps(report))
+    figures.lost(tmp_path / "r.json")
+    assert "not drawn: a/student.pt" in capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""Which files belong to a run: a model of another run, phase or start is never taken for its own."""
+
+import shutil
+
+import pytest
+from small_runs import during, refused, said, start, stop, train
+
+import evaluate
+from engine import runs
+from engine.options import stage1_options
+
+pytestmark = pytest.mark.usefixtures("handlers")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A finished stage 1 with another seed. Read it, and change nothing."""
+    folder = tmp_path_factory.mktemp("other") / "1"
+    assert train(1, start(1, folder.parent, folder, "--seed", "7")) == 0
+    return folder
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """A function that stops a stage 1 at a step of a phase, after last.pt -> its folder."""
+
+    def begin(phase, step, *more):
+        with during(phase, step, stop):
+            assert train(1, start(1, whole, tmp_path / "stopped", *more)) == 143
+        return tmp_path / "stopped"
+
+    return begin
+
+
+def test_a_best_model_that_is_missing_is_said_and_the_next_best_is_kept(stopped, capfd):
+    folder = stopped("robust", 2, "--eval-every", "0.5")  # validated after each step
+    (folder / "robust.pt").unlink()
+    assert train(1, ["--resume", str(folder)]) == 0
+    assert "robust.pt, the best model so far, is missing" in capfd.readouterr().out and (folder / "robust.pt").exists()
+
+
+@pytest.mark.parametrize("name, phase", [("teacher.pt", "robust"), ("robust.pt", "finished")])
+def test_a_run_whose_model_is_gone_for_good_is_not_called_complete(stopped, run, capfd, name, phase):
+    folder = stopped("robust", 1) if phase == "robust" else run
+    (folder / name).unlink()
+    assert name in refused(capfd, 1, ["--resume", str(folder)])
+
+
+@pytest.mark.parametrize("what", ["of another run", "damaged", "the robust model"])
+@pytest.mark.parametrize("name", ["teacher.pt", "robust.pt"])
+def test_a_model_that_is_not_the_runs_own_is_refused_and_kept(stopped, other, capfd, name, what):
+    folder = stopped("robust", 2, "--eval-every", "0.5")
+    source = folder / "robust.pt" if what == "the robust model" else other / name
+    content = source.read_bytes()[: 1000 if what == "damaged" else None]
+    (folder / name).write_bytes(content)
+    if (what, name) == ("the robust model", "robust.pt"):  # its own
+        assert train(1, ["--resume", str(folder)]) == 0
+        return
+    assert name in refused(capfd, 1, ["--resume", str(folder)]).replace("another teacher", "teacher.pt")
+    assert (folder / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--pretrained"])
+def test_a_file_that_the_run_did_not_start_with_is_refused_on_resume(stopped, other, capfd, option):
+    argv = ["--resume", str(stopped("teacher", 1)), option, str(other / "teacher.pt")]
+    capfd.readouterr()
+    assert train(1, argv) == 2 and option in capfd.readouterr().err
+
+
+def test_other_start_weights_than_those_of_the_start_are_refused(stopped, other, whole, capfd):
+    weights = shutil.copy(whole / "1/teacher.pt", other.parent / "start.pt")
+    folder = stopped("robust", 1, "--pretrained", str(weights), "--robust-from", "start")
+    argv = ["--resume", str(folder), "--pretrained", str(other / "teacher.pt")]
+    assert "not the file that this run started from" in refused(capfd, 1, argv)
+
+
+def test_a_robust_model_is_paired_with_its_own_teacher_alone(whole, other, tmp_path, capfd):
+    folder = shutil.copytree(whole / "1", tmp_path / "mixed")
+    shutil.copy(other / "teacher.pt", folder)
+    assert "teacher" in refused(capfd, 2, start(2, tmp_path, tmp_path / "2", "--stage1", str(folder)))
+    assert runs.guarded(evaluate.main, evaluate.options([str(folder), "--limit", "2", "--device", "cpu"])) == 2
+    assert "robust.pt was made with another teacher" in said(capfd)
+    twice = [*start(2, whole, tmp_path / "3")[:-4], "--teacher", f"{whole}/1/teacher.pt"]
+    assert "swap" in refused(capfd, 2, [*twice, "--robust", f"{whole}/1/teacher.pt", "--out", str(tmp_path / "3")])
+
+
+def test_a_folder_with_the_previous_checkpoint_alone_is_of_an_earlier_run(whole, tmp_path, capfd):
+    shutil.copy(whole / "1/last.previous.pt", tmp_path)
+    assert train(1, start(1, whole, tmp_path)) == 2 and f"--resume {tmp_path}" in capfd.readouterr().err
+
+
+def test_a_run_folder_may_end_in_pt_and_the_previous_checkpoint_is_not_resumed(run, capsys):
+    folder = str(run.rename(run.with_name("a.pt")))
+    assert stage1_options("", ["--resume", folder]).out == stage1_options("", ["--resume", f"{folder}/last.pt"]).out
+    with pytest.raises(SystemExit):
+        stage1_options("", ["--resume", f"{folder}/last.previous.pt"])
+    assert "delete" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_data_is_no_run_folder(exported, capfd):
+    data = ["--data", "folder", "--root", str(exported / "folder"), "--out", str(exported / "folder")]
+    argv = "--backbone segformer_tiny --size 32 --batch-size 2 --device cpu --epochs 1 --workers 0".split()
+    assert "folder of the data" in refused(capfd, 1, [*argv, *data])
+
+
+def test_losses_that_are_another_script_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        stage1_options("", ["--alpha", "0"], "published")
+    assert "--alpha 0" in capsys.readouterr().err

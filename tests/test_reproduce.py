@@ -1,10 +1,11 @@
 """The declared rows: every command is one that its script takes; results come, and never go."""
 
 import json
-import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from data_files import fails
 
 from benchmarks import reproduce
 from engine import options, runs
@@ -77,11 +78,7 @@ def test_a_result_never_leaves_its_file(elsewhere, monkeypatch, capfd):
     reproduce.main(["scenes", "--seeds", "2", "--rows", "kl"])
     after = results()
     assert after["scores"].pop("kl").keys() == {"2"} and after["scores"] == before["scores"]
-
-    def fails(words, device, log):
-        raise RuntimeError(f"{shlex.join(words)} ended with 1")
-
-    monkeypatch.setattr(reproduce, "run", fails)
+    monkeypatch.setattr(reproduce, "run", Mock(side_effect=RuntimeError("the command ended with 1")))
     assert runs.guarded(reproduce.main, ["scenes", "--seeds", "3", "--rows", "teacher"]) != 0
     assert results()["scores"]["teacher"] == before["scores"]["teacher"]
     other = reproduce.BY_NAME["teacher"]._replace(train="train_stage1.py {new}")
@@ -90,18 +87,36 @@ def test_a_result_never_leaves_its_file(elsewhere, monkeypatch, capfd):
     assert "scenes.json" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--seeds=", "--seeds=-", "--rows=x", "--jobs=-1", "--classes=13"])
-def test_what_it_does_not_know_is_refused(option, capsys):
-    with pytest.raises(SystemExit):
-        reproduce.parse(["scenes", option])
-    assert ("x" if "rows" in option else option.partition("=")[0]) in capsys.readouterr().err
-
-
 def test_a_file_that_is_not_its_own_is_named(elsewhere, capfd):
     for content in ("[]", "{}", "no json"):
         Path("benchmarks/results/scenes.json").write_text(content)
         assert runs.guarded(reproduce.main, ["scenes", "--seeds", "0"]) == 2
         assert "scenes.json" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("key, value", [
+    ("labels", {}), ("commands", {}), ("scores", {"teacher": {"0": {}}}),
+    ("scores", {"teacher": {"0": {"full": "60"}}}), ("scores", {"teacher": {"0": {"full": float("nan")}}}),
+    ("scores", {"teacher": {"0": {"full": 640}}}),
+])  # fmt: skip
+def test_results_of_another_shape_are_named(elsewhere, key, value):
+    file = Path("benchmarks/results/scenes.json")
+    found = {name: {"teacher": "x"} for name in ("labels", "what", "commands")}
+    found |= {"title": reproduce.SETTINGS["scenes"].title, "scores": {"teacher": {"0": {"full": 60.0}}}}
+    file.write_text(json.dumps(found))
+    assert reproduce.Results("scenes").data == found
+    file.write_text(json.dumps({**found, key: value}))
+    with fails(ValueError, "scenes.json"):
+        reproduce.Results("scenes")
+
+
+def test_two_reproduces_of_one_setting_do_not_run_at_once(elsewhere, monkeypatch):
+    def again(*_):
+        with fails(ValueError, "another reproduce runs scenes"):
+            reproduce.main(["scenes", "--seeds", "1", "--rows", "teacher"])
+
+    monkeypatch.setattr(reproduce, "train_all", again)
+    reproduce.main(["scenes", "--seeds", "0", "--rows", "teacher"])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

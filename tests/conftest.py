@@ -37,9 +37,29 @@ def mini(exported, tmp_path):
 
 
 @pytest.fixture
+def root(tmp_path):
+    """A folder data set of noise, with rgb, event and labels of five classes."""
+    from data_files import folder_dataset
+
+    return folder_dataset(tmp_path / "d")
+
+
+@pytest.fixture
 def inside(tmp_path, monkeypatch):
     """The test runs in its `tmp_path`, and names its files from there."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data_py(monkeypatch, capsys):
+    """A function that runs data.py with these options -> exit status, what was printed."""
+    import data
+
+    def run(options):
+        monkeypatch.setattr("sys.argv", ["data.py", *options.split()])
+        return data.main(), capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -52,15 +52,19 @@ def put_together(path, array, bits, colour, rows, *more):
             file.write(struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)))
 
 
-def folder_dataset(root, count=4, height=40, width=60, classes=5, seed=0):
-    """A folder data set of noise whose event image repeats the label, so that both must move together."""
-    rng = np.random.default_rng(seed)
+def folder_dataset(root, count=4, shape=(40, 60), classes=5, **sensors):
+    """A folder data set of noise; sensor -> from, to below, kind. Always of rgb, and if no sensor is given, of events
+    that repeat the label, so that both must move together."""
+    rng = np.random.default_rng(0)
     write_file(root / "classes.txt", "".join(f"class {k}\n" for k in range(classes)))
     for split in synthetic.SPLITS:
         for i in range(count):
-            label = rng.integers(0, classes, (height, width), np.uint8)
-            write_file(root / f"rgb/{split}/{i}.png", rng.integers(0, 256, (height, width, 3), np.uint8))
-            write_file(root / f"event/{split}/{i}.png", np.dstack([label + 1] * 3))
+            label = rng.integers(0, classes, shape, np.uint8)
+            for sensor, (low, high, kind) in ({"rgb": (0, 256, "u1")} | sensors).items():
+                values = rng.uniform(low, high, (*shape, 3) if sensor == "rgb" else shape).astype(kind)
+                write_file(root / f"{sensor}/{split}/{i}.{'npy' if kind == 'f4' else 'png'}", values)
+            if not sensors:
+                write_file(root / f"event/{split}/{i}.png", np.dstack([label + 1] * 3))
             write_file(root / f"labels/{split}/{i}.png", label)
     return root
 

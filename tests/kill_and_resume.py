@@ -52,10 +52,9 @@ def same(x, y) -> bool:
 
 def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     """The places in the checkpoints of two run folders where they are not equal, bit for bit."""
-    one, other = (
-        leaves({file.name: torch.load(file, weights_only=True) for file in folder.glob("*.pt")}) for folder in (a, b)
-    )
-    free = {"/last.pt/logged", *(f"/last.pt/options/{name}" for name in FREE | FILES)}  # the log has times: its length
+    one, other = (leaves({f.name: torch.load(f, weights_only=True) for f in folder.glob("*.pt")}) for folder in (a, b))
+    free = {"/last.pt/logged", "/last.pt/checksum"}  # the log has times: its length differs, and so the checksum
+    free |= {f"/last.pt/options/{name}" for name in FREE | FILES}
     places = [place for place in one | other if place not in free and not place.startswith("/last.previous.pt")]
     return [place for place in places if not same(one.get(place, "absent"), other.get(place, "absent"))]
 

@@ -95,13 +95,3 @@ def random_present(b: int, m: int, seed: int) -> torch.Tensor:
 def poisoned(images: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """Absent slices hold NaN: whoever reads one shows."""
     return images.masked_fill(~present[:, :, None, None, None], torch.nan)
-
-
-def randomised(model):
-    """Running statistics, biases and layer scales away from their trivial start values."""
-    g = torch.Generator().manual_seed(3)
-    for name, value in model.state_dict().items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            noise = torch.randn(value.shape, generator=g)
-            value.add_(0.1 * noise.abs() if name.endswith("running_var") else 0.05 * noise)
-    return model.eval().double()  # so that what is equal on paper is equal here to many digits

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import fails, few_bits
+from data_files import fails, few_bits, folder_dataset
 from models import about
 from PIL import Image
 
@@ -15,13 +15,13 @@ import predict
 from data import open_dataset
 from datasets import files
 from datasets.export import write_file
-from datasets.synthetic import SPLITS
 from engine.checkpoint import save_model
 from model import build_model
 
 SIDE = 32
 EIGHT, SIXTEEN, METRES = (0, 256, "u1"), (0, 65536, "u2"), (0, 80, "f4")  # from, to below, and the kind
 COLOURS, GREYS = [(200, 0, 0), (0, 200, 0), (0, 0, 200)], [(0, 0, 0), (1, 1, 1), (2, 2, 2)]
+KEPT = [(1, None), (2, None), (4, None), (8, None), (2, COLOURS), (8, COLOURS), (2, GREYS), (8, GREYS)]  # bits, palette
 
 
 # ---- making data sets and models ------------------------------------------------------------------------------------
@@ -31,13 +31,8 @@ def flat(value, kind="f4", width=SIDE):
 
 def folder(root, **sensors):
     """Four frames of noise a split, of the classes a, b, c; sensor -> from, to below, kind. Always of rgb."""
-    rng = np.random.default_rng(0)
+    folder_dataset(root, shape=(SIDE, SIDE), classes=3, **{"rgb": EIGHT, **sensors})
     write_file(root / "classes.txt", "a 200 0 0\nb 0 200 0\nc 0 0 200\n")
-    for name in (f"{split}/{number}" for split in SPLITS for number in range(4)):
-        for sensor, (low, high, kind) in ({"rgb": EIGHT} | sensors).items():
-            values = rng.uniform(low, high, (SIDE, SIDE, 3) if sensor == "rgb" else (SIDE, SIDE)).astype(kind)
-            write_file(root / sensor / f"{name}.{'npy' if kind == 'f4' else 'png'}", values)
-        write_file(root / f"labels/{name}.png", rng.integers(0, 3, (SIDE, SIDE), np.uint8))
     return root
 
 
@@ -65,9 +60,7 @@ def test_folders_named_or_filled_like_labels_and_hidden_ones_are_no_modalities_u
     assert open_dataset("folder", root, "val", ["mask", "rgb"]).modalities == ["mask", "rgb"]
 
 
-@pytest.mark.parametrize(
-    "bits, palette", [(1, None), (2, None), (4, None), (8, None), (2, COLOURS), (8, COLOURS), (2, GREYS), (8, GREYS)]
-)
+@pytest.mark.parametrize("bits, palette", KEPT)
 def test_grey_of_few_bits_and_a_palette_of_the_classes_or_of_grey_keep_the_stored_ids(tmp_path, bits, palette):
     root, shape = folder(tmp_path), (SIDE, SIDE - 1)  # a row ends within a byte
     ids = np.random.default_rng(bits).integers(0, min(3, 2**bits), shape, np.uint8)
@@ -154,14 +147,11 @@ def test_prediction_from_a_file_of_another_kind_or_range_is_refused(tmp_path, de
         run(predict, model, "--input", f"depth={tmp_path / name}", "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "read, name, values, expected",
-    [
-        (files.read_muses_range, "A.NPY", flat(20), 0.2),
-        (files.read_muses_range, "b.npy", flat((20 + 100) * 150, "u2"), 0.2),  # the encoding of the PNG files
-        (files.read_nyuv2, "a.npy", flat(3.0, "f8"), 0.3),
-    ],
-)
+FILES = [(files.read_muses_range, "A.NPY", flat(20), 0.2), (files.read_nyuv2, "a.npy", flat(3.0, "f8"), 0.3)]
+FILES += [(files.read_muses_range, "b.npy", flat((20 + 100) * 150, "u2"), 0.2)]  # the encoding of the PNG files
+
+
+@pytest.mark.parametrize("read, name, values, expected", FILES)
 def test_metres_of_muses_and_nyuv2_may_be_in_npy_files(tmp_path, read, name, values, expected):
     with (tmp_path / name).open("wb") as file:
         np.save(file, values)

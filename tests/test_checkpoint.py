@@ -8,13 +8,14 @@ import zipfile
 
 import pytest
 import torch
-from kill_and_resume import differences
+from kill_and_resume import differences, leaves, same
 from models import about
 
 from engine import checkpoint, output
 from model import build_model
 
 CPU = torch.device("cpu")
+META = about(classes=["road", "car", "sky"], data="deliver")
 
 
 def state(step: int) -> dict:
@@ -25,9 +26,8 @@ def state(step: int) -> dict:
 
 
 def equal(a: dict, b: dict) -> bool:
-    if a.keys() != b.keys() or any(a[k] != b[k] for k in a if k != "parts") or a["parts"].keys() != b["parts"].keys():
-        return False
-    return all(torch.equal(a["parts"][k], b["parts"][k]) for k in a["parts"])
+    a, b = leaves(a), leaves(b)
+    return a.keys() == b.keys() and all(same(a[place], b[place]) for place in a)
 
 
 @pytest.fixture
@@ -36,10 +36,6 @@ def folder(tmp_path):
     for step in (1, 2):
         checkpoint.write(tmp_path / "last.pt", state(step), keep_previous=True)
     return tmp_path
-
-
-def meta(**changes) -> dict:
-    return about(classes=["road", "car", "sky"], data="deliver", **changes)
 
 
 def test_the_newest_checkpoint_is_read_and_the_one_before_is_kept(folder):
@@ -118,29 +114,27 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
 class FullDisk(io.FileIO):
     """A file that takes 1000 bytes, then fails as a full disk does."""
 
+    sentence = r"cannot write .*last.pt \(No space left on device\); .* 1.0 MB of free space are needed"
+
     def write(self, data) -> int:
         super().write(bytes(data[:1000]))
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class LossyDisk(io.FileIO):
+    sentence = "cannot write .*last.pt .the disk gives back something else"
+
     def write(self, data) -> int:
         changed = bytearray(data)
         changed[len(changed) // 2 : len(changed) // 2 + 64] = bytes(64)
         return super().write(changed)
 
 
-@pytest.mark.parametrize(
-    "disk, sentence",
-    [
-        (FullDisk, r"cannot write .*last.pt \(No space left on device\); .* 1.0 MB of free space are needed"),
-        (LossyDisk, "cannot write .*last.pt .the disk gives back something else"),
-    ],
-)
-def test_a_bad_disk_fails_the_save_and_keeps_both_old_checkpoints(folder, monkeypatch, disk, sentence):
+@pytest.mark.parametrize("disk", [FullDisk, LossyDisk])
+def test_a_bad_disk_fails_the_save_and_keeps_both_old_checkpoints(folder, monkeypatch, disk):
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
     monkeypatch.setattr(output, "open", disk, raising=False)
-    with pytest.raises(OSError, match=sentence):
+    with pytest.raises(OSError, match=disk.sentence):
         parts = {"w": torch.randn(250_000)}  # 1 MB
         checkpoint.write(folder / "last.pt", {**state(3), "parts": parts}, keep_previous=True)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
@@ -164,30 +158,18 @@ def test_a_crash_between_the_renames_leaves_a_valid_checkpoint(folder, monkeypat
 
 def test_a_model_comes_back_as_it_was_saved(tmp_path):
     model = build_model("segformer_tiny", 3, ["rgb", "depth"])
-    checkpoint.save_model(tmp_path / "a.pt", model, meta())
+    checkpoint.save_model(tmp_path / "a.pt", model, META)
     loaded, found = checkpoint.load_model(tmp_path / "a.pt", CPU, {"classes": ["road", "car", "sky"]})
     (tmp_path / "again").mkdir()
     checkpoint.save_model(tmp_path / "again" / "a.pt", loaded, found)
     assert differences(tmp_path, tmp_path / "again") == [] and not loaded.training
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), loaded.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    "name, here, sentence",
-    [
-        ("classes", ["road", "sky"], "classes road, car, sky, but here it is road, sky"),
-        ("modalities", ["depth", "rgb"], "modalities rgb, depth, but here it is depth, rgb"),
-        ("backbone", "cmnext_tiny", "backbone segformer_tiny, but here it is cmnext_tiny"),
-    ],
-)
-def test_a_checkpoint_of_something_else_is_refused_with_both_descriptions(tmp_path, name, here, sentence):
-    checkpoint.save_model(tmp_path / "a.pt", build_model("segformer_tiny", 3, ["rgb", "depth"]), meta())
-    with pytest.raises(ValueError, match=f"a.pt was trained with {sentence}"):
-        checkpoint.load_model(tmp_path / "a.pt", CPU, {name: here})
+    with pytest.raises(ValueError, match="a.pt was trained with classes road, car, sky, but here it is road, sky"):
+        checkpoint.load_model(tmp_path / "a.pt", CPU, {"classes": ["road", "sky"]})
 
 
 OTHERS = ({"model": {}}, [1, 2], torch.zeros(3), {"format": "rmmss 1", "model": {}, "meta": None}, state(1))
-SAVED = {"format": "rmmss 1", "model": {}, "meta": meta()}
+SAVED = {"format": "rmmss 1", "model": {}, "meta": META}
 FOUR_CLASSES = build_model("segformer_tiny", 4, ["rgb", "depth"]).state_dict()
 
 

@@ -155,10 +155,3 @@ def test_a_figure_replaces_no_foreign_file():
     with pytest.raises(ValueError, match="a.png exists and is not marked as written by RMMSS"):
         figures.main(["lost", "numbers.json", "--out", "a.png"])
     assert Path("a.png").read_bytes() == b"somebody's own"
-
-
-@pytest.mark.parametrize("sources, named", [(["a.json", "b.json"], "b.json"), ([], "source")])
-def test_a_figure_but_a_scatter_takes_just_one_source(sources, named, capsys):
-    with pytest.raises(SystemExit):
-        figures.main(["lost", *sources, "--out", "a.png"])
-    assert named in capsys.readouterr().err

@@ -72,8 +72,7 @@ def test_the_hard_rule_reproduces_the_published_selection():
 @pytest.mark.parametrize("rule", ["hard", "candidate", "score"])
 def test_each_rule_equals_its_definition_at_every_level(rule):
     fsm, outputs = random_fsm(rule, temperature=0.3), random_outputs()
-    selected = maps(fsm(outputs, PRESENT))
-    for i, (found, *sources) in enumerate(zip(selected, *map(maps, outputs), strict=True)):
+    for i, (found, *sources) in enumerate(zip(*map(maps, [fsm(outputs, PRESENT), *outputs]), strict=True)):
         scores = torch.stack([slow_score(fsm, i, j, f, PRESENT).expand_as(f) for j, f in enumerate(sources)])
         assert scores.std() > 0.02 and found.requires_grad == (rule != "hard")
         candidates = (1 + scores) * torch.stack(sources)
@@ -157,7 +156,6 @@ def test_feature_distance_is_the_mean_squared_difference_in_units_of_the_channel
 
 
 # ---- the ensemble and the switch ----------------------------------------------------------------------------------
-
 SUBSETS = [(3,), (0, 1, 2, 3), (1, 2), (0, 1, 2, 3), (0, 2, 3)]
 IMAGES = torch.randn(2, 4, 3, 45, 64, generator=torch.Generator().manual_seed(9))
 DEGRADED = torch.randn(1, 4, 3, 45, 64, generator=torch.Generator().manual_seed(10))

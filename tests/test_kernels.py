@@ -101,8 +101,6 @@ def assert_as_exact_as_pytorch(found, pytorch, truth, floor):
 
 
 # ------------------------------------------------------- the definitions against loops and plain PyTorch
-
-
 def plain_select(features, weight, bias, rule, temperature):
     """Depth-wise convolution, sum over channels, sigmoid, choice; in the features' dtype."""
     C = features[0].shape[1]
@@ -200,7 +198,6 @@ def test_a_feature_that_is_not_a_number_is_passed_on_and_spoils_its_neighbours_a
 
 
 # ------------------------------------------------------------------------- Triton against the definitions
-
 # B, M, C, h, w, K; the last but one has more pixels than one program of the pooling sums
 MAPS = [(1, 1, 1, 1, 1, 1), (2, 3, 5, 7, 11, 4), (1, 6, 3, 2, 3, 40), (2, 2, 33, 13, 17, 19), (1, 1, 512, 3, 5, 7)]
 MAPS += [(1, 2, 20, 37, 31, 25), (1, 2, 4, 5, 5, 200)]
@@ -238,12 +235,10 @@ def test_the_distance_in_half_precision_errs_at_most_twice_as_much_as_pytorch(dt
 
 @needs_triton
 @pytest.mark.parametrize("rule", kernels.RULES)
-@pytest.mark.parametrize(
-    "dtype, temperature, scale, floor",
-    [(torch.float32, 0.2, 1, 1e-5), (torch.bfloat16, 0.5, 5, 1e-6), (torch.float16, 0.5, 5, 1e-6)],
-)
-def test_triton_selection_errs_at_most_twice_as_much_as_pytorch(rule, dtype, temperature, scale, floor):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_selection_errs_at_most_twice_as_much_as_pytorch(rule, dtype):
     """At the low temperature the scores' gradients are differences of large numbers. The truth is in float64."""
+    temperature, scale, floor = (0.2, 1, 1e-5) if dtype == torch.float32 else (0.5, 5, 1e-6)
     sources, weight, _ = selection_inputs(2, 6, 9, 8, dtype=dtype)
     inputs = [weight / scale, random(2, 2)]
     double = selection_of([f.double() for f in sources], rule, temperature)
@@ -283,18 +278,16 @@ def test_triton_takes_any_strides():
     _, _, labels, present, match, _ = distance_inputs(B, M, C, w, h, K)
     match[0, :2] = match[0, 2]  # no permutation
     others = labels.transpose(1, 2), present.t().contiguous().t(), match.t().contiguous().t(), K
-    views, twins = (
-        {
-            "channels last": random(B, M, h, w, C).permute(0, 1, 4, 2, 3),
-            "every other channel": random(B, M, 2 * C, h, w)[:, :, ::2],
-            "cropped": random(B, M, C, h + 2, w + 3)[..., 1:-1, 2:-1],
-            "transposed": random(B, M, C, w, h).transpose(3, 4),
-            "expanded": random(1, M, C, h, w).expand(B, M, C, h, w),
-        }.values()
-        for _ in range(2)
-    )  # twins have equal strides
-    weight, bias = random(C, 2, 3, 3).transpose(0, 1), random(2, B).t()
-    for student, twin, teacher in zip(views, twins, [*views][1:] + [*views][:1], strict=True):
+
+    def views():  # twins have equal strides
+        yield random(B, M, h, w, C).permute(0, 1, 4, 2, 3)  # channels last
+        yield random(B, M, 2 * C, h, w)[:, :, ::2]
+        yield random(B, M, C, h + 2, w + 3)[..., 1:-1, 2:-1]  # cropped
+        yield random(B, M, C, w, h).transpose(3, 4)
+        yield random(1, M, C, h, w).expand(B, M, C, h, w)
+
+    weight, bias, students = random(C, 2, 3, 3).transpose(0, 1), random(2, B).t(), [*views()]
+    for student, twin, teacher in zip(students, views(), students[1:] + students[:1], strict=True):
         assert_triton_agrees(distance_to(teacher, *others), [student])
         assert_triton_agrees(distance_to(student.clone(), *others), [student])
         assert_triton_agrees(distance_to(twin, *others), [student])
@@ -304,8 +297,6 @@ def test_triton_takes_any_strides():
 
 
 # ------------------------------------------------------------------------- gradcheck, dispatch, errors
-
-
 def test_gradients_of_the_definitions_are_those_of_finite_differences():
     student, *others = distance_inputs(2, 2, 3, 4, 5, 3, torch.float64)
     assert torch.autograd.gradcheck(lambda x: reference.prototype_distance(x, *others), student.requires_grad_())

@@ -73,8 +73,6 @@ def test_pooling_copies_features_asynchronously_and_16_bytes_at_a_time(compiled)
 
 
 # ------------------------------------------------------------------------------------- the compiling process
-
-
 def resource_usage(cubin):
     """Stack and local memory per thread, read by the cuobjdump in Triton's package."""
     import triton.backends.nvidia

@@ -47,9 +47,7 @@ def of_folder(scene):
 @pytest.mark.parametrize(
     "layout, split, modalities, expected",
     [
-        ("deliver", "train", "rgb depth event lidar", of_deliver),
-        ("deliver", "val", "rgb depth event lidar", of_deliver),
-        ("deliver", "test", "rgb depth event lidar", of_deliver),
+        *(("deliver", split, "rgb depth event lidar", of_deliver) for split in synthetic.SPLITS),
         ("muses", "train", "lidar rgb radar event", of_muses),
         ("muses", "train", "rgb event", lambda scene: [chw(scene["rgb"]), chw(scene["event"])]),  # all are bytes
         ("mcubes", "test", "rgb aolp dolp nir", of_mcubes),  # without the left 192 columns
@@ -68,18 +66,11 @@ def test_files_come_back_pixel_by_pixel_in_any_order_of_modalities(exported, lay
         assert np.array_equal(np.array(dataset.classes)[label], np.array(own)[scene["label"]])
 
 
-@pytest.mark.parametrize(
-    "default",
-    [
-        "deliver rgb depth event lidar",
-        "muses rgb event lidar",
-        "mcubes rgb aolp dolp nir",
-        "folder rgb depth event lidar",
-    ],
-)
-def test_all_modalities_are_used_but_the_radar(exported, default):
-    layout, *modalities = default.split()
-    assert open_dataset(layout, exported / layout).modalities == modalities
+def test_all_modalities_are_used_but_the_radar(exported):
+    known = dict.fromkeys(("deliver", "folder"), "rgb depth event lidar")
+    known |= {"muses": "rgb event lidar", "mcubes": "rgb aolp dolp nir"}
+    for layout, modalities in known.items():
+        assert open_dataset(layout, exported / layout).modalities == modalities.split(), layout
 
 
 def test_conditions_cases_and_raw_depth_of_deliver_are_found(exported):
@@ -106,8 +97,7 @@ def test_ids_0_and_255_are_ignored_and_the_others_are_classes(mini, layout, coun
     ids = np.resize([*range(count + 1), 255], (SIZE, SIZE)).astype(np.uint8)
     path = open_dataset(layout, root, "val").frames[0].label
     export.write_file(path, np.dstack([ids, 0 * ids, 0 * ids]) if layout == "deliver" else ids)
-    label = open_dataset(layout, root, "val")[0][1]
-    assert label.ravel()[: count + 2].tolist() == [255, *range(count), 255]
+    assert open_dataset(layout, root, "val")[0][1].ravel()[: count + 2].tolist() == [255, *range(count), 255]
 
 
 def test_muses_folders_tell_weather_and_time_of_day_and_its_test_split_has_no_labels(exported):
@@ -126,7 +116,6 @@ def test_muses_ranges_have_more_than_256_values_and_are_read_from_projected_npz_
     image = open_dataset("muses", root, "val", ["lidar"], ranges=known)[0][0][0]
     assert len(image.unique()) > 5000
     assert np.abs(image.numpy().transpose(1, 2, 0) - (stored / 150 - 100) / 100).max() < 1e-6  # of float64
-
     for split in synthetic.SPLITS:
         (root / "projected_to_rgb/lidar" / split).mkdir(parents=True)
     moved = (root / "projected_to_rgb" / path.relative_to(root)).with_suffix(".npz")
@@ -218,7 +207,6 @@ def test_nyuv2_raw_depth_is_a_tenth_of_the_metres_and_event_and_lidar_are_derive
     assert torch.equal(images[0], chw(derived.derive_lidar(metres, frame.name)))
     assert torch.equal(images[3], chw(derived.derive_event(rgb, metres, frame.name)))
     assert torch.equal(images[[0, 3]], open_dataset("nyuv2", root, "train", ["lidar", "event"])[1][0])  # never of HHA
-
     millimetres = np.random.default_rng(0).integers(0, 12000, (SIZE, SIZE)).astype(np.uint16)
     for path in (root / "Depth").iterdir():
         export.write_file(path, millimetres)

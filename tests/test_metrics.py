@@ -24,12 +24,9 @@ def pairs(prediction, labels):
 
 def test_confusion_counts_every_labelled_pixel_once():
     prediction, labels = random_maps(0)
-    matrix = metrics.confusion(prediction, labels, K)
-    counted = pairs(prediction, labels)
-    assert matrix.dtype == torch.int64 and matrix.tolist() == [
-        [counted.count((t, p)) for p in range(K)] for t in range(K)
-    ]
-    assert matrix.sum() == (labels != 255).sum() < labels.numel()
+    matrix, counted = metrics.confusion(prediction, labels, K), pairs(prediction, labels)
+    assert matrix.tolist() == [[counted.count((t, p)) for p in range(K)] for t in range(K)]
+    assert matrix.dtype == torch.int64 and matrix.sum() == (labels != 255).sum() < labels.numel()
 
 
 def test_confusions_add_up_over_batches_and_past_what_float32_can_count():
@@ -55,7 +52,6 @@ def test_scores_equal_a_slow_count_under_both_rules(seed):
         if truth:
             recall[c] = 100 * len(truth & found) / len(truth)
     assert sorted(iou) == sorted(f1) == [0, 1, 2, 3, 4, 6] and sorted(recall) == [0, 1, 3, 4, 6]
-
     scores = metrics.scores(metrics.confusion(prediction, labels, K))
     assert scores["miou_published"] == pytest.approx(sum(iou.values()) / K)
     assert scores["miou_occurring"] == pytest.approx(sum(iou.values()) / 6)

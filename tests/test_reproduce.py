@@ -3,8 +3,10 @@
 import json
 import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from data_files import fails
 
 from benchmarks import reproduce
 from engine import options, runs
@@ -77,11 +79,7 @@ def test_a_result_never_leaves_its_file(elsewhere, monkeypatch, capfd):
     reproduce.main(["scenes", "--seeds", "2", "--rows", "kl"])
     after = results()
     assert after["scores"].pop("kl").keys() == {"2"} and after["scores"] == before["scores"]
-
-    def fails(words, device, log):
-        raise RuntimeError(f"{shlex.join(words)} ended with 1")
-
-    monkeypatch.setattr(reproduce, "run", fails)
+    monkeypatch.setattr(reproduce, "run", Mock(side_effect=RuntimeError("the command ended with 1")))
     assert runs.guarded(reproduce.main, ["scenes", "--seeds", "3", "--rows", "teacher"]) != 0
     assert results()["scores"]["teacher"] == before["scores"]["teacher"]
     other = reproduce.BY_NAME["teacher"]._replace(train="train_stage1.py {new}")
@@ -90,18 +88,51 @@ def test_a_result_never_leaves_its_file(elsewhere, monkeypatch, capfd):
     assert "scenes.json" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--seeds=", "--seeds=-", "--rows=x", "--jobs=-1", "--classes=13"])
-def test_what_it_does_not_know_is_refused(option, capsys):
-    with pytest.raises(SystemExit):
-        reproduce.parse(["scenes", option])
-    assert ("x" if "rows" in option else option.partition("=")[0]) in capsys.readouterr().err
-
-
 def test_a_file_that_is_not_its_own_is_named(elsewhere, capfd):
     for content in ("[]", "{}", "no json"):
         Path("benchmarks/results/scenes.json").write_text(content)
         assert runs.guarded(reproduce.main, ["scenes", "--seeds", "0"]) == 2
         assert "scenes.json" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("key, value", [
+    ("labels", {}), ("commands", {}), ("scores", {"teacher": {"0": {}}}),
+    ("scores", {"teacher": {"0": {"full": "60"}}}), ("scores", {"teacher": {"0": {"full": float("nan")}}}),
+    ("scores", {"teacher": {"0": {"full": 640}}}), ("scores", {"teacher": {"seed0": {"full": 60.0}}}),
+])  # fmt: skip
+def test_results_of_another_shape_are_named(elsewhere, key, value):
+    file = Path("benchmarks/results/scenes.json")
+    found = {name: {"teacher": "x"} for name in ("labels", "what", "commands")}
+    found |= {"title": reproduce.SETTINGS["scenes"].title, "scores": {"teacher": {"0": {"full": 60.0}}}}
+    file.write_text(json.dumps(found))
+    assert reproduce.Results("scenes").data == found
+    file.write_text(json.dumps({**found, key: value}))
+    with fails(ValueError, "scenes.json"):
+        reproduce.Results("scenes")
+
+
+def test_two_reproduces_of_one_setting_do_not_run_at_once(elsewhere, monkeypatch):
+    def again(*_):
+        with fails(ValueError, "another reproduce runs scenes"):
+            reproduce.main(["scenes", "--seeds", "1", "--rows", "teacher"])
+
+    monkeypatch.setattr(reproduce, "train_all", again)
+    reproduce.main(["scenes", "--seeds", "0", "--rows", "teacher"])
+
+
+def test_a_dry_run_prints_all_that_a_row_needs_ready_to_be_run(capsys):
+    options = "deliver --dry-run --seeds 0,00 --rows switch,fsm --root 'my data' --pretrained 'a b'"
+    reproduce.main(shlex.split(options))
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(words[words.index("--out") + 1]).name for words in commands] == ["teacher", "hpdm", "student"]
+    assert all(words[words.index("--root") + 1] == "my data" for words in commands) and "a b" in commands[0]
+    with pytest.raises(SystemExit):
+        reproduce.main(["deliver", "--dry-run", "--pretrained", ""])
+
+
+def test_a_child_that_says_nothing_is_named(tmp_path):
+    with fails(ValueError, "ended with 3", "nothing was said"):
+        reproduce.run(["-c", "raise SystemExit(3)"], "cpu", tmp_path / "log")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

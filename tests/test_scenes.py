@@ -25,9 +25,7 @@ def painted_twice(monkeypatch):
 
     def paint_both(index, old, new, **changes):
         scene = layout(0, "val", index)
-        things = [
-            SimpleNamespace(**{**vars(t), "label": new, **changes}) if t.label == old else t for t in scene.things
-        ]
+        things = [SimpleNamespace(**vars(t) | {"label": new} | changes) if t.label == old else t for t in scene.things]
         for each in (scene, SimpleNamespace(**{**vars(scene), "things": things})):
             monkeypatch.setattr(synthetic, "layout", lambda *_, each=each: each)
             yield paint(0, "val", 0, condition="cloud", case="none")

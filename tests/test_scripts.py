@@ -39,11 +39,6 @@ def test_evaluation_of_a_run_prints_a_row_per_model(run_folder, tmp_path):
         assert f"\n| {row} " in text
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert len(results["student"]["any"]) == 15
-    column = results["student"]["any"]["RDEL"]
-    assert {"miou_published", "miou_occurring", "iou", "accuracy", "f1"} <= set(column) and len(column["iou"]) == 12
-    assert results["switch"]["any"]["RDEL"] == results["teacher"]["any"]["RDEL"]
-    assert results["switch"]["any"]["RD"] == results["robust"]["any"]["RD"]
-
     script("evaluate.py", run_folder, "--limit", 4, "--only", "switch,FSM ensemble", "--json", tmp_path / "two.json")
     two = json.loads((tmp_path / "two.json").read_text())["results"]
     assert two == {name: results[name] for name in ("switch", "FSM ensemble")}

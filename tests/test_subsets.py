@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import MODALITIES, randomised
+from models import MODALITIES, with_random_weights
 
 from data import incomplete
 from engine.subsets import all_subsets, present_of, subset_logits, subset_outputs
@@ -13,7 +13,7 @@ BACKBONES = pytest.mark.parametrize("backbone", ["segformer_tiny", "cmnext_tiny"
 
 def model_and_images(backbone, sides):
     torch.manual_seed(0)
-    return randomised(build_model(backbone, 7, MODALITIES)), torch.randn(2, 4, 3, *sides).double()
+    return with_random_weights(build_model(backbone, 7, MODALITIES)).double(), torch.randn(2, 4, 3, *sides).double()
 
 
 @torch.no_grad()

@@ -7,41 +7,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import SCENES, K, scene, slow_labels
 
 from benchmarks import variants
-from hpdm import draw_match
 
-K = 6
-STAGES = ((5, 4, 6), (7, 2, 3))  # C, h, w for images of 16 x 24
-SCENES = ["any", "absent classes", "a sample without labels", "no labels", "one modality", "one present modality"]
 cosine = functools.partial(F.cosine_similarity, dim=0)
 FLOAT32 = {"value": (1e-5, 1e-8), "gradient": (1e-4, 1e-7)}  # tolerances of losses that compute in it
 
 
-def scene(case="any", modalities=3):
-    """Features of student and teacher, 2 x (B, M, C, h, w) in float64, fused ones, labels, present (B, M), match."""
-    g, modalities = torch.Generator().manual_seed(1), 1 if case == "one modality" else modalities
-    student, teacher = ([torch.randn(3, modalities, *s, generator=g).double() for s in STAGES] for _ in range(2))
-    fused = [f.mean(1) + 0.5 * torch.randn(f[:, 0].shape, generator=g) for f in teacher]
-    labels = torch.randint(0, K + 1, (3, 4, 6), generator=g)  # blocks of 4 x 4, so that coarse stages see classes
-    labels = labels.where(labels < K, 255).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    present = torch.ones(3, modalities, dtype=torch.bool)
-    if modalities == 3:
-        present = torch.tensor([[False, True, False], [True, False, True], [True, True, True]])
-    if case == "absent classes":
-        labels[(labels == 1) | (labels == 4)] = 3
-    if case == "a sample without labels":
-        labels[1] = 255
-    if case == "no labels":
-        labels[:] = 255
-    if case == "one present modality":
-        present = torch.eye(3, dtype=torch.bool)[[1, 2, 0]]
-    match = draw_match(3, modalities, "random", g)
-    return [s.requires_grad_() for s in student], teacher, fused, labels, present, match
-
-
-def slow_labels(labels, h, w):
-    return F.interpolate(labels[:, None].double(), size=(h, w), mode="nearest")[:, 0].long()
+def fused_of(teacher):
+    """Each stage's mean over the modalities (B, C, h, w), with noise."""
+    g = torch.Generator().manual_seed(1)
+    return [f.mean(1) + 0.5 * torch.randn(f[:, 0].shape, generator=g) for f in teacher]
 
 
 def slow_prototypes(features, labels):
@@ -60,7 +37,7 @@ def agree(loss, slow, student, value=(1e-9, 1e-12), gradient=(1e-7, 1e-11)):
 
 
 def test_unimodal_distillation_equals_its_loop():
-    student, teacher, *_, present, _ = scene()
+    student, teacher, _, present, _ = scene()
     slow = 0
     for s, t in zip(student, teacher, strict=True):
         for b, m in present.nonzero().tolist():
@@ -70,7 +47,7 @@ def test_unimodal_distillation_equals_its_loop():
 
 
 def test_cross_modal_distillation_equals_its_loop():
-    student, teacher, *_, present, _ = scene()
+    student, teacher, _, present, _ = scene()
     slow = 0
     for s, t in zip(student, teacher, strict=True):
         for b in range(len(present)):
@@ -86,10 +63,8 @@ def slow_dominant(teacher, fused):
     """The more similar half of the modalities of each sample, rounded up -> (B, M) bool."""
     dominant = torch.zeros(teacher[0].shape[:2], dtype=torch.bool)
     for b, row in enumerate(dominant):
-        similar = [
-            sum(cosine(t[b, m], f[b]).mean() for t, f in zip(teacher, fused, strict=True)) for m in range(len(row))
-        ]
-        ranked = sorted(range(len(row)), key=similar.__getitem__, reverse=True)
+        near = [sum(cosine(t[b, m], f[b]).mean() for t, f in zip(teacher, fused, strict=True)) for m in range(len(row))]
+        ranked = sorted(range(len(row)), key=near.__getitem__, reverse=True)
         row[ranked[: math.ceil(len(ranked) / 2)]] = True
     return dominant
 
@@ -113,7 +88,7 @@ def slow_variation(student, teacher, labels, counted):
 def test_published_prototypes_equal_the_published_loop(case):
     """mmkd/Prototype.py and PCUMD.py: a mean divided by its count again, zeros for absent classes; KLDivLoss means over
     classes and channels, and is summed over modalities and stages."""
-    student, teacher, _, labels, present, match = scene(case)
+    student, teacher, labels, present, match = scene(case)
     slow = 0
     for s, t in zip(student, teacher, strict=True):
         y = slow_labels(labels, *s.shape[-2:])
@@ -130,8 +105,8 @@ def test_published_prototypes_equal_the_published_loop(case):
 
 @pytest.mark.parametrize("case", SCENES)
 def test_feature_variation_equals_its_loop(case):
-    student, teacher, fused, labels, present, _ = scene(case)
-    for counted in (present, present & slow_dominant(teacher, fused), present & False):
+    student, teacher, labels, present, _ = scene(case)
+    for counted in (present, present & slow_dominant(teacher, fused_of(teacher)), present & False):
         loss = variants.feature_variation_loss(student, teacher, labels, counted, K)
         assert loss >= 0
         agree(loss, slow_variation(student, teacher, labels, counted), student)
@@ -139,19 +114,14 @@ def test_feature_variation_equals_its_loop(case):
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4, 5])
 def test_half_of_the_modalities_rounded_up_are_dominant(modalities):
-    _, teacher, fused, *_ = scene(modalities=modalities)
+    _, teacher, *_ = scene(modalities=modalities)
+    fused = fused_of(teacher)
     assert torch.equal(variants.dominant_modalities(teacher, fused), slow_dominant(teacher, fused))
 
 
 def test_no_loss_sends_a_gradient_to_the_teacher():
-    student, teacher, _, labels, present, match = scene()
-    teacher = [t.requires_grad_() for t in teacher]
-    loss = sum(
-        (
-            variants.umd_loss(student, teacher, present),
-            variants.cmd_loss(student, teacher, present),
-            variants.published_hpdm(student, teacher, labels, present, match, K),
-            variants.feature_variation_loss(student, teacher, labels, present, K),
-        )
-    )
+    student, teacher, labels, present, match = scene()
+    loss = variants.umd_loss(student, teacher, present) + variants.cmd_loss(student, teacher, present)
+    loss = loss + variants.published_hpdm(student, teacher, labels, present, match, K)
+    loss = loss + variants.feature_variation_loss(student, teacher, labels, present, K)
     assert all(g is None for g in torch.autograd.grad(loss, teacher, allow_unused=True))

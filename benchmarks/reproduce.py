@@ -91,7 +91,6 @@ ROWS = [
         FROM + "{both} --lambda-kl 0 --alpha 0", against="dropped_longer"),
     Row("kl", "CE+KL", "CE + KL", FROM + "{short} --alpha 0"),
     Row("hpdm", "HPDM", "CE + KL + HPDM, random matching (the paper)", FROM + "{short}"),
-    Row("same", "HPDM same", "CE + KL + HPDM, same matching", FROM + "{short} --match same"),
     Row("authors", "authors'", "the authors' script: same matching, published prototypes",
         VARIANT % "published" + " --match same"),
     Row("anyseg", "AnySeg", "AnySeg's losses", VARIANT % "anyseg"),
@@ -103,10 +102,12 @@ ROWS = [
         "--fsm-rule hard"),
     Row("single", "single", "single model (train_single.py), as long as all three",
         "train_single.py {new} --epochs {all}", "single", against="dropped_longer"),
+    Row("same", "HPDM same", "CE + KL + HPDM, same matching", FROM + "{short} --match same"),
     Row("alpha1", "alpha 1", "the paper, alpha 1", FROM + "{short} --alpha 1"),
     Row("alpha10", "alpha 10", "the paper, alpha 10", FROM + "{short} --alpha 10"),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
+ABLATIONS = [BY_NAME[name] for name in ("same", "alpha1", "alpha10")]  # of HPDM: a table of their own
 CHILDREN = []  # the commands that were started
 
 
@@ -250,12 +251,14 @@ def signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}"  # never -0.0
 
 
-def table(data: dict) -> str:
+def table(data: dict, ablations: bool = False) -> str:
     """The Markdown table of a results file: mean over the seeds, ± half the range where there are several.
 
     Δ: minus the row `against`, paired by seed: mean, and where there are several the range.
     """
-    rows = [row for row in ROWS if row.name in data["scores"]]
+    rows = [row for row in ROWS if row.name in data["scores"] and (row in ABLATIONS) == ablations]
+    if not rows:
+        return ""
     columns = list(next(iter(data["scores"][rows[0].name].values())))
     lines = [["row", *columns, "Δ full", "Δ missing", "seeds"], ["---", *["---:"] * (len(columns) + 3)]]
     for row in rows:
@@ -305,7 +308,7 @@ def train_all(args: argparse.Namespace) -> None:
         shares = [(args.seeds[i::step], device) for i, device in enumerate(args.device)]
         for found in [pool.submit(train_seeds, args, results, *share) for share in shares]:
             found.result()
-    print(table(results.data))
+    print(table(results.data), table(results.data, ablations=True), sep="\n\n")
 
 
 if __name__ == "__main__":

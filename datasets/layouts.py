@@ -233,12 +233,10 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
     indexed = {pattern: find_files(root, pattern, layout.split_level, split) for pattern in patterns}
     keys = sorted({key for found in indexed.values() for key in found})
     keys = listed(name, root, split, hold_out) if name in ("mcubes", "nyuv2") else keys
+    hha, raw = LAYOUTS[name].modalities.get("depth"), LAYOUTS[name].raw_depth.partition("/**")[0]
     for pattern, found in indexed.items() if keys else ():
         if not found and (pattern != layout.label or split != "test"):
-            raw = (
-                LAYOUTS[name].raw_depth.partition("/**")[0] if pattern == LAYOUTS[name].modalities.get("depth") else ""
-            )
-            hint = f"; --depth raw reads {root / raw} instead" if raw else ""
+            hint = f"; --depth raw reads {root / raw} instead" if raw and pattern == hha else ""
             raise FileNotFoundError(f"{root} has no {pattern} of {split}, which is needed beside the other files{hint}")
     frames = []
     for key in keys:

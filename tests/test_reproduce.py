@@ -137,4 +137,6 @@ def test_a_child_that_says_nothing_is_named(tmp_path):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_cell_of_the_page_is_that_of_the_results(file):
-    assert reproduce.table(json.loads(file.read_text())) in PAGE.read_text(), f"{PAGE} lacks the table of {file}"
+    for ablations in (False, True):
+        table = reproduce.table(json.loads(file.read_text()), ablations)
+        assert table in PAGE.read_text(), f"{PAGE} lacks the table of {file}"

@@ -250,8 +250,6 @@ def open_dataset(
             if both:
                 raise ValueError(f"{len(both)} frames of {split} are frames of train as well, such as {both[0]}")
     table = label_table(label_map or layout.label_map, len(names))
-    if name == "nyuv2":
-        table[IGNORED] = -1  # its unlabelled pixels are 0; 255 tells that somebody has shifted the ids
     dataset = FrameDataset(name, spread(frames, limit), names, palette, modalities, size, augment, seed, table, split)
     if ranges and split != "train" and name in ("nyuv2", "folder"):
         refuse_unlike(learn_ranges(name, modalities, spread(frames, 16), table, palette), ranges, split)

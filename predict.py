@@ -221,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"--out {folder} is a file; give a folder.")
         data, root = args.data or meta["data"], args.root or meta["root"]
-        if data == "folder" and folder.resolve().is_relative_to(Path(root or os.devnull).resolve()):
+        if not args.input and data == "folder" and folder.resolve().is_relative_to(Path(root or os.devnull).resolve()):
             raise ValueError(
                 f"--out {folder} is in the folder of the data, where it would be a modality; choose another."
             )

@@ -176,7 +176,7 @@ def test_lists_cannot_lead_out_of_the_root(mini, tmp_path, listing):
 @pytest.mark.parametrize(
     "text, names, colours",
     [
-        ("road 1 2 3\n\ntraffic light 4 5 6\nsky\n", ["road", "traffic light", "sky"], [[1, 2, 3], [4, 5, 6]]),
+        ("road 1 2 3\ntraffic light 4 5 6\nsky\n", ["road", "traffic light", "sky"], [[1, 2, 3], [4, 5, 6]]),
         ("\ufeffhöhe\nroute 300", ["höhe", "route 300"], []),  # after a byte order mark
         ("a\u2028b\nc\n", ["a b", "c"], []),  # a line separator of Unicode
     ],
@@ -189,7 +189,7 @@ def test_classes_txt_is_a_class_a_line_with_or_without_a_colour(tmp_path, text, 
 
 WRONG = [("\n", ["0 classes"]), ("road 1 2 3\nsky\nroad 4 5 6\n", ["'road'", "twice"]), ("sky\nbg 300 0 0\n", ["300"])]
 WRONG += [("sky\n# classes\n", ["# classes"]), ("name,r,g,b\nroad,1,2,3\n", ["'name,r,g,b'", "comma"])]
-WRONG += [("0;road\n1;sky\n", ["'0;road'", "comma"]), ("road, 1, 2, 3\n", ["'road, 1, 2, 3'", "comma"])]
+WRONG += [("0;road\n1;sky\n", ["'0;road'", "comma"]), ("road, 1, 2, 3\nsky\n", ["'road, 1, 2, 3'", "comma"])]
 
 
 @pytest.mark.parametrize("text, parts", WRONG)

@@ -116,10 +116,9 @@ def test_muses_ranges_have_more_than_256_values_and_are_read_from_projected_npz_
     image = open_dataset("muses", root, "val", ["lidar"], ranges=known)[0][0][0]
     assert len(image.unique()) > 5000
     assert np.abs(image.numpy().transpose(1, 2, 0) - (stored / 150 - 100) / 100).max() < 1e-6  # of float64
-    for split in synthetic.SPLITS:
-        (root / "projected_to_rgb/lidar" / split).mkdir(parents=True)
+    shutil.move(root / "lidar", root / "projected_to_rgb/lidar")
     moved = (root / "projected_to_rgb" / path.relative_to(root)).with_suffix(".npz")
-    moved.parent.mkdir(parents=True, exist_ok=True)
+    moved.with_suffix(".png").unlink()
     np.savez(moved, (stored / 150 - 100).astype(np.float32))
     again = open_dataset("muses", root, "val", ["lidar"])
     assert again.frames[0].images[0] == moved and torch.allclose(again[0][0][0], image, atol=1e-6)

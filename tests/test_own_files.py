@@ -52,15 +52,6 @@ def test_a_modality_without_any_file_in_a_split_is_refused_at_once(root, mini):
     assert open_dataset("deliver", deliver, depth="raw")
 
 
-def test_labels_of_nyuv2_whose_ids_were_shifted_are_refused(mini):
-    file = min((mini("nyuv2") / "Label").glob("train*"))
-    label = files.read_image(file)[..., 0]
-    label[:2] = 0
-    write_file(file, np.where(label == 0, 255, label - 1).astype(np.uint8))
-    with fails(ValueError, file.name, "255"):
-        open_dataset("nyuv2", file.parents[1])[0]
-
-
 def test_validation_frames_of_train_are_found_by_image_and_label(root):
     for part in ("rgb", "labels"):
         shutil.copy(root / part / "train/1.png", root / part / "val/2.png")

@@ -171,7 +171,7 @@ def test_a_split_without_any_labelled_pixel_is_refused(root, data_py):
     assert status == 2 and "val" in printed.err
     assert data_py(f"--check --data folder --root {root} --label-map 255=1,0=0,1=1,2=2,3=3,4=4")[0] == 0
     shutil.rmtree(root / "labels/val")
-    with fails(FileNotFoundError, f"{root / 'labels'} has no labels of val"):
+    with fails(FileNotFoundError, f"{root / 'labels'} has no *.png of val"):
         open_dataset("folder", root, "val").unseen()
 
 

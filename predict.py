@@ -62,13 +62,12 @@ class Segmenter:
         in training, metres for raw depth of nyuv2 (uint16: millimetres), else as data.py decodes it. None, not given or
         constant: missing. ValueError names the modality.
         """
-        if (self.meta["data"], self.meta["depth"]) == ("nyuv2", "raw") and images.get("depth") is not None:
-            images["depth"] = given_depth("the array", np.atleast_3d(images["depth"]), "raw", 0.001)
-        return self.answer(list(self.models)[-1], self.working(images))
+        return self.answer(list(self.models)[-1], self.working(images, stored=True))
 
-    def working(self, images: dict[str, np.ndarray | None]) -> dict[str, np.ndarray]:
-        """The images that count, as (H, W, 1 or 3) uint8 or float32."""
+    def working(self, images: dict[str, np.ndarray | None], stored: bool = False) -> dict[str, np.ndarray]:
+        """The images that count, as (H, W, 1 or 3) uint8 or float32; stored: they are as in files, not yet decoded."""
         found, known = {}, self.meta["modalities"]
+        metric = stored and (self.meta["data"], self.meta["depth"]) == ("nyuv2", "raw")
         for name, image in images.items():
             if name not in known:
                 raise ValueError(f"the model has no modality {name}; it has {', '.join(known)}.")
@@ -79,6 +78,7 @@ class Segmenter:
             if not right or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
                 raise ValueError(f"{name} is {image.dtype} {image.shape}; give (H, W, 1 or 3) uint8, uint16 or float.")
             image = image.astype(np.float32) if image.dtype.kind == "f" else image
+            image = given_depth("depth", image, "raw", 0.001) if metric and name == "depth" else image
             ranges = self.meta.get("ranges", {})
             top = LARGEST_OF.get(ranges.get(name, ["float"])[0])
             if image.dtype == np.float32 and top:  # of 8 or 16 bit
@@ -222,9 +222,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--out {folder} is a file; give a folder.")
         data, root = args.data or meta["data"], args.root or meta["root"]
         if not args.input and data == "folder" and folder.resolve().is_relative_to(Path(root or os.devnull).resolve()):
-            raise ValueError(
-                f"--out {folder} is in the folder of the data, where it would be a modality; choose another."
-            )
+            raise ValueError(f"--out {folder} is in the folder of the data, where it is a modality; choose another.")
         if args.file_ids:
             table = label_table(meta["label_map"], len(meta["classes"]))
             ids_of = np.array([np.flatnonzero(table == k)[:1].sum() for k in range(len(meta["classes"]))])

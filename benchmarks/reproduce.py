@@ -199,9 +199,8 @@ def run(words: list[str], device: str, log: Path) -> None:
         whole = [sys.executable, *words, "--device", device]
         CHILDREN.append(child := subprocess.Popen(whole, stdout=file, stderr=file, env=os.environ | threads))
     if status := child.wait():
-        raise ValueError(
-            f"{shlex.join(words)} ended with {status}: {(log.read_text().splitlines() or ['nothing was said'])[-1]}"
-        )
+        said = log.read_text().splitlines() or ["nothing was said"]
+        raise ValueError(f"{shlex.join(words)} ended with {status}: {said[-1]}")
 
 
 def chain(row: Row) -> list[Row]:

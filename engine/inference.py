@@ -155,6 +155,7 @@ def given_depth(file: Path | str, stored: np.ndarray, kind: str, unit: float) ->
     middle = float(np.median(metres[metres > 0])) if (metres > 0).any() else 0.0
     if middle > 10:
         what = f"{file}: in steps of {unit:g} m, half of it is beyond {middle:.0f} m, and the model knows up to 10 m"
-        raise ValueError(f"{what}; of 16 bit, give the file's own --depth-unit, e.g. 0.0001.")
-    say(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
+        raise ValueError(f"{what}; floats are metres; of 16 bit, give the file's own --depth-unit, e.g. 0.0001.")
+    if isinstance(file, Path):  # not for each array of a robot
+        say(f"{file}: depth read in steps of {unit:g} m, its median is {middle:.1f} m")
     return np.minimum(metres / 10, 1)

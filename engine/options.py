@@ -235,17 +235,12 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
         "--temperature",
         type=number(float, 0.05, 1),
         default=0.2,
-        help="of its softmax, 0.05..1; smaller is closer to the hard rule",
+        help="of its softmax; smaller is closer to the hard rule",
     )
     add("--unconditioned-scores", action="store_true", help="scores that do not know which modalities are present")
     add("--complete", type=SHARE, default=0.5, help="fraction of inputs that are complete in any case")
     add("--gamma-logits", type=WEIGHT, default=25.0, help="weight of KL(ensemble || student), as --lambda-kl")
-    add(
-        "--gamma-features",
-        type=number(float, 0, 10),
-        default=0.1,
-        help="weight of the distance to the selected features, 0..10",
-    )
+    add("--gamma-features", type=number(float, 0, 10), default=0.1, help="weight of the distance to its features")
     training_options(parser)
 
     def from_models(args: argparse.Namespace) -> dict:

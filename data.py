@@ -267,33 +267,25 @@ def open_dataset(
 
 
 def copies(frames: list[Frame], train: list[Frame]) -> list[str]:
-    """The names of those frames whose first image and label have the content of a training frame's, by any name."""
+    """The names of those frames whose files have the content of a training frame's, whatever their names."""
     by_size = defaultdict(list)  # bytes of each file: the training frames
     for frame in train:
         by_size[sizes_of(frame)].append(frame)
     pairs = [(frame, other) for frame in frames for other in by_size[sizes_of(frame)] if None not in sizes_of(frame)]
-    same = [
-        f.name
-        for f, other in pairs
-        if all(map(filecmp.cmp, first_and_label(f), first_and_label(other), itertools.repeat(False)))
-    ]
+    same = [f.name for f, other in pairs if all(map(filecmp.cmp, f.images, other.images, itertools.repeat(False)))]
     return list(dict.fromkeys(same))
 
 
-def first_and_label(frame: Frame) -> tuple[Path, Path]:
-    return frame.images[0], frame.label or frame.images[-1]
-
-
 def sizes_of(frame: Frame) -> tuple:
-    return tuple(path.stat().st_size if path.is_file() else None for path in first_and_label(frame))
+    return tuple(path.stat().st_size if path.is_file() else None for path in frame.images)
 
 
 def refuse_unlike(found: dict[str, list], ranges: dict[str, list], split: str) -> None:
-    """ValueError if the mean of a 16-bit or float modality is off by a factor of 4 from train's (`learn_ranges`)."""
-    for modality, (kind, low, _, mean, _) in found.items():
-        here, there = np.mean(mean), np.mean(ranges[modality][3])
-        if kind != "8 bit" and low >= 0 and not there / 4 < here < 4 * there:
-            what = f"{modality} has a mean of {here:.3g} in {split}, but of {there:.3g} in train"
+    """ValueError if the largest values of a 16-bit or float modality are off by a factor of 8 from train's."""
+    for modality, (kind, low, high, *_) in found.items():
+        known, _, top, *_ = ranges[modality]
+        if kind == known != "8 bit" and low >= 0 and not top / 8 < high < 8 * top:
+            what = f"{modality} reaches {high:g} in {split}, but {top:g} in train"
             raise ValueError(f"{what}; is one of the splits in another unit, or a sensor dead?")
 
 
@@ -399,7 +391,8 @@ def check(args: argparse.Namespace) -> int:
             ranges = parts[0].ranges if parts else None
             parts.append(open_dataset(args.data, args.root, split, skip_broken=None, ranges=ranges, **options))
             say(f"{parts[-1].describe()}; {len(parts[-1].broken)} broken")
-            parts[-1].unseen()
+            if not (split == "test" and parts[-1].frames and parts[-1].frames[0].label is None):
+                parts[-1].unseen()  # but for a test split without labels
         except (ValueError, FileNotFoundError) as error:
             refused += [error] * (split != "test")  # which may be absent, or without labels
             notes += [f"test: {error}"] * (split == "test" and isinstance(error, ValueError))

@@ -74,6 +74,7 @@ class Segmenter:
             if image is None:
                 continue
             image = np.atleast_3d(np.array(np.ma.filled(image, 0), order="C"))  # torch takes no flipped views
+            image = image.astype(image.dtype.newbyteorder("="), copy=False)
             right = image.dtype.kind == "f" or image.dtype in (np.uint8, np.uint16)
             if not right or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
                 raise ValueError(f"{name} is {image.dtype} {image.shape}; give (H, W, 1 or 3) uint8, uint16 or float.")

@@ -19,7 +19,7 @@ from torch import nn
 
 import hpdm
 from data import draw_present, incomplete
-from engine.checkpoint import SAME, checksum, describe, load_last, load_model, require
+from engine.checkpoint import SAME, checksum, describe, load_last, load_model
 from engine.options import stage2_options
 from engine.runs import Phase, Run, guarded
 from engine.subsets import all_subsets, load_fsm, selected_logits, subset_logits
@@ -103,9 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     robust, from_robust = load_model(args.robust or f"{args.stage1}/robust.pt", run.device, expect)
     if from_teacher.get("phase") == "robust" or from_robust.get("phase") == "teacher":
         raise ValueError(f"--teacher {args.teacher} is a robust model or --robust {args.robust} a teacher: swap them.")
-    if args.stage1 and "teacher" in from_robust:
-        require(f"{args.stage1}/robust.pt", from_robust, {"teacher": checksum(from_teacher)})
     meta["sources"] = [checksum(from_teacher), checksum(from_robust)]
+    if from_robust.get("teacher", meta["sources"][0]) != meta["sources"][0]:
+        if args.stage1:
+            raise ValueError(f"{args.stage1}/robust.pt was distilled from another teacher than the one beside it.")
+        run.say("note: the robust model was distilled from another teacher than this one")
     teacher.requires_grad_(False)
     robust.requires_grad_(False)
 

@@ -179,9 +179,10 @@ def derive(modality: str, depth: Path, read: Callable[[Path], np.ndarray]) -> np
 def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: np.ndarray) -> dict[str, list]:
     """modality -> [kind, minimum, maximum, mean (3), deviation (3)] in these frames; codes: table, palette of labels.
 
-    Minimum and maximum: medians over the frames, of values as stored. Mean and deviation: of each channel, of values as
-    `scaled`; for the published data sets the published ones. A constant channel has deviation 1. Broken frames and
-    those beyond `limits` are left out; whoever reads them will be told. Without a sound one there are no ranges.
+    Minimum and maximum: of values as stored, without the tenth of frames (and one more) that are lowest or highest.
+    Mean and deviation: of each channel, of values as `scaled`; for the published data sets the published ones. A
+    constant channel has deviation 1. Broken frames and those beyond `limits` are left out; whoever reads them will be
+    told. Without a sound one there are no ranges.
     Raises ValueError for a modality that is constant over all frames, or that is of two units.
     """
     seen, ranges = [], {}  # seen: (kind, minimum, maximum, mean, variance, file) of each modality, by frame
@@ -196,7 +197,9 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
         kind = mode(kind for kind, *_ in values)  # the most frequent: then it is the odd file that is refused
         values = [value for value in values if value[0] == kind]
         ends = [value[1:3] for value in values if value[1] < value[2]] or [values[0][1:3]]
-        (low, high), top = np.median(ends, 0).tolist(), LARGEST_OF.get(kind, 1)
+        lows, highs = map(sorted, zip(*ends, strict=True))
+        odd = min((len(ends) - 1) // 2, 1 + len(ends) // 10)
+        low, high, top = float(lows[odd]), float(highs[-1 - odd]), LARGEST_OF.get(kind, 1)
         least, most = limits([kind, low, high], modality)
         near = [value for value in values if least <= value[1] <= value[2] <= most] or values
         *_, means, variances, paths = zip(*near, strict=True)

@@ -39,8 +39,10 @@ def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, 
             model, meta = load_model(file, device, {name: first[name] for name in same} if first else {})
             if path.is_dir() and meta.get("phase", file.stem) != file.stem:
                 raise ValueError(f"{file} is a {meta['phase']}, not a {file.stem}: give it back its name.")
-            if {"teacher"} <= metas.keys() & meta.keys():
+            if "teacher" in metas and "teacher" in meta:
                 require(file, meta, {"teacher": checksum(metas["teacher"])})
+            if {"teacher", "robust"} <= metas.keys() and "sources" in meta:
+                require(file, meta, {"sources": [checksum(metas["teacher"]), checksum(metas["robust"])]})
             models[file.stem], metas[file.stem] = model, meta
             first = first or meta
             expect = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}

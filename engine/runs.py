@@ -102,7 +102,7 @@ class Run:
     def record(self, resumed: bool) -> None:
         """config.json, for people. The options that count are in the checkpoints, so an edited one is refused."""
         file, mine = self.folder / "config.json", {"options": vars(self.args), "versions": loop.versions()}
-        way = "delete it: the run has its own record" if resumed else "choose another folder with --out"
+        way = f"delete {file.name}, which is for people alone" if resumed else "choose another folder with --out"
         with fitting(f"{file} was not written by this program; {way}"):
             config = json.loads(file.read_text()) if file.is_file() else {}
             found = config.get(self.script, mine)["options"]

@@ -52,11 +52,17 @@ def test_a_modality_without_any_file_in_a_split_is_refused_at_once(root, mini):
     assert open_dataset("deliver", deliver, depth="raw")
 
 
-def test_validation_frames_of_train_are_found_by_image_and_label(root):
-    for part in ("rgb", "labels"):
-        shutil.copy(root / part / "train/1.png", root / part / "val/2.png")
-    with fails(ValueError, "val/2"):
-        open_dataset("folder", root, "val")
+def test_honest_frames_of_varied_scenes_are_in_range(tmp_path):
+    root = folder_dataset(tmp_path / "d", count=16, depth=(0, 1, "u2"))
+    for i in range(16):
+        top = (300, 2500, 9000, 40000)[i % 4]  # millimetres, indoors and outdoors
+        for split in ("train", "val"):
+            depth = np.random.default_rng(i).uniform(0.3 * top, top, (40, 60)).astype(np.uint16)
+            write_file(root / f"depth/{split}/{i}.png", depth)
+    train = open_dataset("folder", root, modalities=["rgb", "depth"])
+    val = open_dataset("folder", root, "val", ["rgb", "depth"], ranges=train.ranges)
+    assert [len([dataset[i] for i in range(16)]) for dataset in (train, val)] == [16, 16]
+    write_file(root / "depth/val/3.png", np.full((40, 60), 2, np.uint16))  # a sensor close up, or with holes
 
 
 def test_check_says_dead_frames_and_marks_for_nothing_measured(tmp_path, data_py):

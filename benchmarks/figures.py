@@ -90,7 +90,7 @@ def scatter(*files: Path) -> Image.Image:
         results, rows = json.loads(file.read_text()), {}
         with fitting(f"{file} holds no results of benchmarks.reproduce"):
             for row, label in results["labels"].items():
-                if seeds := results["scores"].get(row):
+                if label and (seeds := results["scores"].get(row)):
                     rows[label] = [per_cent([s[column] for s in seeds.values()]) for column in ("full", "missing")]
             if not rows:
                 raise ValueError("none of its rows has both a label and scores")
@@ -128,7 +128,9 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
             sides = [[min(box[i + 2], t[i + 2]) - max(box[i], t[i]) + 16 for i in (0, 1)] for t in taken]
             covered = sum(max(0, w) * max(0, h) for w, h in sides)
             outside = max(0, 140 - box[0]) + max(0, box[2] - 1510) + max(0, 130 - box[1]) + max(0, box[3] - 970)
-            places.append((covered + 1000 * outside, radius, turn, (cx, cy), box))
+            way = [(x + i * (cx - x) / 8, y + i * (cy - y) / 8) for i in range(8)]  # the line to its point
+            crossed = sum(b[0] <= px <= b[2] and b[1] <= py <= b[3] for px, py in way for b in taken[2 * len(rows) :])
+            places.append((covered + 1000 * (outside + crossed), radius, turn, (cx, cy), box))
         _, radius, _, middle, box = min(places)
         if radius > 24:
             end = (min(max(v, low), high) for v, low, high in zip((x, y), box[:2], box[2:], strict=True))

@@ -69,7 +69,7 @@ SETTINGS = {
 
 class Row(NamedTuple):
     name: str
-    label: str  # in the picture
+    label: str  # in the picture, if any
     what: str  # in the table
     train: str  # a command; the rows whose folders {seed}/ROW it reads are trained first. Or the row whose run it uses
     take: str = "robust"  # the row's name in evaluate.py's table
@@ -102,9 +102,9 @@ ROWS = [
         "--fsm-rule hard"),
     Row("single", "single", "single model (train_single.py), as long as all three",
         "train_single.py {new} --epochs {all}", "single", against="dropped_longer"),
-    Row("same", "HPDM same", "CE + KL + HPDM, same matching", FROM + "{short} --match same"),
-    Row("alpha1", "alpha 1", "the paper, alpha 1", FROM + "{short} --alpha 1"),
-    Row("alpha10", "alpha 10", "the paper, alpha 10", FROM + "{short} --alpha 10"),
+    Row("same", "", "CE + KL + HPDM, same matching", FROM + "{short} --match same"),
+    Row("alpha1", "", "the paper, alpha 1", FROM + "{short} --alpha 1"),
+    Row("alpha10", "", "the paper, alpha 10", FROM + "{short} --alpha 10"),
 ]  # fmt: skip
 BY_NAME = {row.name: row for row in ROWS}
 ABLATIONS = [BY_NAME[name] for name in ("same", "alpha1", "alpha10")]  # of HPDM: a table of their own

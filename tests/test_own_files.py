@@ -62,7 +62,6 @@ def test_honest_frames_of_varied_scenes_are_in_range(tmp_path):
     train = open_dataset("folder", root, modalities=["rgb", "depth"])
     val = open_dataset("folder", root, "val", ["rgb", "depth"], ranges=train.ranges)
     assert [len([dataset[i] for i in range(16)]) for dataset in (train, val)] == [16, 16]
-    write_file(root / "depth/val/3.png", np.full((40, 60), 2, np.uint16))  # a sensor close up, or with holes
 
 
 def test_check_says_dead_frames_and_marks_for_nothing_measured(tmp_path, data_py):

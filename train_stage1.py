@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hpdm
 from data import draw_present, incomplete
 from engine import loop
-from engine.checkpoint import SAME, checksum, describe, load_model, read
+from engine.checkpoint import SAME, checksum, describe, load_model
 from engine.options import stage1_options
 from engine.pretrained import start_model
 from engine.runs import Phase, Run, guarded
@@ -96,14 +96,15 @@ def main(argv: list[str] | None = None, losses_of: Callable = paper_losses) -> N
         teacher, found = load_model(source, run.device, expect)
         meta["backbone"] = found["backbone"]
         if not state:
-            run.save_model("teacher", teacher, {**found, "absent": args.absent})  # a copy, for stage 2
+            found |= {"absent": args.absent, "phase": "teacher"}
+            run.save_model("teacher", teacher, found)  # a copy, for stage 2
     else:
         if not (state and state["phase"] == "robust"):  # a resumed run may be past this phase
             train_teacher(run, start_model(run, meta), train, val, meta, state)
             state = None
         teacher, found = load_model(run.folder / "teacher.pt", run.device)  # the best one, not the last
     if args.distill_epochs:
-        meta["teacher"] = checksum(read(run.folder / "teacher.pt")["meta"])
+        meta["teacher"] = checksum(found)
         # The paper: from the teacher's weights. The published script: from what the teacher itself started from.
         robust = copy.deepcopy(teacher) if args.robust_from == "teacher" else start_model(run, meta)
         train_robust(run, teacher, robust, train, val, meta, state, losses_of)

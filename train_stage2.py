@@ -98,16 +98,17 @@ def main(argv: list[str] | None = None) -> None:
 
     meta = describe(args, train, "")
     expect = {name: meta[name] for name in SAME}
-    teacher, from_teacher = load_model(args.teacher or f"{args.stage1}/teacher.pt", run.device, expect)
+    files = args.teacher or f"{args.stage1}/teacher.pt", args.robust or f"{args.stage1}/robust.pt"
+    teacher, from_teacher = load_model(files[0], run.device, expect)
     meta["backbone"] = expect["backbone"] = from_teacher["backbone"]  # the FSM selects between models of one backbone
-    robust, from_robust = load_model(args.robust or f"{args.stage1}/robust.pt", run.device, expect)
+    robust, from_robust = load_model(files[1], run.device, expect)
     if from_teacher.get("phase") == "robust" or from_robust.get("phase") == "teacher":
-        raise ValueError(f"--teacher {args.teacher} is a robust model or --robust {args.robust} a teacher: swap them.")
+        raise ValueError(f"{files[0]} is a robust model, or {files[1]} a teacher: swap them.")
     meta["sources"] = [checksum(from_teacher), checksum(from_robust)]
     if from_robust.get("teacher", meta["sources"][0]) != meta["sources"][0]:
         if args.stage1:
-            raise ValueError(f"{args.stage1}/robust.pt was distilled from another teacher than the one beside it.")
-        run.say("note: the robust model was distilled from another teacher than this one")
+            raise ValueError(f"{files[1]} was distilled from another teacher than {files[0]}; put back its own.")
+        run.say(f"note: {files[1]} was distilled from another teacher than {files[0]}")
     teacher.requires_grad_(False)
     robust.requires_grad_(False)
 

@@ -189,10 +189,7 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
     for frame in frames:
         with suppress(ValueError, OSError):
             images, _ = read_frame(name, modalities, frame, *codes)
-            images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
-            moments = [(i.mean((0, 1), float), i.var((0, 1), float)) for i in images]
-            ends = [(KINDS[i.dtype.name], i.min(), i.max()) for i in images]
-            seen.append([(*a, *b, path) for a, b, path in zip(ends, moments, frame.images, strict=True)])
+            seen.append([(*measured(image), path) for image, path in zip(images, frame.images, strict=True)])
     for modality, values in zip(modalities, zip(*seen, strict=True), strict=False):
         kind = mode(kind for kind, *_ in values)  # the most frequent: then it is the odd file that is refused
         values = [value for value in values if value[0] == kind]
@@ -212,14 +209,28 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
         else:
             what = f"{modality} is {mean[0]:g} (almost) everywhere in {len(means)} frames"
             raise ValueError(f"{what}; look at {paths[0]}, or leave {modality} out of --modalities")
-        tops = sorted((float(most), path) for _, least, most, *_, path in values if 0 <= least < most)
-        few = max(2, len(tops) // 10)  # one odd file is refused by `checked`; here many are of another unit
-        for (below, one), (above, other) in zip(tops[few - 1 :], tops[few : 1 - few], strict=False):
-            if kind != "8 bit" and above > 30 * below and name not in PUBLISHED:
-                what = f"{modality} reaches {below:g} in {one}, but {above:g} in {other}"
-                raise ValueError(f"{what}; is it of two units? Write all files in one, or leave out {modality}")
+        if kind != "8 bit" and name not in PUBLISHED:
+            refuse_two_units(
+                modality, [(float(most), path) for _, least, most, *_, path in values if 0 <= least < most]
+            )
         ranges[modality] = [kind, low, high, *numbers]
     return ranges
+
+
+def measured(image: np.ndarray) -> tuple:
+    """Kind, minimum, maximum, and mean and variance of each of three channels, of an image (H, W, 1 or 3)."""
+    image = np.broadcast_to(image, (*image.shape[:2], 3))
+    return KINDS[image.dtype.name], image.min(), image.max(), image.mean((0, 1), float), image.var((0, 1), float)
+
+
+def refuse_two_units(modality: str, tops: list[tuple[float, Path]]) -> None:
+    """ValueError if the largest values of the files, `tops`, fall into two groups that are 30 times apart."""
+    tops = sorted(tops)
+    few = max(2, len(tops) // 10)  # of each group at least; a single odd file is refused by `checked`
+    for (below, one), (above, other) in zip(tops[few - 1 :], tops[few : 1 - few], strict=False):
+        if above > 30 * below:
+            what = f"{modality} reaches {below:g} in {one}, but {above:g} in {other}"
+            raise ValueError(f"{what}; is it of two units? Write all files in one, or leave out {modality}")
 
 
 def limits(known: list, modality: str) -> tuple[float, float]:

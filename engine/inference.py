@@ -32,17 +32,16 @@ def load_models(path: Path, device: torch.device, same=SAME) -> tuple[dict[str, 
     models, metas, expect = {}, {}, {}
     selection = first = None
     for file in files:
-        if "rule" in read(file)["meta"]:
-            sources = [checksum(metas[name]) for name in ("teacher", "robust") if name in metas]
-            selection = load_fsm(file, device, expect | ({"sources": sources} if len(sources) == 2 else {}))
+        said, sums = read(file)["meta"], {name: checksum(meta) for name, meta in metas.items()}
+        made_of = {"teacher": sums["teacher"]} if "teacher" in sums else {}
+        made_of |= {"sources": [sums["teacher"], sums["robust"]]} if {"teacher", "robust"} <= sums.keys() else {}
+        require(file, said, {name: made_of[name] for name in made_of.keys() & said.keys()})
+        if "rule" in said:
+            selection = load_fsm(file, device, expect)
         else:
             model, meta = load_model(file, device, {name: first[name] for name in same} if first else {})
             if path.is_dir() and meta.get("phase", file.stem) != file.stem:
                 raise ValueError(f"{file} is a {meta['phase']}, not a {file.stem}: give it back its name.")
-            if "teacher" in metas and "teacher" in meta:
-                require(file, meta, {"teacher": checksum(metas["teacher"])})
-            if {"teacher", "robust"} <= metas.keys() and "sources" in meta:
-                require(file, meta, {"sources": [checksum(metas["teacher"]), checksum(metas["robust"])]})
             models[file.stem], metas[file.stem] = model, meta
             first = first or meta
             expect = {name: meta[name] for name in ("backbone", *SAME)} | {"widths": list(model.widths)}

@@ -222,15 +222,10 @@ class Phase:
         logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes
         parts = {key: part.state_dict() for key, part in self.parts.items()}
         state = {"script": run.script, "phase": self.name, "step": self.step, "steps": self.steps, "best": self.best}
-        state |= {
-            "val_frames": run.val_frames,
-            "logged": logged,
-            "meta": self.meta,
-            "parts": parts,
-            "options": vars(run.args),
-        }
+        state |= {"val_frames": run.val_frames, "logged": logged, "meta": self.meta, "options": vars(run.args)}
         if run.rank == 0:
-            write(run.folder / "last.pt", {**state, "threads": torch.get_num_threads()}, keep_previous=True)
+            state |= {"parts": parts, "threads": torch.get_num_threads()}
+            write(run.folder / "last.pt", state, keep_previous=True)
         if run.stopping:
             run.meet()  # torchrun ends the others soon after the first has left
             number = signal.Signals(run.stopping)

@@ -112,7 +112,7 @@ def selected_logits(
 def load_fsm(path: Path | str, device: torch.device, expect: dict | None = None) -> FSM:
     """Rebuilds the selection of a `fsm.pt`, in eval mode; expect: as for `load_model`."""
     about = "rule", "temperature", "conditioned"
-    state = read(Path(path), says=("widths", "classes", "modalities", *about))
+    state = read(Path(path), says=("widths", "classes", "modalities", "sources", *about))
     meta = state["meta"]
     require(path, meta, expect or {})
     with fitting(f"{path} does not hold a feature selection"):

@@ -207,7 +207,7 @@ def test_the_switch_is_the_teacher_on_complete_inputs_and_else_the_robust_model(
 def test_a_selection_comes_back_from_its_file_as_it_was(tmp_path, conditioned):
     fsm, outputs = random_fsm("candidate", conditioned=conditioned, temperature=0.4), random_outputs(10)
     meta = {"widths": list(WIDTHS), "classes": [*"abcde"], "modalities": MODALITIES}
-    meta |= {"rule": "candidate", "temperature": 0.4, "conditioned": conditioned}
+    meta |= {"rule": "candidate", "temperature": 0.4, "conditioned": conditioned, "sources": [0, 0]}
     checkpoint.save_model(tmp_path / "fsm.pt", fsm, meta)
     loaded = load_fsm(tmp_path / "fsm.pt", torch.device("cpu"))
     assert loaded.modality_bias.requires_grad == conditioned and not loaded.training

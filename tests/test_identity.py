@@ -46,17 +46,22 @@ def test_a_run_whose_model_is_gone_for_good_is_not_called_complete(stopped, run,
     assert name in refused(capfd, 1, ["--resume", str(folder)])
 
 
-@pytest.mark.parametrize("what", ["of another run", "damaged", "the robust model"])
-@pytest.mark.parametrize("name", ["teacher.pt", "robust.pt"])
-def test_a_model_that_is_not_the_runs_own_is_refused_and_kept(stopped, other, capfd, name, what):
+@pytest.mark.parametrize(
+    "name, what, told",
+    [
+        ("teacher.pt", "of another run", "another teacher"),
+        ("teacher.pt", "damaged", "teacher.pt is corrupt"),
+        ("teacher.pt", "the robust model", "another teacher"),
+        ("robust.pt", "of another run", "robust.pt is not of the run"),
+        ("robust.pt", "damaged", "robust.pt is corrupt"),
+    ],
+)
+def test_a_model_that_is_not_the_runs_own_is_refused_and_kept(stopped, other, capfd, name, what, told):
     folder = stopped("robust", 2, "--eval-every", "0.5")
     source = folder / "robust.pt" if what == "the robust model" else other / name
     content = source.read_bytes()[: 1000 if what == "damaged" else None]
     (folder / name).write_bytes(content)
-    if (what, name) == ("the robust model", "robust.pt"):  # its own
-        assert train(1, ["--resume", str(folder)]) == 0
-        return
-    assert name in refused(capfd, 1, ["--resume", str(folder)]).replace("another teacher", "teacher.pt")
+    assert told in refused(capfd, 1, ["--resume", str(folder)])
     assert (folder / name).read_bytes() == content
 
 
@@ -80,8 +85,11 @@ def test_a_robust_model_is_paired_with_its_own_teacher_alone(whole, other, tmp_p
     assert "teacher" in refused(capfd, 2, start(2, tmp_path, tmp_path / "2", "--stage1", str(folder)))
     assert runs.guarded(evaluate.main, evaluate.options([str(folder), "--limit", "2", "--device", "cpu"])) == 2
     assert "robust.pt was made with another teacher" in said(capfd)
-    twice = [*start(2, whole, tmp_path / "3")[:-4], "--teacher", f"{whole}/1/teacher.pt"]
-    assert "swap" in refused(capfd, 2, [*twice, "--robust", f"{whole}/1/teacher.pt", "--out", str(tmp_path / "3")])
+    pair = [*start(2, whole, tmp_path / "3")[:-4], "--out", str(tmp_path / "3"), "--max-minutes", "1e-6"]
+    twice = ["--teacher", f"{whole}/1/teacher.pt", "--robust", f"{whole}/1/teacher.pt"]
+    assert "swap" in refused(capfd, 2, [*pair, *twice])
+    assert train(2, [*pair, "--teacher", f"{other}/teacher.pt", "--robust", f"{whole}/1/robust.pt"]) == 0  # on purpose
+    assert "robust.pt was distilled from another teacher" in capfd.readouterr().out
 
 
 def test_a_folder_with_the_previous_checkpoint_alone_is_of_an_earlier_run(whole, tmp_path, capfd):

@@ -77,6 +77,12 @@ def test_check_says_dead_frames_and_marks_for_nothing_measured(tmp_path, data_py
     assert "train: warning: 50% of depth is its largest value" in printed.out
 
 
+def test_a_test_split_without_labels_is_no_remark(root, data_py):
+    shutil.rmtree(root / "labels/test")
+    status, printed = data_py(f"--check --data folder --root {root}")
+    assert status == 0 and "test: not one pixel" not in printed.out
+
+
 @pytest.mark.parametrize("key, value", [(284, 2), (262, 0)])
 def test_16_bit_tiffs_that_pillow_reads_wrongly_are_refused(tmp_path, key, value):
     file = tmp_path / "a.tif"
@@ -114,6 +120,7 @@ def segmenter(untrained, tmp_path):
 def test_floats_are_held_to_the_range_of_the_integers_they_stand_for(segmenter):
     model, depth = segmenter("16 bit", 2000), np.random.default_rng(0).uniform(0, 0.03, (64, 64)).astype(np.float32)
     model(depth=depth)
+    assert (model(depth=np.rint(65535 * depth).astype(">u2")) == model(depth=np.rint(65535 * depth).astype("u2"))).all()
     nothing = np.where(depth > 0.02, np.nan, depth)
     for wrong, named in ((20 * depth, "depth must be in"), (depth + 1, "0..1"), (nothing, "nan")):
         with fails(ValueError, "depth", named):

@@ -92,14 +92,25 @@ def test_a_split_without_a_sound_frame_is_checked_without_a_warning(root, data_p
 
 
 # ---- a run and its models -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ["another teacher", "another robust model", "student for teacher", "swapped"])
-def test_an_ensemble_of_other_models_than_its_own_is_refused(whole, tmp_path, capfd, how):
+NAMED = {
+    "another teacher": "robust.pt was made with another teacher",
+    "another robust model": "fsm.pt was made with",
+    "another student": "student.pt was made with",
+    "student for teacher": "not a teacher: give it back its name",
+    "swapped": "not a teacher: give it back its name",
+}
+
+
+@pytest.mark.parametrize("how, named", NAMED.items())
+def test_an_ensemble_of_other_models_than_its_own_is_refused(whole, tmp_path, capfd, how, named):
     run = shutil.copytree(whole / "2", tmp_path / "run")
     for name in ("teacher.pt", "robust.pt"):
         shutil.copy(whole / "1" / name, run)
     evaluated = evaluate.options([str(run), "--limit", "2", "--device", "cpu"])
     assert runs.guarded(evaluate.main, evaluated) == 0
-    if how.startswith("another"):
+    if how == "another student":
+        change(run / "student.pt", "meta", sources=[1, 2])
+    elif how.startswith("another"):
         file = run / ("teacher.pt" if "teacher" in how else "robust.pt")
         change(file, "meta", options={**torch.load(file, weights_only=True)["meta"]["options"], "seed": 5})
     elif how == "swapped":
@@ -110,11 +121,7 @@ def test_an_ensemble_of_other_models_than_its_own_is_refused(whole, tmp_path, ca
         shutil.copy(run / "student.pt", run / "teacher.pt")
     capfd.readouterr()
     assert runs.guarded(evaluate.main, evaluated) == 2
-    told = {
-        "another teacher": "robust.pt was made with another teacher",
-        "another robust model": "fsm.pt was made with",
-    }
-    assert told.get(how, "not a teacher: give it back its name") in said(capfd)
+    assert named in said(capfd)
 
 
 @pytest.mark.parametrize("key, entries", [(None, {"step": 1}), (None, {"phase": "teacher"}), ("options", {"lr": 1.0})])

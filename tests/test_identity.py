@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from small_runs import during, refused, said, start, stop, train
+from small_runs import change, during, refused, said, start, stop, train
 
 import evaluate
 from engine import runs
@@ -67,9 +67,15 @@ def test_a_model_that_is_not_the_runs_own_is_refused_and_kept(stopped, other, ca
 
 @pytest.mark.parametrize("option", ["--teacher", "--pretrained"])
 def test_a_file_that_the_run_did_not_start_with_is_refused_on_resume(stopped, other, capfd, option):
-    argv = ["--resume", str(stopped("teacher", 1)), option, str(other / "teacher.pt")]
+    argv = ["--resume", str(stopped("robust", 1)), option, str(other / "teacher.pt")]
     capfd.readouterr()
     assert train(1, argv) == 2 and option in capfd.readouterr().err
+
+
+def test_a_checkpoint_of_another_phase_is_not_continued(stopped, capfd):
+    folder = stopped("teacher", 1)
+    change(folder / "last.pt", phase="student")
+    assert "phase student" in refused(capfd, 1, ["--resume", str(folder)])
 
 
 def test_other_start_weights_than_those_of_the_start_are_refused(stopped, other, whole, capfd):

@@ -7,7 +7,6 @@ from small_runs import change, during, refused, said, start, stop, train
 
 import evaluate
 from engine import runs
-from engine.options import stage1_options
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -103,21 +102,7 @@ def test_a_folder_with_the_previous_checkpoint_alone_is_of_an_earlier_run(whole,
     assert train(1, start(1, whole, tmp_path)) == 2 and f"--resume {tmp_path}" in capfd.readouterr().err
 
 
-def test_a_run_folder_may_end_in_pt_and_the_previous_checkpoint_is_not_resumed(run, capsys):
-    folder = str(run.rename(run.with_name("a.pt")))
-    assert stage1_options("", ["--resume", folder]).out == stage1_options("", ["--resume", f"{folder}/last.pt"]).out
-    with pytest.raises(SystemExit):
-        stage1_options("", ["--resume", f"{folder}/last.previous.pt"])
-    assert "delete" in capsys.readouterr().err
-
-
 def test_the_folder_of_the_data_is_no_run_folder(exported, capfd):
     data = ["--data", "folder", "--root", str(exported / "folder"), "--out", str(exported / "folder")]
     argv = "--backbone segformer_tiny --size 32 --batch-size 2 --device cpu --epochs 1 --workers 0".split()
     assert "folder of the data" in refused(capfd, 1, [*argv, *data])
-
-
-def test_losses_that_are_another_script_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        stage1_options("", ["--alpha", "0"], "published")
-    assert "--alpha 0" in capsys.readouterr().err

@@ -218,9 +218,11 @@ def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(run, capfd, pha
     assert (run / "last.pt").read_bytes() == before
 
 
-def test_a_run_may_be_named_by_one_of_its_files(whole):
+def test_a_run_may_be_named_by_one_of_its_files_and_like_one(whole, run):
     o = options.stage2_options("", ["--stage1", str(whole / "1/teacher.pt")])
     assert o.stage1 == o.out == str(whole / "1")
+    folder = str(run.rename(run.with_name("a.pt")))
+    assert options.stage1_options("", ["--resume", folder]).out == folder
 
 
 @pytest.fixture

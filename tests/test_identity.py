@@ -103,6 +103,5 @@ def test_a_folder_with_the_previous_checkpoint_alone_is_of_an_earlier_run(whole,
 
 
 def test_the_folder_of_the_data_is_no_run_folder(exported, capfd):
-    data = ["--data", "folder", "--root", str(exported / "folder"), "--out", str(exported / "folder")]
-    argv = "--backbone segformer_tiny --size 32 --batch-size 2 --device cpu --epochs 1 --workers 0".split()
-    assert "folder of the data" in refused(capfd, 1, [*argv, *data])
+    argv = f"--backbone segformer_tiny --size 32 --data folder --root {exported}/folder --out {exported}/folder".split()
+    assert "folder of the data" in refused(capfd, 1, argv)

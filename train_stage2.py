@@ -12,14 +12,13 @@ The paper stops at the selection; how to train it and the student is this projec
 import copy
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import hpdm
 from data import draw_present, incomplete
-from engine.checkpoint import SAME, checksum, describe, load_last, load_model
+from engine.checkpoint import SAME, checksum, describe, load_model
 from engine.options import stage2_options
 from engine.runs import Phase, Run, guarded
 from engine.subsets import all_subsets, load_fsm, selected_logits, subset_logits
@@ -81,13 +80,6 @@ def train_student(
 def main(argv: list[str] | None = None) -> None:
     args = stage2_options(__doc__, argv)
     run = Run(args, "train_stage2.py")
-    begun = load_last(Path(args.stage1)) if args.stage1 else None
-    if begun and begun["script"] == "train_stage1.py" and (begun["phase"], begun["step"]) != ("robust", begun["steps"]):
-        raise ValueError(
-            f"stage 1 in {args.stage1} is not complete (step {begun['step']} of {begun['steps']} of phase "
-            f"{begun['phase']}): finish it with train_stage1.py --resume {args.stage1}, or name its files with "
-            "--teacher and --robust."
-        )
     train, val = run.open_splits()
     state = run.claim(("fsm", "student"))
     run.say(

@@ -158,15 +158,14 @@ def parse(parser: Parser, argv: list[str] | None, inherited=None) -> argparse.Na
             parser.error(f"{mine} contradicts the run in {saved['out']}, which has {its}: choose another --out.")
     parser.given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     for name, sets in USERS.items():
-        if args.data not in sets:
-            refuse(parser, (name,), f"with --data {args.data}, only with {' and '.join(sets)}")
+        refuse(parser, f"with --data {args.data}, only with {' and '.join(sets)}", args.data not in sets, name)
     args.root, args.val_size = args.root or ROOTS.get(args.data), args.val_size or args.size
     return args
 
 
-def refuse(parser: Parser, names: tuple[str, ...], where: str) -> None:
-    """Ends the script if the command line gives one of these options, which does nothing there."""
-    if given := [name for name in names if name in parser.given]:
+def refuse(parser: Parser, where: str, when: object, *names: str) -> None:
+    """Ends the script if `when` holds and the command line gives one of these options, which does nothing then."""
+    if when and (given := [name for name in names if name in parser.given]):
         parser.error(f"--{given[0].replace('_', '-')} has no effect {where}: leave it out.")
 
 
@@ -191,18 +190,14 @@ def stage1_options(doc: str, argv: list[str] | None = None, losses: str = "paper
         parser.error(f"--teacher {args.teacher} with --distill-epochs 0 trains nothing: leave one of them out.")
     if not args.distill_epochs and losses != "paper_losses":
         parser.error(f"{losses} with --distill-epochs 0 trains only a teacher, which has no such losses.")
-    if not args.distill_epochs:
-        refuse(parser, ("lambda_kl", "alpha", "match", "absent", "robust_from"), "with --distill-epochs 0")
-    if losses == "anyseg":
-        refuse(parser, ("lambda_kl", "alpha", "match"), "on AnySeg's losses")
-    if args.teacher:
-        refuse(parser, ("epochs",), f"with --teacher {args.teacher}")
-    if args.resume:
-        refuse(parser, ("teacher",), f"on --resume {args.resume}, which has a copy of it")
     if losses == "published" and not args.alpha:
         parser.error("published with --alpha 0 is the paper's script with --alpha 0.")
-    if not args.alpha:
-        refuse(parser, ("match",), "with --alpha 0")
+    others = "lambda_kl", "alpha", "match", "absent", "robust_from"
+    refuse(parser, "with --distill-epochs 0", not args.distill_epochs, *others)
+    refuse(parser, "on AnySeg's losses", losses == "anyseg", "lambda_kl", "alpha", "match")
+    refuse(parser, f"with --teacher {args.teacher}", args.teacher, "epochs")
+    refuse(parser, f"on --resume {args.resume}, which has a copy of it", args.resume, "teacher")
+    refuse(parser, "with --alpha 0", not args.alpha, "match")
     if args.teacher and args.pretrained and args.robust_from == "teacher":
         parser.error("--teacher and --pretrained contradict each other: a trained teacher needs no start weights.")
     return args
@@ -231,12 +226,7 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--fsm-epochs", type=RATE, help="of the feature selection, which has few parameters and needs few")
     add("--student-epochs", type=WEIGHT, help="of the final student, from the robust model on; 0: the selection only")
     add("--rule", choices=("score", "candidate"), default="score", help="relaxation to train the FSM through (fsm.py)")
-    add(
-        "--temperature",
-        type=number(float, 0.05, 1),
-        default=0.2,
-        help="of its softmax; smaller is closer to the hard rule",
-    )
+    add("--temperature", type=number(float, 0.05, 1), default=0.2, help="of its softmax; small is near the hard rule")
     add("--unconditioned-scores", action="store_true", help="scores that do not know which modalities are present")
     add("--complete", type=SHARE, default=0.5, help="fraction of inputs that are complete in any case")
     add("--gamma-logits", type=WEIGHT, default=25.0, help="weight of KL(ensemble || student), as --lambda-kl")
@@ -248,20 +238,20 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
             return {}
         if bool(args.stage1) == bool(args.teacher or args.robust) or bool(args.teacher) != bool(args.robust):
             parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
+        run, last = args.stage1, load_last(Path(args.stage1)) if args.stage1 else None
+        if last and last["script"] == "train_stage1.py" and (last["phase"], last["step"]) != ("robust", last["steps"]):
+            where = f"step {last['step']} of {last['steps']} of phase {last['phase']}"
+            way = f"--resume {run}" if last["options"]["distill_epochs"] else f"--teacher {run}/teacher.pt"
+            what = f"stage 1 in {run} is not complete ({where}): go on with train_stage1.py {way}"
+            parser.error(f"{what}, or name its files with --teacher and --robust.")
         robust = Path(args.robust or f"{args.stage1}/robust.pt")
-        teacher = robust.with_name("teacher.pt")
-        if args.stage1 and not robust.exists() and teacher.exists():
-            last = load_last(Path(args.stage1), warn=False)
-            way = f"--resume {args.stage1}" if last and last["step"] < last["steps"] else f"--teacher {teacher}"
-            parser.error(f"{args.stage1} has no robust.pt; train it with train_stage1.py {way}.")
         meta = read(robust, says=("options", "root"))["meta"]
         with fitting(f"{robust} does not say the options of its run"):
             options = {name: meta["options"][name] for name in INHERITED}
         return {**options, "root": meta["root"], "out": args.stage1 or "runs/stage2"}
 
     args = parse(parser, argv, from_models)
-    if not args.student_epochs:
-        refuse(parser, ("gamma_logits", "gamma_features"), "with --student-epochs 0")
-    elif not args.gamma_logits and not args.gamma_features:
-        refuse(parser, ("rule", "temperature", "fsm_epochs"), "where the student has no target of the FSM")
+    refuse(parser, "with --student-epochs 0", not args.student_epochs, "gamma_logits", "gamma_features")
+    aimless = args.student_epochs and not args.gamma_logits and not args.gamma_features
+    refuse(parser, "where the student has no target of the FSM", aimless, "rule", "temperature", "fsm_epochs")
     return args

@@ -213,7 +213,7 @@ def test_a_folder_whose_checkpoint_was_deleted_is_not_trained_again(whole, run, 
 def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(run, capfd, phase, step):
     change(run / "last.pt", phase=phase, step=step, steps=4)
     before = (run / "last.pt").read_bytes()
-    sentence = f"is not complete (step {step} of 4 of phase {phase}): finish it with train_stage1.py --resume"
+    sentence = f"is not complete (step {step} of 4 of phase {phase}): go on with train_stage1.py --resume"
     assert sentence in refused(capfd, 2, start(2, run.parent, None))
     assert (run / "last.pt").read_bytes() == before
 

@@ -211,6 +211,7 @@ def main(args: argparse.Namespace) -> None:
 
     if args.checkpoint.is_dir():
         say(f"{final} answers, the last model in {args.checkpoint}")
+    dead = []  # frames that nothing is written for
     if args.panel:
         views = [known, chosen] if args.modalities else [view for view in (known, known[1:], known[2:]) if view]
         models = [name for name in segmenter.models if name != "robust" or final == "robust"]  # the student's start
@@ -230,6 +231,9 @@ def main(args: argparse.Namespace) -> None:
             ids_of = ids_of.astype(np.uint8 if ids_of.max() < 256 else np.uint16)
         for frame, images, _ in frames(chosen):
             working = segmenter.working(images)
+            if not working:
+                dead.append(frame.name)
+                continue
             ids = segmenter.answer(final, working, frame.name)
             colour = pictures.label_map(ids, meta["palette"])
             overlay = Image.blend(pictures.photograph(next(iter(working.values()))), colour, 0.5)
@@ -241,6 +245,9 @@ def main(args: argparse.Namespace) -> None:
             say(f"{file}_*.png: {', '.join(working)}; missing {', '.join(missing)}")
     if args.export:
         export(segmenter.models[final].cpu(), meta, size, args.export)
+    if dead:
+        what = f"nothing is written for {len(dead)} frame(s) without an image that varies, such as {dead[0]}"
+        raise ValueError(f"{what}; --keep-constant takes constant ones as well.")
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
             where = f"step {last['step']} of {last['steps']} of phase {last['phase']}"
             way = f"--resume {run}" if last["options"]["distill_epochs"] else f"--teacher {run}/teacher.pt"
             what = f"stage 1 in {run} is not complete ({where}): go on with train_stage1.py {way}"
-            parser.error(f"{what}, or name its files with --teacher and --robust.")
+            raise ValueError(f"{what}, or name its files with --teacher and --robust.")
         robust = Path(args.robust or f"{args.stage1}/robust.pt")
         meta = read(robust, says=("options", "root"))["meta"]
         with fitting(f"{robust} does not say the options of its run"):
@@ -251,6 +251,9 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
         return {**options, "root": meta["root"], "out": args.stage1 or "runs/stage2"}
 
     args = parse(parser, argv, from_models)
+    for name in ("stage1", "teacher", "robust") if args.resume else ():
+        if (path := getattr(args, name)) and not os.path.exists(path):
+            parser.error(f"{path}, which the run started from, is not there; name its new place by --{name}.")
     refuse(parser, "with --student-epochs 0", not args.student_epochs, "gamma_logits", "gamma_features")
     aimless = args.student_epochs and not args.gamma_logits and not args.gamma_features
     refuse(parser, "where the student has no target of the FSM", aimless, "rule", "temperature", "fsm_epochs")

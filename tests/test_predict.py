@@ -244,6 +244,11 @@ def test_a_constant_image_counts_as_missing_unless_it_is_meant(untrained, frame,
     assert "missing depth (constant), event, lidar\n" in capsys.readouterr().out
     assert (labels(untrained, "rgb=a.png", "depth=dead.png", "--keep-constant") != alone).any()
     assert "missing event, lidar\n" in capsys.readouterr().out
+    write_file(Path("some/dead.png"), np.full((64, 96, 3), 7, np.uint8))
+    shutil.copy("a.png", "some/z.png")
+    with pytest.raises(ValueError, match="1 frame.*dead .*--keep-constant"):
+        call(untrained, "--input", "rgb=some", "--out", "answers")
+    assert {path.name[:2] for path in Path("answers").iterdir()} == {"z_"}
 
 
 @pytest.mark.parametrize(

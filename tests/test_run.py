@@ -268,6 +268,14 @@ def test_models_of_another_run_laid_into_the_folder_are_refused(stopped, capfd, 
     assert "made with another" in sentence and laid in sentence
 
 
+def test_a_stage_one_that_has_moved_is_asked_for_by_its_option(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole / "2", tmp_path / "2")
+    change(folder / "last.pt", "options", stage1="gone")
+    with pytest.raises(SystemExit):
+        options.stage2_options("", ["--resume", str(folder)])
+    assert "gone" in (sentence := capsys.readouterr().err) and "--stage1" in sentence
+
+
 def test_a_resume_with_another_number_of_threads_says_so(run, capfd):
     change(run / "last.pt", threads=64)
     assert train(1, ["--resume", str(run)]) == 0
@@ -275,10 +283,9 @@ def test_a_resume_with_another_number_of_threads_says_so(run, capfd):
 
 
 # ---- told at once, told rightly -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "name, value", [("RANK", "abc"), ("WORLD_SIZE", "two"), ("LOCAL_RANK", ""), ("RANK", "1"), ("LOCAL_RANK", "-1")]
-)
-def test_variables_that_torchrun_did_not_set(whole, tmp_path, monkeypatch, capfd, name, value):
+@pytest.mark.parametrize("setting", ["RANK=abc", "WORLD_SIZE=two", "LOCAL_RANK=", "RANK=1", "LOCAL_RANK=-1"])
+def test_variables_that_torchrun_did_not_set(whole, tmp_path, monkeypatch, capfd, setting):
+    name, value = setting.split("=")
     monkeypatch.setenv(name, value)
     assert name in refused(capfd, 1, start(1, whole, tmp_path / "out")) and not (tmp_path / "out").exists()
 

@@ -62,7 +62,7 @@ class FSM(nn.Module):
         return kernels.feature_select(sources, weight, bias, rule, self.temperature)
 
     def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Output:
-        """outputs: of both sources for one input; present (B, M) bool, its modalities; rule: None: that of training."""
+        """outputs: of teacher and robust model, for one input; present (B, M) bool: its modalities; rule: not self.rule."""
         levels = [*zip(*(out.fused for out in outputs), strict=True), [out.logits for out in outputs]]
         *fused, logits = (self.select(list(x), i, present, rule or self.rule) for i, x in enumerate(levels))
         return Output(logits, tuple(fused), ())
@@ -84,7 +84,7 @@ def feature_distance(student: tuple[Tensor, ...], selected: tuple[Tensor, ...]) 
 
 def decode(selected: Output, teacher: nn.Module, robust: nn.Module, present: Tensor) -> Tensor:
     """Logits of the selected features (B, K, H, W): by the teacher's decoder where the input is complete, else by the
-    robust model's. present (B, M) bool, on the CPU."""
+    robust model's. Not in the paper. present (B, M) bool, on the CPU."""
     complete, size = present.all(1), selected.logits.shape[-2:]
     if complete.all() or not complete.any():
         return (teacher if complete.all() else robust).decoder(selected.fused, size)

@@ -4,10 +4,10 @@ A frozen teacher sees all modalities, the robust model a random subset. The clas
 modalities are pulled towards those of randomly matched teacher modalities, so that each learns what the others know.
 
     eq. 4   prototype   p[b, m, k]  = mean of the features of modality m over the pixels of class k in sample b
-    eq. 5   matching    modality m of the robust model answers to teacher modality pi_b(m) = match[b, m], a random
-                        permutation
-            L_hpdm      KL(softmax_k p_teacher[pi(m)] || softmax_k p_robust[m]) over the classes that occur; mean over
-                        classes and channels, sum over the present modalities and the stages, mean over samples
+    eq. 5   matching    modality m of the robust model is matched with teacher modality pi_b(m) = match[b, m], a
+                        random permutation
+            L_hpdm      KL(softmax_k p_teacher[pi(m)] || softmax_k p_robust[m]): sum over the classes that occur, over
+                        channels, present modalities and stages; divided by K and C, mean over samples
     total   L = CE + 50 KL(teacher logits || robust logits) + 100 L_hpdm; CE is OHEM, KL a mean over pixels and classes
 
 Axes: B samples, M modalities, K classes, C channels of a stage, H W image, h w stage.
@@ -25,10 +25,10 @@ from datasets.files import IGNORED
 
 
 def draw_match(batch_size: int, modalities: int, how: str, generator: torch.Generator) -> Tensor:
-    """Which teacher modality each modality of the robust model answers to (eq. 5) -> (B, M) int64 on the CPU.
+    """The teacher modality that each modality of the robust model is matched with (eq. 5) -> (B, M) int64 on the CPU.
 
     how: "random", the paper's hybrid matching, a permutation per sample; "same", the ablation without it. (The
-    published script trains with "same"; where it matches at random, that is no permutation: docs/paper_vs_code.md.)
+    published stage 1 uses "same"; another script matches at random, but by no permutation: docs/paper_vs_code.md.)
     """
     if how not in ("random", "same"):
         raise ValueError(f"matching {how!r} is unknown; choose random or same.")

@@ -3,10 +3,10 @@
     python train_single.py                                              # synthetic scenes, on the CPU
     python train_single.py --data deliver --root data/DELIVER --pretrained mit_b0.pth --amp bf16
 
-Each batch is answered twice: from all modalities, and from a random subset of each sample's. The loss is
-CE(complete) + w CE(subset), w = --subset-weight. The two are apart, because subsets have more hard pixels, which would
-crowd the complete inputs out of OHEM. An MSegFormer encodes a batch once for both answers; a CMNeXt, whose modalities
-mix in the encoder, runs twice.
+Each batch is predicted twice: from all modalities, and from a random subset of each sample's. The loss is
+CE(complete) + w CE(subset), w = --subset-weight, 0.4. OHEM chooses the hard pixels of each apart: in a common choice,
+most would be of the subsets. An MSegFormer encodes a batch once for both; a CMNeXt runs twice, since its modalities mix
+in the encoder.
 
 Writes into the run folder (--out): config.json, log.jsonl, single.pt, and last.pt to continue from (--resume).
 Next: python evaluate.py RUN, python predict.py RUN.

@@ -2,7 +2,7 @@
 
     python train_stage1.py                                              # synthetic scenes, on the CPU
     python train_stage1.py --data deliver --root data/DELIVER --pretrained mit_b0.pth --amp bf16
-    torchrun --nproc_per_node=4 train_stage1.py --data deliver --amp bf16
+    torchrun --nproc_per_node=4 train_stage1.py --data deliver --pretrained mit_b0.pth --amp bf16
 
 Writes into the run folder (--out): config.json, log.jsonl, teacher.pt, robust.pt, and last.pt to continue from
 (--resume). Next: python train_stage2.py --stage1 RUN.

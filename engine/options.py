@@ -222,7 +222,7 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     add("--stage1", type=run_folder, metavar="RUN", help="run folder of stage 1, or one of its models: both are used")
     add("--teacher", metavar="FILE", help="the teacher, instead of --stage1")
     add("--robust", metavar="FILE", help="the robust model, instead of --stage1")
-    add = parser.add_argument_group("stage 2, this project's choices: the paper leaves its training open").add_argument
+    add = parser.add_argument_group("stage 2 (this project's choices: the paper's are not known)").add_argument
     add("--fsm-epochs", type=RATE, help="of the feature selection, which has few parameters and needs few")
     add("--student-epochs", type=WEIGHT, help="of the final student, from the robust model on; 0: the selection only")
     add("--rule", choices=("score", "candidate"), default="score", help="relaxation to train the FSM through (fsm.py)")

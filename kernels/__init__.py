@@ -41,7 +41,7 @@ def prototype_distance(
 
     student, teacher (B, M, C, h, w) of one dtype; labels (B, h, w) int64 at the stage's size, 255 = ignore;
     present (B, M) bool: the modalities the student has; match (B, M) int64 in 0..M-1 (not checked, which
-    would wait for the GPU): the student's modality m answers to the teacher's modality match[b, m].
+    would wait for the GPU): the student's modality m is matched with the teacher's modality match[b, m].
 
     Per channel, softmax over the classes that occur in the sample turns the prototypes into a distribution.
     KL(teacher || student) is summed over the present modalities, the channels and the samples, then divided by K, C

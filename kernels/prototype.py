@@ -15,7 +15,7 @@ Its gradient               dL/df[b,m,c,i] = (s - t)[b,m,y_i,c] / (n[b,y_i] * K *
 Bytes that must move, with N bytes in one (B, M, C, h, w) tensor: forward 2 N (student and teacher, once each),
 backward N (the gradient). B0 on DELIVER (1024 x 1024, batch 2, four modalities): N = 67, 34, 21 and 8 MB at the four
 stages; labels (8 bytes a pixel) and prototypes are small beside that. Modalities that the student lacks, and teacher
-modalities that none of the student's answers to, are not read. Fused away: a masked copy of the features for each
+modalities that none of the student's is matched with, are not read. Fused away: a masked copy of the features for each
 class, the matched copy of the teacher, the gradients of the sums.
 
 Pooling is a product with the one-hot labels, (K x P) times (P x C), on tensor cores; plain float32 arithmetic would
@@ -74,11 +74,11 @@ def pool_kernel(
     m = pid_tbm % M
     is_teacher = pid_tbm >= B * M
 
-    # Needed by a present student modality: for itself, or as the one that it answers to.
+    # Needed by a present student modality: for itself, or as the one that it is matched with.
     offs_m = tl.arange(0, BLOCK_M)
     present = tl.load(present_ptr + b * M + offs_m, mask=offs_m < M, other=0).to(tl.int32)
-    answers_to = tl.load(match_ptr + b * M + offs_m, mask=offs_m < M, other=-1).to(tl.int32)
-    asked = tl.where(is_teacher, answers_to, offs_m)
+    matched = tl.load(match_ptr + b * M + offs_m, mask=offs_m < M, other=-1).to(tl.int32)
+    asked = tl.where(is_teacher, matched, offs_m)
     needed = tl.sum(tl.where(asked == m, present, 0), axis=0) > 0
     start = pid_chunk * chunk
     stop = tl.where(needed, tl.minimum(start + chunk, P), start)

@@ -62,7 +62,7 @@ class FSM(nn.Module):
         return kernels.feature_select(sources, weight, bias, rule, self.temperature)
 
     def forward(self, outputs: list[Output], present: Tensor, rule: str | None = None) -> Output:
-        """outputs: of teacher and robust model, for one input; present (B, M) bool: its modalities; rule: not self.rule."""
+        """outputs: of teacher and robust model; present (B, M) bool: of their input; rule: in place of self.rule."""
         levels = [*zip(*(out.fused for out in outputs), strict=True), [out.logits for out in outputs]]
         *fused, logits = (self.select(list(x), i, present, rule or self.rule) for i, x in enumerate(levels))
         return Output(logits, tuple(fused), ())

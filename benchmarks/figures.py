@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -99,15 +99,20 @@ def scatter(*files: Path) -> Image.Image:
 
 
 def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image:
-    """rows: label -> [x values, y values], a value for each seed."""
+    """rows: label -> [x values, y values], a value for each seed. Those whose y is 5 points below the median are named
+    instead, lest they press the others together."""
+    bottom = median(fmean(y) for _, y in rows.values()) - 5
+    below = [f"{label} {fmean(x):.1f} / {fmean(y):.1f}" for label, (x, y) in rows.items() if fmean(y) < bottom]
+    rows = {label: points for label, points in rows.items() if fmean(points[1]) >= bottom}
     image = Image.new("RGB", (1520, 1120), "white")
     pen, font, small = ImageDraw.Draw(image), ImageFont.load_default(34), ImageFont.load_default(32)
     across, columns = axis([v for x, _ in rows.values() for v in x], 150, 1470)
-    up, heights = axis([v for _, y in rows.values() for v in y], 970, 140)
+    up, heights = axis([v for _, y in rows.values() for v in y], 970, 180)
     pen.text((120, 48), title, INK, ImageFont.load_default(44), "lm")
     pen.text((120, 92), "mean mIoU with modalities missing, over mIoU with all, in per cent", PALE, small, "lm")
+    pen.text((120, 132), f"below this picture: {'; '.join(below)}" if below else "", PALE, small, "lm")
     for text, x in columns:
-        pen.line((x, 970, x, 140), GRID, 2)
+        pen.line((x, 970, x, 180), GRID, 2)
         pen.text((x, 1000), text, PALE, small, "mm")
     for text, y in heights:
         pen.line((150, y, 1470, y), GRID, 2)
@@ -127,7 +132,7 @@ def scatter_panel(title: str, rows: dict[str, list[list[float]]]) -> Image.Image
             box = cx - width, cy - 17, cx + width, cy + 17
             sides = [[min(box[i + 2], t[i + 2]) - max(box[i], t[i]) + 16 for i in (0, 1)] for t in taken]
             covered = sum(max(0, w) * max(0, h) for w, h in sides)
-            outside = max(0, 140 - box[0]) + max(0, box[2] - 1510) + max(0, 130 - box[1]) + max(0, box[3] - 970)
+            outside = max(0, 140 - box[0]) + max(0, box[2] - 1510) + max(0, 170 - box[1]) + max(0, box[3] - 970)
             way = [(x + i * (cx - x) / 8, y + i * (cy - y) / 8) for i in range(8)]  # the line to its point
             crossed = sum(b[0] <= px <= b[2] and b[1] <= py <= b[3] for px, py in way for b in taken[2 * len(rows) :])
             places.append((covered + 1000 * (outside + crossed), radius, turn, (cx, cy), box))

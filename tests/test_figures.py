@@ -67,14 +67,15 @@ def scattered(labels, scores, panels=1):
     return np.asarray(figures.scatter(*[Path("rows.json")] * panels)).astype(int)
 
 
-@pytest.mark.parametrize("full, missing", [([40.0, 40.0], [20.0, 30.0]), ([40.0, 50.0], [20.0, 20.0])])
+@pytest.mark.parametrize("full, missing", [([40.0, 40.0], [36.0, 38.0]), ([40.0, 50.0], [36.0, 36.0])])
 def test_a_scatter_puts_a_row_at_its_means_and_its_cross_over_its_seeds(full, missing):
     seeds = {str(i): {"full": x, "missing": y} for i, (x, y) in enumerate(zip(full, missing, strict=True))}
-    far = {"0": {"full": 60.0, "missing": 40.0}}  # keeps the axes: 40..60 and 20..40
-    picture = scattered({"a": "one", "b": "two", "c": "none yet"}, {"c": {}, "a": seeds, "b": far})
+    far, below = ({"0": {"full": 60.0, "missing": y}} for y in (40.0, 20.0))  # the axes: 40..60 and 36..40
+    labels = {"a": "one", "b": "two", "c": "none yet", "d": "three", "e": "below"}
+    picture = scattered(labels, {"c": {}, "a": seeds, "b": far, "d": far, "e": below})
     y, x = np.nonzero(np.abs(picture - figures.COLOURS["teacher"]).sum(2) < 30)  # of points and crosses
     y, x = y[x < 1300], x[x < 1300]  # without `far`
-    across, down = [150 + (v - 40) / 20 * 1320 for v in full], [970 - (v - 20) / 20 * 830 for v in missing]
+    across, down = [150 + (v - 40) / 20 * 1320 for v in full], [970 - (v - 36) / 4 * 790 for v in missing]
     for found, values in ((x, across), (y, down)):
         centre = sum(values) / 2
         assert abs(found.max() - max(*values, centre + 10)) < 4 and abs(found.min() - min(*values, centre - 10)) < 4

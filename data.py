@@ -3,7 +3,7 @@
     python data.py --data deliver --root data/DELIVER --check       # count, open every file once, list the broken
     python data.py --export data/mini --layout deliver --count 24   # synthetic scenes in DELIVER's layout and formats
 
-Then the joint augmentation of training, modality dropping (stage 1), and the corruptions of EMM, RMM and NM.
+Then the joint augmentation of training, modality dropping (stage 1), and the corruptions of RMM and NM.
 Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 255 is ignored everywhere.
 """
 
@@ -60,8 +60,7 @@ class FrameDataset(torch.utils.data.Dataset):
     cache: dict[int, tuple] = field(default_factory=dict)  # see `read`
     broken: list[str] = field(default_factory=list)  # by `open_all`: a sentence for each frame that is left out
     looks: list[tuple] = field(default_factory=list)  # of the others, see `open_all`
-    unused: list[str] = field(default_factory=list)  # folders that could be modalities, but are named like labels
-    turned: list[str] = field(default_factory=list)  # frames of whose files EXIF turns some, but not all
+    notes: str = ""  # what `describe` says of a folder besides
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -85,9 +84,7 @@ class FrameDataset(torch.utils.data.Dataset):
             for modality, (kind, low, high, mean, deviation) in self.ranges.items()
         ]
         frames = f"{len(self)} frames" + (", ranges of train" if self.split != "train" else "")
-        unused = f"; not used, as named or filled like labels: {', '.join(self.unused)}" if self.unused else ""
-        warning = f"; warning: EXIF turns some files of {self.turned[0]}, but not all" if self.turned else ""
-        return f"{self.name} {self.split}, {frames}: {', '.join(what)}{unused}{warning}"
+        return f"{self.name} {self.split}, {frames}: {', '.join(what)}{self.notes}"
 
     def unseen(self) -> list[str]:
         """The classes that no pixel of this split has, read until none is left; ValueError if no pixel has a class."""
@@ -103,7 +100,7 @@ class FrameDataset(torch.utils.data.Dataset):
         return [name for name, count in zip(self.classes, pixels, strict=False) if not count]
 
     def open_all(self, allowed: int | None) -> None:
-        """Read every frame once, leave out the broken; ValueError if more than `allowed` (None: any number), or all."""
+        """Read every frame, leave out the broken; ValueError if more than `allowed`, or all, are (None: never)."""
 
         def look(index: int) -> tuple | str:
             try:
@@ -258,9 +255,11 @@ def open_dataset(
         dataset.ranges = {modality: ranges[modality] for modality in modalities}
         dataset.normalisation = [[ranges[modality][part] for modality in modalities] for part in (3, 4)]
     if name == "folder":
-        dataset.unused = [modality for modality in layout.unasked if modality not in modalities]
+        if unused := [modality for modality in layout.unasked if modality not in modalities]:
+            dataset.notes += f"; not used, as named or filled like labels: {', '.join(unused)}"
         files = {frame.name: (*frame.images, *([frame.label] if frame.label else [])) for frame in spread(frames, 64)}
-        dataset.turned = [name for name, paths in files.items() if len(set(map(turned, paths))) > 1]
+        if some := [name for name, paths in files.items() if len(set(map(turned, paths))) > 1]:
+            dataset.notes += f"; warning: EXIF turns some files of {some[0]}, but not all"
     if skip_broken != 0:
         dataset.open_all(skip_broken)
     return dataset
@@ -352,10 +351,11 @@ def sensor_noise(images: Tensor, level: str, names: list[str], modalities: list[
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-def say(text: object) -> None:
+def say(text: str) -> None:
+    """Prints a line. Once nobody reads any more, as after `| head`, the work goes on without."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough
+    except OSError:
         sys.stdout = open(os.devnull, "w")
 
 
@@ -363,11 +363,9 @@ def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
     """Remarks for the user on a split whose frames were all read; pixels (256,): of each class."""
     sizes = Counter(f"{rows} x {columns}" for (rows, columns), *_ in dataset.looks).most_common(5)
     found = [f"{count} frames of {size} pixels" for size, count in sizes] + dataset.broken
-    if not dataset.looks:
-        return [f"{dataset.split}: {text}" for text in found]
     if pixels[0] and pixels[IGNORED] and not pixels[1:IGNORED].any():
         found.append("warning: labels of 0 and 255 alone, and 255 is ignored; for binary masks, --label-map 0=0,255=1")
-    for m, (modality, (kind, low, high, *_)) in enumerate(dataset.ranges.items()):
+    for m, (modality, (kind, low, high, *_)) in enumerate(dataset.ranges.items() if dataset.looks else ()):
         if kind == "16 bit" and high - low < 65535 / 20:
             found.append(f"warning: {modality} fills less than a twentieth of 16 bit; check its unit")
         medians, highest = (np.array([look[part][m] for look in dataset.looks]) for part in (2, 3))
@@ -403,10 +401,8 @@ def check(args: argparse.Namespace) -> int:
     for c, name in [*enumerate(parts[0].classes), (IGNORED, "(ignored)")]:
         shares = [f"{100 * count[c] / count.sum():.2f}" if count[c] else "none" for count in pixels]
         say(f"{name:24}" + "".join(f"{share:>8}" for share in shares))
-    for part, count in zip(parts, pixels, strict=True):
-        say("\n".join(remarks(part, count)))
-    for note in notes:
-        say(note)
+    found = [text for part, count in zip(parts, pixels, strict=True) for text in remarks(part, count)]
+    say("\n".join(found + notes))
     for error in refused:
         print(f"training would refuse: {error}", file=sys.stderr)
     return 2 if refused else int(any(part.broken for part in parts))

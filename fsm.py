@@ -32,17 +32,11 @@ class FSM(nn.Module):
     """
 
     def __init__(
-        self,
-        widths: tuple[int, ...],
-        num_classes: int,
-        modalities: int,
-        rule: str = "score",
-        temperature: float = 0.2,
-        conditioned: bool = True,
+        self, widths: tuple[int, ...], classes: int, modalities: int, rule="score", temperature=0.2, conditioned=True
     ):
         super().__init__()
         self.rule, self.temperature = rule, temperature
-        levels = (*widths, num_classes)  # channels; all weights start as those of nn.Conv2d, by fan-in
+        levels = (*widths, classes)  # channels; all weights start as those of nn.Conv2d, by fan-in
         self.depthwise = nn.ParameterList(torch.empty(2, c, 3, 3).uniform_(-1 / 3, 1 / 3) for c in levels)
         self.depthwise_bias = nn.ParameterList(torch.empty(2, c).uniform_(-1 / 3, 1 / 3) for c in levels)
         self.pointwise = nn.ParameterList(torch.empty(2, c).uniform_(-(c**-0.5), c**-0.5) for c in levels)

@@ -43,12 +43,7 @@ def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def hpdm_loss(
-    robust: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    labels: Tensor,
-    present: Tensor,
-    match: Tensor,
-    num_classes: int,
+    robust: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor, present: Tensor, match: Tensor, classes: int
 ) -> Tensor:
     """L_hpdm (section 4.2, eqs. 4 and 5) -> scalar >= 0, gradient to the robust model only.
 
@@ -59,7 +54,7 @@ def hpdm_loss(
     loss = labels.new_zeros((), dtype=torch.float32)
     for r, t in zip(robust, teacher, strict=True):
         y = labels_at(labels, r.shape[-2:])  # (B, h, w)
-        loss = loss + kernels.prototype_distance(r, t.detach().to(r.dtype), y, present, match, num_classes)
+        loss = loss + kernels.prototype_distance(r, t.detach().to(r.dtype), y, present, match, classes)
     return loss
 
 

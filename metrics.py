@@ -39,9 +39,8 @@ def scores(matrix: Tensor) -> dict:
     """(K, K) int64 -> percentages: mIoU by both rules, per-class IoU (None where absent), accuracy, F1; and the matrix.
     accuracy: pixels right of all labelled ones; mean_accuracy: mean recall of the classes that are labelled; f1: mean
     over the classes that occur."""
-    counts = matrix.tolist()
-    matrix = matrix.double().cpu()
-    right, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    counts = matrix.double().cpu()
+    right, labelled, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     union = labelled + predicted - right
     occurs = union > 0
     iou = right / union.clamp(min=1)
@@ -53,9 +52,9 @@ def scores(matrix: Tensor) -> dict:
     return {
         "miou_published": 100 * float(iou.mean()),
         "miou_occurring": mean(iou, occurs),
-        "accuracy": 100 * float(right.sum() / matrix.sum().clamp(min=1)),
+        "accuracy": 100 * float(right.sum() / counts.sum().clamp(min=1)),
         "mean_accuracy": mean(right / labelled.clamp(min=1), labelled > 0),
         "f1": mean(f1, occurs),
         "iou": [100 * float(v) if o else None for v, o in zip(iou, occurs, strict=True)],
-        "confusion": counts,
+        "confusion": matrix.tolist(),
     }

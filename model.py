@@ -13,22 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segformer import (
-    PRESETS,
-    Decoder,
-    DropPath,
-    MixFFN,
-    MSegFormer,
-    Output,
-    Preset,
-    check_input,
-    drop_rates,
-    gather,
-    init_weights,
-    mit_stages,
-    present_rows,
-    scatter,
-)
+import segformer
+from segformer import MixFFN, Output, Preset, check_input, gather, scatter
 
 
 class ScorePredictor(nn.Module):
@@ -75,7 +61,7 @@ class MSPABlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(c)
         self.mlp = MixFFN(c, ratio)
         self.gate = nn.Conv1d(1, 1, 3, padding=1, bias=False)  # along the channels
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = segformer.DropPath(drop_path)
 
     def forward(self, f: Tensor) -> Tensor:  # (B, C, h, w)
         u = self.norm1(f)
@@ -152,9 +138,9 @@ class CMNeXt(nn.Module):
         self.modalities = list(modalities)
         self.widths = p.widths
         self.published_layout = False
-        self.stages = mit_stages(p, eps=1e-5)
+        self.stages = segformer.mit_stages(p, eps=1e-5)
         self.aux = nn.ModuleList()  # what each stage adds to the RGB branch
-        for i, (c, drops) in enumerate(zip(p.widths, drop_rates(p.depths), strict=True)):
+        for i, (c, drops) in enumerate(zip(p.widths, segformer.drop_rates(p.depths), strict=True)):
             extra = nn.Module()
             self.aux.append(extra)
             extra.embed = AuxEmbed(3 if i == 0 else p.widths[i - 1], c, i == 0, len(modalities) - 1)
@@ -163,8 +149,8 @@ class CMNeXt(nn.Module):
             extra.norm = nn.LayerNorm(c, eps=1e-6)
             extra.frm = FRM(c)
             extra.ffm = FFM(c, p.heads[i])
-        self.aux.apply(init_weights)
-        self.decoder = Decoder(p.widths, p.cmnext_embed, num_classes)
+        self.aux.apply(segformer.init_weights)
+        self.decoder = segformer.Decoder(p.widths, p.cmnext_embed, num_classes)
 
     def get_extra_state(self) -> dict:
         return {"published_layout": self.published_layout}
@@ -177,7 +163,7 @@ class CMNeXt(nn.Module):
         check_input(images, present, self.modalities)
         b, m = images.shape[:2]
         parts = (None, None) if present is None else (present[:, 0], present[:, 1:])
-        rgb_rows, aux_rows = (present_rows(part, images.device) for part in parts)
+        rgb_rows, aux_rows = (segformer.present_rows(part, images.device) for part in parts)
         modality = gather(torch.arange(m - 1, device=images.device).repeat(b), aux_rows)  # (N,), of each row
         present = torch.ones(b, m, dtype=torch.bool) if present is None else present
         absent = ~present[:, 1:, None, None, None].to(images.device, non_blocking=True)  # (B, M-1, 1, 1, 1)
@@ -207,16 +193,16 @@ class CMNeXt(nn.Module):
 BACKBONES = [f"{family}_{size}" for family in ("segformer", "cmnext") for size in "tiny b0 b1 b2 b3 b4 b5".split()]
 
 
-def build_model(backbone: str, num_classes: int, modalities: list[str]) -> MSegFormer | CMNeXt:
+def build_model(backbone: str, num_classes: int, modalities: list[str]) -> segformer.MSegFormer | CMNeXt:
     """A freshly initialised MSegFormer or CMNeXt.
 
     backbone: one of BACKBONES; modalities: names in the order of the images' M axis, for CMNeXt RGB first.
     Raises ValueError for an unknown backbone.
     """
     family, _, size = backbone.partition("_")
-    preset = PRESETS.get(backbone if size == "tiny" else size)
-    if family not in ("segformer", "cmnext") or preset is None or (family == "cmnext" and preset.stages):
+    preset = segformer.PRESETS.get(backbone if size == "tiny" else size)
+    if family not in ("segformer", "cmnext") or "_" in size or preset is None or (family == "cmnext" and preset.stages):
         others = "segformer_lite0 needs python -m benchmarks.lite0 before the script's name"
         raise ValueError(f"unknown backbone '{backbone}'; choose one of {', '.join(BACKBONES)}; {others}.")
-    build = MSegFormer if family == "segformer" else CMNeXt
+    build = segformer.MSegFormer if family == "segformer" else CMNeXt
     return build(preset, num_classes, modalities)

@@ -24,14 +24,14 @@ import torch
 from PIL import Image
 
 import metrics
-from data import IGNORED, incomplete, normalise, resize, resized_to
-from datasets.files import LARGEST_OF, checked
+from data import IGNORED, incomplete, normalise, resize, resized_to, say
+from datasets.files import LARGEST_OF, checked, scaled
 from datasets.layouts import label_table
 from engine import pictures, runs
 from engine.checkpoint import fitting
-from engine.inference import given_depth, input_frames, load_models, normalisation_of, open_data, samples, titles
+from engine.inference import given_depth, input_frames, load_models, open_data, samples, titles
 from engine.options import COUNT, RATE, RECIPES, Parser, names
-from engine.output import check_output, say, write_picture
+from engine.output import check_output, write_picture
 from engine.program import export
 from segformer import upsample
 
@@ -108,9 +108,9 @@ class Segmenter:
         for name, image in images.items():
             for size in sizes:
                 image = resize(image, size)
-            planes = torch.from_numpy(image).permute(2, 0, 1).expand(3, -1, -1)  # (3, h, w)
-            x[0, known.index(name)] = normalise(planes[None], *normalisation_of([name], self.meta))[0]
-        x, present = incomplete(x, torch.tensor([[name in images for name in known]]), net.absent)
+            x[0, known.index(name)] = torch.from_numpy(scaled(image)).permute(2, 0, 1)  # (3 or 1, h, w)
+        x, present = normalise(x, *self.meta["normalisation"]), torch.tensor([[name in images for name in known]])
+        x, present = incomplete(x, present, net.absent)
         logits = net(x.to(next(net.parameters()).device), present).logits
         return metrics.class_ids(upsample(logits, shape), [frame])[0].to(torch.uint8).cpu().numpy()
 
@@ -155,7 +155,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--{useless[0]} has no effect on --export, which needs no frame: leave it out, or add --out.")
     found = {}
     for modality, _, path in (text.partition("=") for text in args.input):
-        if not modality or not path or not os.path.exists(path):
+        if not modality or not os.path.exists(path):
             parser.error(f"'{modality}={path}' must be MODALITY=PATH with a file or folder that exists.")
         if modality in found:
             parser.error("--input names a modality twice; give each one file, or one folder for several frames.")

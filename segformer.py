@@ -202,8 +202,6 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # ---- M-SegFormer ----------------------------------------------------------------------------------------------------
-
-
 class Output(NamedTuple):
     logits: Tensor  # (B, K, H, W)
     fused: tuple[Tensor, ...]  # 4 x (B, C_i, h_i, w_i)

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for images, labels in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
         present = draw_present(args.batch_size, modalities, phase.generator)[run.share]  # (B, M)
-        with phase.autocast():
+        with run.autocast():
             complete, subset = phase.model(images, present)  # (B, K, H, W) each
         losses = {"ce_complete": hpdm.ohem_cross_entropy(complete, labels)}
         losses["ce_subset"] = args.subset_weight * hpdm.ohem_cross_entropy(subset, labels)

@@ -47,21 +47,14 @@ def train_teacher(run: Run, teacher: nn.Module, train, val, meta: dict, state: d
     complete = all_subsets(len(train.modalities))[-1:]
 
     for images, labels in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
-        with phase.autocast():
+        with run.autocast():
             logits = phase.model(images).logits  # (B, K, H, W)
         phase.learn({"ce": hpdm.ohem_cross_entropy(logits, labels)})
         phase.keep(partial(subset_logits, teacher), val, complete)
 
 
 def train_robust(
-    run: Run,
-    teacher: nn.Module,
-    robust: nn.Module,
-    train,
-    val,
-    meta: dict,
-    state: dict | None,
-    losses_of: Callable = paper_losses,
+    run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta: dict, state: dict | None, losses_of: Callable
 ) -> None:
     """Section 4.2: modalities dropped at random per sample; the teacher's logits and prototypes are the targets."""
     args, modalities = run.args, len(train.modalities)
@@ -72,7 +65,7 @@ def train_robust(
         present = draw_present(args.batch_size, modalities, phase.generator)[run.share]  # (B, M)
         match = hpdm.draw_match(args.batch_size, modalities, args.match, phase.generator)[run.share]  # (B, M), eq. 5
         seen, present = incomplete(images, present, args.absent)
-        with phase.autocast():
+        with run.autocast():
             with torch.no_grad():
                 target = teacher(images)  # all modalities
             out = phase.model(seen, present)

@@ -38,7 +38,7 @@ def train_fsm(run: Run, teacher: nn.Module, robust: nn.Module, train, val, meta:
     for images, labels in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
         present = draw_present(args.batch_size, modalities, phase.generator, args.complete)[run.share]  # (B, M)
         given = incomplete(images, present, args.absent)
-        with phase.autocast():
+        with run.autocast():
             with torch.no_grad():
                 sources = [teacher(*given), robust(*given)]
             selected = phase.model(sources, present)
@@ -63,7 +63,7 @@ def train_student(
     for images, labels in phase.batches(train):  # (B, M, 3, H, W), (B, H, W)
         present = draw_present(args.batch_size, modalities, phase.generator, args.complete)[run.share]  # (B, M)
         given = incomplete(images, present, args.absent)
-        with phase.autocast():
+        with run.autocast():
             if fsm:
                 with torch.no_grad():
                     selected = fsm([teacher(*given), robust(*given)], present)
@@ -83,11 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, "train_stage2.py")
     train, val = run.open_splits()
     state = run.claim(("fsm", "student"))
-    run.say(
-        f"stage 2, chosen by this project: FSM by rule {args.rule}, temperature {args.temperature:g}, "
-        f"{args.fsm_epochs:g} epochs; student {args.student_epochs:g} epochs, {args.complete:.0%} complete inputs, "
-        f"CE + {args.gamma_logits:g} KL + {args.gamma_features:g} distance of features"
-    )
+    selection = f"FSM by rule {args.rule}, temperature {args.temperature:g}, {args.fsm_epochs:g} epochs"
+    student = f"student {args.student_epochs:g} epochs, {args.complete:.0%} complete inputs"
+    loss = f"CE + {args.gamma_logits:g} KL + {args.gamma_features:g} distance of features"
+    run.say(f"stage 2, chosen by this project: {selection}; {student}, {loss}")
 
     meta = describe(args, train, "")
     expect = {name: meta[name] for name in SAME}

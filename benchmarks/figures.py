@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data import normalise
+from data import normalise, say
 from engine.checkpoint import fitting
 from engine.inference import load_models, open_data
 from engine.options import Parser
-from engine.output import check_output, say, write_picture
+from engine.output import check_output, write_picture
 from engine.pictures import Cell, draw, photograph
 from engine.runs import guarded
 from engine.subsets import present_of, subset_outputs
@@ -83,8 +83,8 @@ def per_cent(values: list[float]) -> list[float]:
 
 
 def scatter(*files: Path) -> Image.Image:
-    """A point for each row that has a label, over mIoU with all modalities and its mean over the subsets with some
-    missing; its cross is the range over seeds. A panel for each JSON file of benchmarks.reproduce."""
+    """A point for each row that has a label and is not far below the others: mIoU with all modalities, mean over the
+    subsets with some missing. Its cross is the range over seeds. A panel for each file of benchmarks.reproduce."""
     panels = []
     for file in files:
         results, rows = json.loads(file.read_text()), {}

@@ -74,7 +74,7 @@ class Row(NamedTuple):
     train: str  # a command; the rows whose folders {seed}/ROW it reads are trained first. Or the row whose run it uses
     take: str = "robust"  # the row's name in evaluate.py's table
     evaluate: str = ""
-    against: str = "dropped"  # the row that it is compared with, in the table's Δ
+    against: str = "dropped"  # the row that it is compared with, in the table's Δ, if any
 
 
 # {long} teacher, {short} a model that starts from it, {both} robust model and student, {all} these three, in epochs
@@ -86,9 +86,9 @@ ROWS = [
     Row("teacher", "teacher", "teacher", TEACHER % "{long}", "teacher"),
     Row("longer", "teacher, all", "teacher, as long as all three models", TEACHER % "{all}", "teacher",
         against="dropped_longer"),
-    Row("dropped", "dropping", "modalities dropped, CE", FROM + "{short} --lambda-kl 0 --alpha 0"),
+    Row("dropped", "dropping", "modalities dropped, CE", FROM + "{short} --lambda-kl 0 --alpha 0", against=""),
     Row("dropped_longer", "dropping, long", "the same, as long as robust model and student",
-        FROM + "{both} --lambda-kl 0 --alpha 0", against="dropped_longer"),
+        FROM + "{both} --lambda-kl 0 --alpha 0", against=""),
     Row("kl", "CE+KL", "CE + KL", FROM + "{short} --alpha 0"),
     Row("hpdm", "HPDM", "CE + KL + HPDM, random matching (the paper)", FROM + "{short}"),
     Row("authors", "authors'", "the authors' script: same matching, published prototypes",
@@ -268,7 +268,6 @@ def table(data: dict, ablations: bool = False) -> str:
             texts.append(f"{fmean(values):.1f}" + (f" ± {(max(values) - min(values)) / 2:.1f}" if values[1:] else ""))
         for column in ("full", "missing"):
             apart = [seeds[seed][column] - others[seed][column] for seed in seeds if seed in others]
-            apart = apart if row.against != row.name else []
             ends = f" ({signed(min(apart))} to {signed(max(apart))})" if apart[1:] else ""
             texts.append(signed(fmean(apart)) + ends if apart else "")
         lines.append([data["what"][row.name], *texts, str(len(seeds))])
@@ -291,9 +290,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
-                f"another reproduce runs {args.setting}: wait, or give it all seeds and devices."
-            ) from None
+            what = f"another reproduce runs {args.setting}"
+            raise ValueError(f"{what}: wait, or give it all seeds and devices.") from None
         train_all(args)
 
 

@@ -210,9 +210,8 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
             what = f"{modality} is {mean[0]:g} (almost) everywhere in {len(means)} frames"
             raise ValueError(f"{what}; look at {paths[0]}, or leave {modality} out of --modalities")
         if kind != "8 bit" and name not in PUBLISHED:
-            refuse_two_units(
-                modality, [(float(most), path) for _, least, most, *_, path in values if 0 <= least < most]
-            )
+            tops = [(float(most), path) for _, least, most, *_, path in values if 0 <= least < most]
+            refuse_two_units(modality, tops)
         ranges[modality] = [kind, low, high, *numbers]
     return ranges
 
@@ -241,7 +240,7 @@ def limits(known: list, modality: str) -> tuple[float, float]:
     return min(0, low - 4 * (high - low)), max(0, high + 4 * (high - low))
 
 
-def checked(image: np.ndarray, modality: str, path: Path, ranges: dict[str, list]) -> np.ndarray:
+def checked(image: np.ndarray, modality: str, path: Path | str, ranges: dict[str, list]) -> np.ndarray:
     """The image, 16 bit as float32 in 0..1; ValueError if it is of another kind than `ranges` says, or far outside."""
     if modality in ranges:
         kind, (known, *_) = KINDS[image.dtype.name], ranges[modality]
@@ -271,9 +270,8 @@ def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) ->
             raise ValueError(f"{what}; save the ids as 8-bit grey PNG, or write the palette's colours into classes.txt")
     ids = ids[..., 0] if ids.ndim == 3 and (name == "deliver" or ids.shape[2] == 1) else ids
     if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "ui" or not 0 <= ids.min() <= ids.max() < len(table):
-        raise ValueError(
-            f"{path} is {ids.dtype} {ids.shape}, no label map; expected class ids of 8 or 16 bit in one channel"
-        )
+        what = f"{path} is {ids.dtype} {ids.shape}, no label map"
+        raise ValueError(f"{what}; expected class ids of 8 or 16 bit in one channel")
     label = table.take(ids)  # (H, W), in int16: no id can wrap around
     if label.min() < 0:
         known = np.flatnonzero(table >= 0)

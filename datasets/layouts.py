@@ -238,9 +238,8 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
         if not found and (pattern != layout.label or split != "test"):
             hint = f"; --depth raw reads {root / raw} instead" if raw and pattern == hha else ""
             folder, ending = pattern.split("/**/")
-            raise FileNotFoundError(
-                f"{root / folder} has no {ending} of {split}, though other folders have files{hint}"
-            )
+            what = f"{root / folder} has no {ending} of {split}"
+            raise FileNotFoundError(f"{what}, though other folders have files{hint}")
     frames = []
     for key in keys:
         # A file that is not there keeps the path where it should be, so that reading the frame names it.

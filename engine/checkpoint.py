@@ -16,9 +16,9 @@ from model import build_model
 
 KEYS = {
     "model": {"format", "meta", "model"},
-    "training run": {"script", "phase", "step", "steps", "best", "logged", "meta", "parts"},
+    "training run": {"script", "options", "phase", "step", "steps", "best", "logged", "threads", "meta", "parts"},
 }
-# Options that may change when a run is continued: they do not change what it computes.
+# Options that may change when a run is continued: they do not change what it computes (another device: its last bits).
 FREE = {"resume", "out", "root", "workers", "device", "max_minutes", "save_every"}
 FILES = {"stage1", "teacher", "robust", "pretrained"}  # what a run started from: may be renamed
 # Options that are entries of a model's meta by themselves, and all entries that a meta must have.
@@ -35,9 +35,9 @@ def write(path: Path, state: dict, keep_previous: bool = False) -> None:
     replace(path, buffer.getvalue(), path.with_suffix(".previous.pt") if keep_previous else None)
 
 
-def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
-    """Loads a file that `write` saved. what: a key of KEYS; says: entries that its meta must have. Raises
-    FileNotFoundError or ValueError with one sentence."""
+def read(path: Path, what: str = "model", says: tuple[str, ...] = (), expect: dict | None = None) -> dict:
+    """Loads a file that `write` saved. what: a key of KEYS; says: entries that its meta must have; expect: entries that
+    must agree, see `require`. Raises FileNotFoundError or ValueError with one sentence."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, or is no file.")
     with fitting(f"{path} is corrupt, or no checkpoint of tensors and plain values"):
@@ -49,6 +49,7 @@ def read(path: Path, what: str = "model", says: tuple[str, ...] = ()) -> dict:
         raise ValueError(f"{path} was edited after it was saved (checksum {known}); restore it.")
     if lacking := [name for name in says if name not in state["meta"]]:
         raise ValueError(f"{path} does not say its {lacking[0]}: an older version wrote it; train again.")
+    require(path, state["meta"], expect or {})
     return state
 
 
@@ -78,7 +79,7 @@ def load_last(folder: Path, warn: bool = True) -> dict | None:
             raise
         state = read(previous, "training run")
         if warn:
-            print(f"warning: {error} Continuing from {previous}, step {state['step']}.", file=sys.stderr)
+            print(f"warning: {error} Instead: {previous}, step {state['step']}.", file=sys.stderr)
         return state
 
 
@@ -98,9 +99,8 @@ def load_model(path: Path | str, device: torch.device, expect: dict | None = Non
     """Rebuilds a model from its checkpoint -> (model in eval mode, meta). `model.absent` says what an absent modality
     is to the model: left out ("skip"), or a zero image ("zero"). expect: entries of meta that must agree, else
     ValueError with both descriptions."""
-    state = read(Path(path), says=SAYS)
+    state = read(Path(path), says=SAYS, expect=expect)
     meta = state["meta"]
-    require(path, meta, expect or {})
     with fitting(f"{path} does not hold the weights of a {meta['backbone']}"):
         model = build_model(meta["backbone"], len(meta["classes"]), meta["modalities"])
         model.load_state_dict(state["model"])
@@ -125,16 +125,15 @@ def fitting(failure: str):
 
 def require(path: Path | str, found: dict, expect: dict) -> None:
     """Refuses a checkpoint of another backbone, class list, ... with both descriptions."""
-    for name, value in expect.items():
-        if found.get(name) != value and name == "normalisation":  # this and the next are too long to print
+    for name in [name for name, value in expect.items() if found.get(name) != value]:
+        if name == "normalisation":  # this and the next are too long to print
             raise ValueError(f"{path} was made with other data: normalisation differs.")
-        if found.get(name) != value and name in ("start", "teacher", "sources"):  # checksums
-            what = {"start": "start weights", "sources": "teacher or robust model"}.get(name, name)
+        if name in ("teacher", "sources"):  # checksums
+            what = "teacher" if name == "teacher" else "teacher or robust model"
             raise ValueError(f"{path} was made with another {what} than the one that is here; put back its own.")
-        if found.get(name) != value:
-            there, here = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (found.get(name), value))
-            hint = {"val_size": " Choose with --size.", "label_map": " Choose with --label-map."}.get(name, "")
-            raise ValueError(f"{path} was trained with {name} {there}, but here it is {here}.{hint}")
+        there, here = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (found.get(name), expect[name]))
+        hint = {"val_size": " Choose with --size.", "label_map": " Choose with --label-map."}.get(name, "")
+        raise ValueError(f"{path} was trained with {name} {there}, but here it is {here}.{hint}")
 
 
 def frame_names(dataset) -> str:
@@ -145,8 +144,7 @@ def frame_names(dataset) -> str:
 def describe(args, dataset, backbone: str | None, state: dict | None = None) -> dict:
     """What a model's checkpoint says of itself; state: what the run continues from."""
     meta = {"backbone": backbone, "modalities": list(dataset.modalities), "classes": list(dataset.classes)}
-    meta |= {"palette": [[int(v) for v in colour] for colour in dataset.palette], "frames": len(dataset)}
-    meta["frame names"] = frame_names(dataset)
+    meta |= {"palette": dataset.palette.tolist(), "frames": len(dataset), "frame names": frame_names(dataset)}
     meta |= {"normalisation": dataset.normalisation, "ranges": dataset.ranges}
     meta["options"] = {name: value for name, value in vars(args).items() if name not in FREE | FILES}
     meta |= {"start": state["meta"].get("start")} if state and args.pretrained else {}

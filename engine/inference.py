@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Frame, FrameDataset, open_dataset
+from data import Frame, FrameDataset, open_dataset, say
 from datasets.files import SUFFIXES, read_frame, read_image
 from engine.checkpoint import SAME, checksum, load_last, load_model, read, require
 from engine.loop import PHASES
 from engine.options import ROOTS
-from engine.output import ours, say
+from engine.output import ours
 from engine.subsets import load_fsm
 from fsm import FSM
 
@@ -64,13 +64,9 @@ def open_data(meta: dict, data: str | None, root: str | None, split: str, size, 
     dataset = open_dataset(data, root, split, size=size, **options)
     say(dataset.describe() + (f"; in {Path(root).resolve()}" if root else ""))  # a root may be relative
     require("the model", meta, {"classes": list(dataset.classes)})
-    dataset.normalisation = normalisation_of(dataset.modalities, meta)  # the model's, should the data set's differ
+    places = [meta["modalities"].index(name) for name in dataset.modalities]
+    dataset.normalisation = [[numbers[m] for m in places] for numbers in meta["normalisation"]]  # whatever its own are
     return dataset
-
-
-def normalisation_of(names: list[str], meta: dict) -> list[list]:
-    """Mean and deviation of these modalities, as the model was trained with."""
-    return [[numbers[meta["modalities"].index(name)] for name in names] for numbers in meta["normalisation"]]
 
 
 def titles(data: str, modalities: list[str]) -> list[str]:
@@ -122,11 +118,9 @@ def input_frames(given: dict[str, Path], meta: dict, depth_unit: float) -> Itera
         if paired := len(given) == 1 or max(map(len, frames.values())) > 1:
             break
     if not paired or set(frames) == {"."}:
-        where = f"{' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a name in common"
+        what = f"{' and '.join(map(str, given.values()))} have no {', '.join(SUFFIXES)} file with a name in common"
         hint = "alike (rgb/7.png, depth/7.png) or but for one word at one end (color_0007.png, depth_0007.png)"
-        raise ValueError(
-            f"--input: {where}; name a frame's files {hint}, and give files or folders for all modalities."
-        )
+        raise ValueError(f"--input: {what}; name a frame's files {hint}, and give files or folders for all modalities.")
     if keys is what_differs:
         pair = next(files for files in frames.values() if len(files) > 1)
         say(f"frames are paired by what differs in their names: {' with '.join(map(str, pair.values()))}")

@@ -1,4 +1,4 @@
-"""What the training loops call: batches, randomness, schedule, optimizer, validation.
+"""What the training loops and evaluate.py call: batches, randomness, schedule, optimizer, validation.
 
 Everything random in a run is a function of (seed, phase, step) or of (seed, epoch, frame). So a checkpoint needs only
 the states of model, optimizer and scaler, step and best score to continue bit for bit, with any number of workers.
@@ -41,10 +41,12 @@ def quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(dataset, keys: Iterable[list], workers: int, device: torch.device) -> DataLoader:
-    """Batches of a data set: the frames of each list of `keys`, stacked."""
+def loader(dataset, keys: Iterable[list], workers: int, device: torch.device) -> Iterator[tuple]:
+    """For each list of `keys`: its frames' images (B, M, 3, H, W), normalised, labels (B, H, W) int64, names."""
     own = {"worker_init_fn": quiet_worker, "collate_fn": stack, "pin_memory": device.type == "cuda"}
-    return DataLoader(dataset, batch_sampler=keys, num_workers=workers, **own)
+    for images, labels, names in DataLoader(dataset, batch_sampler=keys, num_workers=workers, **own):
+        images = normalise(images.to(device, non_blocking=True), *dataset.normalisation)
+        yield images, labels.to(device, non_blocking=True).long(), names
 
 
 def stack(samples: list[tuple[Tensor, Tensor, str]]) -> list:
@@ -68,10 +70,8 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
     parameters; norms that are stacked here, a row for each modality, are exempt, too."""
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))}
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) in decayed], "weight_decay": 0.01},
-        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
-    ]
+    weights, others = [p for p in trained if id(p) in decayed], [p for p in trained if id(p) not in decayed]
+    groups = [{"params": weights, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
@@ -83,10 +83,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, w
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp), enabled=amp != "off")
 
 
 @torch.inference_mode()
@@ -103,9 +99,7 @@ def score(answers: Callable, columns: int, dataset, batch_size: int, run) -> lis
             told = time.monotonic()
             left = (told - begun) / done * (len(shard) - done) / 60
             run.say(f"{done * batch_size * run.world} of {len(dataset)} frames, about {left:.0f} min left")
-        images = normalise(images.to(run.device, non_blocking=True), *dataset.normalisation)
-        labels = labels.to(run.device, non_blocking=True).long()
-        with autocast(run.device, run.args.amp):
+        with run.autocast():
             for matrix, (ids, wanted) in zip(matrices, answers(images, labels, names), strict=True):
                 matrix += metrics.confusion(ids, wanted, k)
     matrices = run.reduce(matrices)

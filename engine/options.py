@@ -238,13 +238,15 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
             return {}
         if bool(args.stage1) == bool(args.teacher or args.robust) or bool(args.teacher) != bool(args.robust):
             parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
-        run, last = args.stage1, load_last(Path(args.stage1)) if args.stage1 else None
-        if last and last["script"] == "train_stage1.py" and (last["phase"], last["step"]) != ("robust", last["steps"]):
-            where = f"step {last['step']} of {last['steps']} of phase {last['phase']}"
-            way = f"--resume {run}" if last["options"]["distill_epochs"] else f"--teacher {run}/teacher.pt"
-            what = f"stage 1 in {run} is not complete ({where}): go on with train_stage1.py {way}"
-            raise ValueError(f"{what}, or name its files with --teacher and --robust.")
-        robust = Path(args.robust or f"{args.stage1}/robust.pt")
+        run, robust = args.stage1, Path(args.robust or f"{args.stage1}/robust.pt")
+        last = load_last(Path(run)) if run else None
+        if last and last["script"] == "train_stage1.py":
+            complete = (last["phase"], last["step"]) == ("robust", last["steps"])
+            if not complete or not robust.exists():
+                over = complete or not last["options"]["distill_epochs"]  # nothing is left to resume
+                way = f"--teacher {run}/teacher.pt" if over else f"--resume {run}"
+                what = f"{run} has no finished robust model (step {last['step']} of {last['steps']} of {last['phase']})"
+                raise ValueError(f"{what}: train_stage1.py {way}, or name models with --teacher and --robust.")
         meta = read(robust, says=("options", "root"))["meta"]
         with fitting(f"{robust} does not say the options of its run"):
             options = {name: meta["options"][name] for name in INHERITED}

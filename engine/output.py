@@ -3,21 +3,12 @@
 import contextlib
 import io
 import os
-import sys
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 MARK = "written by RMMSS"  # near an end of every output, so that a later run knows what it may replace
-
-
-def say(text: str) -> None:
-    """Prints a line. Once nobody reads any more, as after `| head`, the work goes on without."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
 
 
 def ours(path: Path) -> bool:

@@ -159,7 +159,7 @@ def start_model(run, meta: dict) -> nn.Module:
 def read_weights(path: Path) -> dict:
     """The dictionary in a file of torch.save or a .safetensors, told apart by their first bytes; runs no code in it."""
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist, or is no file.")
+        raise FileNotFoundError(f"{path} does not exist, or is no file.")
     with fitting(f"{path} is not a readable checkpoint of tensors"):
         data = bytearray(path.read_bytes())
         if data[8:9] == b"{":  # 8 bytes: n; n bytes of JSON: {name: {dtype, shape, data_offsets}}; the tensors' bytes

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import incomplete, normalise
+from data import incomplete, normalise, say
+from datasets.files import LARGEST_OF
 from engine.checkpoint import fitting
-from engine.output import MARK, check_output, say, write_output
+from engine.output import MARK, check_output, write_output
 from engine.subsets import present_of
 from model import CMNeXt
-
-DIVISORS = {"8 bit": 255, "16 bit": 65535, "float": 1}  # what brings a modality's files to 0..1
 
 
 class Program(nn.Module):
@@ -51,7 +50,7 @@ def export(model: nn.Module, meta: dict, size: int | tuple[int, int], file: str)
     rows = not isinstance(model, CMNeXt) or model.absent == "zero"  # whether it takes `present`
     kinds = [meta.get("ranges", {}).get(name, ["8 bit"])[0] for name in names]
     about = {"file": MARK, "program": Path(file).name, "inputs": ["images", "present"] if rows else ["images"]}
-    about |= {"modalities": names, "divisors": [DIVISORS[kind] for kind in kinds], "size": [height, width]}
+    about |= {"modalities": names, "divisors": [LARGEST_OF.get(kind, 1) for kind in kinds], "size": [height, width]}
     about |= {"classes": meta["classes"], "palette": meta["palette"]}
     about["note"] = "each image needs a modality that is present, else its logits are NaN"
     images, buffer = torch.rand(2, len(names), 3, height, width), io.BytesIO()

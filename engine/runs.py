@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data import normalise, open_dataset
+from data import open_dataset, say
 from engine import loop
 from engine.checkpoint import FILES, FREE, SAME, fitting, frame_names, has_model, load_last, require, save_model, write
-from engine.output import replace, say
+from engine.output import replace
 
 # Messages of torch, CUDA, NumPy and the system; their exceptions' types tell less.
 NO_MEMORY = "out of memory|(can't|cannot|unable to) allocate|not enough memory|ALLOC_FAILED"
@@ -143,6 +143,10 @@ class Run:
             model = nn.parallel.DistributedDataParallel(model)
         return model
 
+    def autocast(self) -> torch.autocast:
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
+        return torch.autocast(self.device.type, kind, enabled=kind is not None)
+
     def reduce(self, x: Tensor, op=dist.ReduceOp.SUM) -> Tensor:
         """Sum (or another `op`) over the processes, which all get the result."""
         if self.world > 1:
@@ -169,7 +173,7 @@ class Phase:
 
     meta: what its model says of itself (`checkpoint.describe`); state: what to continue from, or None; calls: a
     module around the model that the loop calls instead of it. A training loop iterates over `batches`: it draws from
-    `generator`, calls `model` under `autocast`, then `learn` with the losses and `keep`.
+    `generator`, calls `model` under `Run.autocast`, then `learn` with the losses and `keep`.
     """
 
     def __init__(self, run: Run, name: str, model: nn.Module, epochs: float, meta: dict, state, calls=None):
@@ -195,7 +199,7 @@ class Phase:
     def restore(self, file: Path, state: dict) -> None:
         """Continues from the last checkpoint, without what was logged since: that will be logged again."""
         run, meta = self.run, self.meta
-        known = ("backbone", "frames", "frame names", *SAME, "start", "teacher", "sources")
+        known = ("backbone", "frames", "frame names", *SAME, "teacher", "sources")
         require(file, state["meta"], {key: meta[key] for key in known if key in meta})
         require(file, state, {"val_frames": run.val_frames, "phase": self.name})
         for key, part in self.parts.items():
@@ -219,12 +223,12 @@ class Phase:
     def save(self) -> None:
         """last.pt, all that `--resume` continues from. Ends the run if a signal or the clock asked for that."""
         run = self.run
-        logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes
-        parts = {key: part.state_dict() for key, part in self.parts.items()}
-        state = {"script": run.script, "phase": self.name, "step": self.step, "steps": self.steps, "best": self.best}
-        state |= {"val_frames": run.val_frames, "logged": logged, "meta": self.meta, "options": vars(run.args)}
         if run.rank == 0:
-            state |= {"parts": parts, "threads": torch.get_num_threads()}
+            state = {"script": run.script, "phase": self.name, "step": self.step, "steps": self.steps}
+            state |= {"best": self.best, "val_frames": run.val_frames, "meta": self.meta, "options": vars(run.args)}
+            state["logged"] = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes
+            state["parts"] = {key: part.state_dict() for key, part in self.parts.items()}
+            state["threads"] = torch.get_num_threads()
             write(run.folder / "last.pt", state, keep_previous=True)
         if run.stopping:
             run.meet()  # torchrun ends the others soon after the first has left
@@ -243,13 +247,8 @@ class Phase:
             self.lr = loop.set_learning_rate(self.optimizer, self.step, self.steps, self.warmup, args.lr)
             self.generator = loop.seed_step(args.seed, self.name, self.step, run.rank)
             self.model.train()
-            images = images.to(run.device, non_blocking=True)
-            labels = labels.to(run.device, non_blocking=True).long()
-            yield normalise(images, *dataset.normalisation), labels
+            yield images, labels
             asked = time.monotonic()
-
-    def autocast(self) -> torch.autocast:
-        return loop.autocast(self.run.device, self.run.args.amp)
 
     def learn(self, losses: dict[str, Tensor]) -> None:
         """One step of the optimizer on the sum of the losses, unless it or the gradient is not finite."""

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.checkpoint import fitting, read, require
+from engine.checkpoint import fitting, read
 from fsm import FSM, ensemble_logits
-from model import MSegFormer, Output
-from segformer import Decoder, upsample
+from segformer import Decoder, MSegFormer, Output, upsample
 
 
 def all_subsets(modalities: int) -> list[tuple[int, ...]]:
@@ -112,9 +111,8 @@ def selected_logits(
 def load_fsm(path: Path | str, device: torch.device, expect: dict | None = None) -> FSM:
     """Rebuilds the selection of a `fsm.pt`, in eval mode; expect: as for `load_model`."""
     about = "rule", "temperature", "conditioned"
-    state = read(Path(path), says=("widths", "classes", "modalities", "sources", *about))
+    state = read(Path(path), says=("widths", "classes", "modalities", "sources", *about), expect=expect)
     meta = state["meta"]
-    require(path, meta, expect or {})
     with fitting(f"{path} does not hold a feature selection"):
         sizes = meta["widths"], len(meta["classes"]), len(meta["modalities"])
         fsm = FSM(*sizes, **{name: meta[name] for name in about})

@@ -28,8 +28,6 @@ except ModuleNotFoundError as error:  # requirements.txt installs Triton on Linu
         raise
     prototype = selection = None
 
-__all__ = ["feature_select", "prototype_distance"]
-
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES = ("hard", "candidate", "score")
 
@@ -110,10 +108,8 @@ def _wants_triton(tensor: Tensor) -> bool:
     runs = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     possible = runs and tensor.dtype in TRITON_DTYPES and prototype is not None
     if choice == "triton" and not possible:
-        raise ValueError(
-            "RMMSS_KERNELS=triton needs the package triton, features of 32 or 16 bits, and a GPU or "
-            f"TRITON_INTERPRET=1; found {tensor.dtype} on {tensor.device}: unset it."
-        )
+        what = "the package triton, features of 32 or 16 bits, and a GPU or TRITON_INTERPRET=1"
+        raise ValueError(f"RMMSS_KERNELS=triton needs {what}; found {tensor.dtype} on {tensor.device}: unset it.")
     return choice == "triton" or (choice == "auto" and possible and tensor.is_cuda)
 
 

@@ -34,9 +34,8 @@ from torch.autograd.function import once_differentiable
 
 MAX_CLASSES = 256  # more would spill registers: the definition takes over
 
+
 # ------------------------------------------------------------------------------------------------ jit kernels
-
-
 @triton.jit
 def class_of(labels_ptr, offs_p, mask_p, stride_p, K):
     """The labels of some pixels as int32, with -1 for all that belong to no class."""
@@ -123,18 +122,14 @@ def log_softmax(x, seen):
 
 @triton.jit
 def distance_kernel(
-    sums_ptr,  # (2, B, M, K, C + 1) float32, contiguous: student, teacher; column C counts pixels; read
-    match_ptr,  # (B, M) int64, contiguous; read
-    parts_ptr,  # (B*M, channel blocks) float32, contiguous: parts that add up to the sum of the KLs; written
-    table_ptr,  # (B, M, K, C) float32, contiguous: that sum's gradient for one pixel of class k; written
-    B,
-    M,
-    C,
-    K,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    sums_ptr, match_ptr, parts_ptr, table_ptr, B, M, C, K, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Prototypes, masked softmax over the classes, KL, and the gradient's table, of one (b, m) and BLOCK_C channels."""
+    """Prototypes, masked softmax over the classes, KL, and the gradient's table, of one (b, m) and BLOCK_C channels.
+
+    All contiguous, float32 but for the int64 match. Reads sums (2, B, M, K, C + 1): student, teacher; column C counts
+    pixels; and match (B, M). Writes parts (B*M, channel blocks), which add up to the sum of the KLs, and table
+    (B, M, K, C), that sum's gradient for one pixel of class k.
+    """
     pid_bm = tl.program_id(0)
     pid_c = tl.program_id(1)
     b = (pid_bm // M).to(tl.int64)
@@ -190,8 +185,6 @@ def spread_kernel(
 
 
 # ------------------------------------------------------------------------------------------------ launchers
-
-
 def chunk_size(P: int, programs: int) -> int:
     """Pixels that a program sums: at most 1024, fewer where P is small, so that the GPU has enough programs."""
     chunk = 1024
@@ -253,8 +246,6 @@ class PrototypeDistance(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------ public call
-
-
 def prototype_distance(
     student: Tensor, teacher: Tensor, labels: Tensor, present: Tensor, match: Tensor, num_classes: int
 ) -> Tensor:

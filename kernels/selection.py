@@ -38,9 +38,8 @@ from torch.autograd.function import once_differentiable
 
 from .prototype import chunk_size
 
+
 # ------------------------------------------------------------------------------------------------ jit kernels
-
-
 @triton.jit
 def load_features(x_ptr, offs_c, offs_p, C, P, stride_c, stride_p):
     """(BLOCK_C, BLOCK_P) of one source and sample as float32, 0 outside; 32-bit offsets within a sample."""
@@ -58,18 +57,13 @@ def neighbour(offs_p, dy, dx, H, W):
 
 @triton.jit
 def taps_kernel(
-    x_0_ptr,
-    x_1_ptr,  # (B, C, P) each, of equal strides; read
-    weight_ptr,  # (2, C, 9) float32, contiguous; read
-    taps_ptr,  # (2, B, 9, P) float32, contiguous; written
-    B,
-    C,
-    P,
-    x_strides,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    x_0_ptr, x_1_ptr, weight_ptr, taps_ptr, B, C, P, x_strides, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """Products of one source's features with the nine taps, at their own pixel."""
+    """Products of one source's features with the nine taps, at their own pixel.
+
+    Reads x_0, x_1 (B, C, P), of equal strides, and weight (2, C, 9) float32, contiguous; writes taps (2, B, 9, P)
+    float32, contiguous.
+    """
     j = tl.program_id(1) // B
     b = (tl.program_id(1) % B).to(tl.int64)
     offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -197,20 +191,13 @@ def score_backward_kernel(
 
 @triton.jit
 def weight_backward_kernel(
-    x_0_ptr,
-    x_1_ptr,  # (B, C, P) each, of equal strides; read
-    dz_ptr,  # (2, B, P) float32, contiguous; read
-    parts_ptr,  # (2, B, CHUNKS, C, 9) float32, contiguous: each chunk's part of the weight's gradient; written
-    B,
-    C,
-    H,
-    W,
-    chunk,
-    x_strides,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    x_0_ptr, x_1_ptr, dz_ptr, parts_ptr, B, C, H, W, chunk, x_strides, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """The gradient of BLOCK_C channels' weights, of one source, from one chunk of pixels of one sample."""
+    """The gradient of BLOCK_C channels' weights, of one source, from one chunk of pixels of one sample.
+
+    Reads x_0, x_1 (B, C, P), of equal strides, and dz (2, B, P) float32, contiguous; writes parts (2, B, CHUNKS, C, 9)
+    float32, contiguous: each chunk's part of the weight's gradient.
+    """
     j = tl.program_id(2) // B
     b = (tl.program_id(2) % B).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -233,8 +220,6 @@ def weight_backward_kernel(
 
 
 # ------------------------------------------------------------------------------------------------ launchers
-
-
 def launch_select(
     x_0: Tensor, x_1: Tensor, weight: Tensor, bias: Tensor, rule: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -291,8 +276,6 @@ class FeatureSelect(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------ public call
-
-
 def feature_select(features: list[Tensor], weight: Tensor, bias: Tensor, rule: str, temperature: float) -> Tensor:
     """Documented and checked in `__init__.py`."""
     x_0, x_1 = features

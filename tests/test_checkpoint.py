@@ -21,7 +21,7 @@ META = about(classes=["road", "car", "sky"], data="deliver")
 def state(step: int) -> dict:
     generator = torch.Generator().manual_seed(step)
     parts = {f"layer{i}.weight": torch.randn(3, 5, generator=generator) for i in range(3)}
-    numbers = {"step": step, "steps": 9, "best": 0.5 * step, "logged": 0}
+    numbers = {"step": step, "steps": 9, "best": 0.5 * step, "logged": 0, "options": {}, "threads": 1}
     return {"script": "train_stage1.py", "phase": "teacher", "meta": {}, "parts": parts, **numbers}
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,8 +45,8 @@ def test_all_subsets_are_there_once_and_the_complete_one_is_last():
 
 def a_run(batch_size, workers=0, protocol=evaluate.PROTOCOLS):
     """As runs.Run in one process, with what `evaluate` needs of the options."""
-    args = SimpleNamespace(batch_size=batch_size, workers=workers, seed=3, amp="off", protocol=list(protocol))
-    return SimpleNamespace(rank=0, world=1, device=CPU, reduce=lambda x: x, args=args)
+    args = SimpleNamespace(batch_size=batch_size, workers=workers, seed=3, protocol=list(protocol))
+    return SimpleNamespace(rank=0, world=1, device=CPU, reduce=lambda x: x, autocast=nullcontext, args=args)
 
 
 def scenes(modalities, frames):

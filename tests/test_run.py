@@ -80,7 +80,7 @@ def test_a_corrupt_last_checkpoint_costs_only_the_steps_since_the_one_before(who
     (tmp_path / "last.pt").write_bytes(data)
     capfd.readouterr()
     assert train(1, ["--resume", str(tmp_path)]) == 0
-    warning = r"warning: .*last.pt is corrupt, or .* Continuing from .*last.previous.pt, step 2\.\n"
+    warning = r"warning: .*last.pt is corrupt, or .* Instead: .*last.previous.pt, step 2\.\n"
     assert re.fullmatch(warning, capfd.readouterr().err)
     assert differences(whole / "1", tmp_path) == []
 
@@ -213,7 +213,7 @@ def test_a_folder_whose_checkpoint_was_deleted_is_not_trained_again(whole, run, 
 def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(run, capfd, phase, step):
     change(run / "last.pt", phase=phase, step=step, steps=4)
     before = (run / "last.pt").read_bytes()
-    sentence = f"is not complete (step {step} of 4 of phase {phase}): go on with train_stage1.py --resume"
+    sentence = f"no finished robust model (step {step} of 4 of {phase}): train_stage1.py --resume"
     assert sentence in refused(capfd, 2, start(2, run.parent, None))
     assert (run / "last.pt").read_bytes() == before
 

@@ -255,7 +255,7 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     args = parse(parser, argv, from_models)
     for name in ("stage1", "teacher", "robust") if args.resume else ():
         if (path := getattr(args, name)) and not os.path.exists(path):
-            parser.error(f"{path}, which the run started from, is not there; name its new place by --{name}.")
+            raise ValueError(f"{path}, which the run started from, is not there; name its new place by --{name}.")
     refuse(parser, "with --student-epochs 0", not args.student_epochs, "gamma_logits", "gamma_features")
     aimless = args.student_epochs and not args.gamma_logits and not args.gamma_features
     refuse(parser, "where the student has no target of the FSM", aimless, "rule", "temperature", "fsm_epochs")

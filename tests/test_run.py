@@ -268,14 +268,6 @@ def test_models_of_another_run_laid_into_the_folder_are_refused(stopped, capfd, 
     assert "made with another" in sentence and laid in sentence
 
 
-def test_a_stage_one_that_has_moved_is_asked_for_by_its_option(whole, tmp_path, capsys):
-    folder = shutil.copytree(whole / "2", tmp_path / "2")
-    change(folder / "last.pt", "options", stage1="gone")
-    with pytest.raises(SystemExit):
-        options.stage2_options("", ["--resume", str(folder)])
-    assert "gone" in (sentence := capsys.readouterr().err) and "--stage1" in sentence
-
-
 def test_a_resume_with_another_number_of_threads_says_so(run, capfd):
     change(run / "last.pt", threads=64)
     assert train(1, ["--resume", str(run)]) == 0

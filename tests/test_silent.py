@@ -144,9 +144,10 @@ def test_stage_1_does_not_start_in_a_folder_that_holds_models_of_stage_2(whole, 
     assert "fsm.pt" in refused(capfd, 1, start(1, whole, tmp_path))
 
 
-def test_files_that_moved_are_found_again_by_their_options(whole, run, tmp_path):
+def test_files_that_moved_are_found_again_by_their_options(whole, run, tmp_path, capfd):
     assert train(2, start(2, run.parent, tmp_path / "2", "--max-minutes", "1e-6")) == 0
     run.rename(tmp_path / "moved")
+    assert "place by --stage1" in refused(capfd, 2, ["--resume", str(tmp_path / "2")])
     assert train(2, ["--resume", str(tmp_path / "2"), "--stage1", str(tmp_path / "moved"), "--max-minutes", "60"]) == 0
 
 

@@ -8,6 +8,7 @@ Axes: B batch, M modalities, K classes, C channels, H, W image size. A label of 
 """
 
 import argparse
+import errno
 import filecmp
 import itertools
 import math
@@ -352,11 +353,14 @@ def sensor_noise(images: Tensor, level: str, names: list[str], modalities: list[
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 def say(text: str) -> None:
-    """Prints a line. Once nobody reads any more, as after `| head`, the work goes on without."""
+    """Prints a line. Once nobody reads any more, as after `| head`, the work goes on without; of a full disk, it says
+    so on stderr."""
     try:
         print(text, flush=True)
-    except OSError:
+    except OSError as error:
         sys.stdout = open(os.devnull, "w")
+        if error.errno == errno.ENOSPC:  # else what follows would be lost without a word
+            print(f"warning: what follows cannot be printed: {error.strerror}", file=sys.stderr)
 
 
 def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:

@@ -216,6 +216,18 @@ def single_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     return args
 
 
+def require_robust(run: str | None) -> None:
+    """Raises ValueError if a run of stage 1 has no robust model yet, or no longer."""
+    last = load_last(Path(run)) if run else None
+    if last and last["script"] == "train_stage1.py":
+        complete = (last["phase"], last["step"]) == ("robust", last["steps"])
+        if not complete or not Path(run, "robust.pt").exists():
+            over = complete or not last["options"]["distill_epochs"]  # nothing is left to resume
+            way = f"--teacher {run}/teacher.pt" if over else f"--resume {run}"
+            what = f"{run} has no finished robust model (step {last['step']} of {last['steps']} of {last['phase']})"
+            raise ValueError(f"{what}: train_stage1.py {way}, or name models with --teacher and --robust.")
+
+
 def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("train_stage2.py", doc)
     add = parser.add_argument_group("models").add_argument
@@ -238,15 +250,8 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
             return {}
         if bool(args.stage1) == bool(args.teacher or args.robust) or bool(args.teacher) != bool(args.robust):
             parser.error("give either --stage1 RUN, or both --teacher FILE and --robust FILE.")
-        run, robust = args.stage1, Path(args.robust or f"{args.stage1}/robust.pt")
-        last = load_last(Path(run)) if run else None
-        if last and last["script"] == "train_stage1.py":
-            complete = (last["phase"], last["step"]) == ("robust", last["steps"])
-            if not complete or not robust.exists():
-                over = complete or not last["options"]["distill_epochs"]  # nothing is left to resume
-                way = f"--teacher {run}/teacher.pt" if over else f"--resume {run}"
-                what = f"{run} has no finished robust model (step {last['step']} of {last['steps']} of {last['phase']})"
-                raise ValueError(f"{what}: train_stage1.py {way}, or name models with --teacher and --robust.")
+        require_robust(args.stage1)
+        robust = Path(args.robust or f"{args.stage1}/robust.pt")
         meta = read(robust, says=("options", "root"))["meta"]
         with fitting(f"{robust} does not say the options of its run"):
             options = {name: meta["options"][name] for name in INHERITED}
@@ -256,6 +261,8 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
     for name in ("stage1", "teacher", "robust") if args.resume else ():
         if (path := getattr(args, name)) and not os.path.exists(path):
             raise ValueError(f"{path}, which the run started from, is not there; name its new place by --{name}.")
+    if args.resume:
+        require_robust(args.stage1)  # which may be trained anew
     refuse(parser, "with --student-epochs 0", not args.student_epochs, "gamma_logits", "gamma_features")
     aimless = args.student_epochs and not args.gamma_logits and not args.gamma_features
     refuse(parser, "where the student has no target of the FSM", aimless, "rule", "temperature", "fsm_epochs")

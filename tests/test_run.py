@@ -191,6 +191,10 @@ def test_a_full_disk_at_a_log_line_ends_in_one_sentence_and_the_run_goes_on(whol
     file.unlink()
     assert train(1, ["--resume", str(tmp_path)]) == 0
     assert [line["phase"] for line in log(tmp_path)] == [line["phase"] for line in log(whole / "1")]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "train_stage2.py", *start(2, whole, tmp_path / "2", "--max-minutes=1e-6")]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr.count("cannot be printed: No space left") == 1
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -210,11 +214,12 @@ def test_a_folder_whose_checkpoint_was_deleted_is_not_trained_again(whole, run, 
 
 
 @pytest.mark.parametrize("phase, step", [("robust", 1), ("teacher", 4)])
-def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(run, capfd, phase, step):
+def test_stage_two_leaves_a_stage_one_alone_that_is_not_complete(whole, run, capfd, phase, step):
     change(run / "last.pt", phase=phase, step=step, steps=4)
     before = (run / "last.pt").read_bytes()
     sentence = f"no finished robust model (step {step} of 4 of {phase}): train_stage1.py --resume"
-    assert sentence in refused(capfd, 2, start(2, run.parent, None))
+    resumed = ["--resume", str(shutil.copytree(whole / "2", run.parent / "2")), "--stage1", str(run)]
+    assert all(sentence in refused(capfd, 2, argv) for argv in (start(2, run.parent, None), resumed))
     assert (run / "last.pt").read_bytes() == before
 
 
@@ -277,9 +282,9 @@ def test_a_resume_with_another_number_of_threads_says_so(run, capfd):
 # ---- told at once, told rightly -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("setting", ["RANK=abc", "WORLD_SIZE=two", "LOCAL_RANK=", "RANK=1", "LOCAL_RANK=-1"])
 def test_variables_that_torchrun_did_not_set(whole, tmp_path, monkeypatch, capfd, setting):
-    name, value = setting.split("=")
-    monkeypatch.setenv(name, value)
-    assert name in refused(capfd, 1, start(1, whole, tmp_path / "out")) and not (tmp_path / "out").exists()
+    monkeypatch.setenv(*setting.split("="))
+    assert setting.split("=")[0] in refused(capfd, 1, start(1, whole, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

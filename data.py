@@ -79,7 +79,7 @@ class FrameDataset(torch.utils.data.Dataset):
         return item
 
     def describe(self) -> str:
-        """One line: name, split, number of frames; each modality with kind, range, mean and deviation in train."""
+        """One line: name, split, number of frames; each modality with kind, range, and what normalises it."""
         what = [
             f"{modality} ({kind}, {low:g}..{high:g}, mean {np.mean(mean):.3g}, deviation {np.mean(deviation):.3g})"
             for modality, (kind, low, high, mean, deviation) in self.ranges.items()
@@ -95,6 +95,8 @@ class FrameDataset(torch.utils.data.Dataset):
             pixels += np.bincount(label.ravel(), minlength=256)
             if pixels[: len(self.classes)].all():
                 break
+        if not self.frames and self.broken:
+            raise ValueError(f"all frames of the {self.split} split are broken; the last one: {self.broken[-1]}")
         if not pixels[:IGNORED].any():
             which = f"the {len(self)} frames of the {self.split} split"
             raise ValueError(f"not one pixel of {which} has a class; look at the labels and --label-map")
@@ -107,8 +109,8 @@ class FrameDataset(torch.utils.data.Dataset):
             try:
                 images, label = self.read(index)
                 medians = [float(np.median(image[image != 0])) if image.any() else 0.0 for image in images]
-                highest = [float((image == image.max()).mean()) if np.ptp(image) else 1.0 for image in images]
-                return label.shape, np.bincount(label.ravel(), minlength=256), medians, highest
+                means = [float(image.mean()) / (255 if image.dtype == np.uint8 else 1) for image in images]
+                return label.shape, np.bincount(label.ravel(), minlength=256), medians, list(map(mark, images)), means
             except (ValueError, OSError) as error:
                 return str(error)
 
@@ -145,7 +147,7 @@ class FrameDataset(torch.utils.data.Dataset):
         epoch, index = key if isinstance(key, (tuple, list)) else (0, key)
         index = range(len(self))[index]  # IndexError past the end
         images, label = self.read(index)
-        kind = np.result_type(*images)  # uint8, or float32 if any modality is; before `jitter`, which gives 8 bit
+        kind = np.result_type(*images)  # uint8, or float32 if any modality is
         if self.augment:
             crop = self.size or min(label.shape)
             images, label = self.augmented(images, label, crop, np.random.default_rng([self.seed, epoch, index]))
@@ -159,6 +161,12 @@ class FrameDataset(torch.utils.data.Dataset):
             into[:, :h, :w] = (image if image.dtype == kind else image / np.float32(255)).transpose(2, 0, 1)
         classes[:h, :w] = label  # int64 on the device only: an eighth of the bytes to move
         return torch.from_numpy(pixels), torch.from_numpy(classes), self.frames[index].name
+
+
+def mark(image: np.ndarray) -> float:
+    """The share of pixels that the smallest or the largest value has, if it is not 0; 1 for a constant image."""
+    ends = [end for end in (image.min(), image.max()) if end != 0]
+    return max((float((image == end).mean()) for end in ends), default=0.0) if np.ptp(image) else 1.0
 
 
 # ---- resizing and colours, as published (DELIVER, semseg/augmentations_mm.py) ---------------------------------------
@@ -177,16 +185,21 @@ def resized_to(shape: tuple[int, int], size: int | tuple[int, int] | None) -> li
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """RGB, in a fifth of cases with brightness, contrast and saturation times 0.5..1.5, in a fifth blurred; 8 bit."""
+    """RGB, in a fifth of cases with brightness, contrast and saturation times 0.5..1.5, in a fifth blurred.
+
+    In 8 bit, as published; a float image in 256 levels up to its largest value.
+    """
     colour, blur = rng.random(2) < 0.2
     if not colour and not blur:
         return image
-    image = image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8)
+    top = None if image.dtype == np.uint8 else max(float(image.max()), 1e-6)  # 10-bit colour fills 1/64 of 16 bit
+    image = np.rint(image * (255 / top)).astype(np.uint8) if top else image
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
     if colour:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             picture = enhance(picture).enhance(rng.uniform(0.5, 1.5))
-    return np.atleast_3d(np.array(picture.filter(BLUR) if blur else picture))
+    image = np.atleast_3d(np.array(picture.filter(BLUR) if blur else picture))
+    return image * np.float32(top / 255) if top else image
 
 
 def open_dataset(
@@ -258,6 +271,9 @@ def open_dataset(
     if name == "folder":
         if unused := [modality for modality in layout.unasked if modality not in modalities]:
             dataset.notes += f"; not used, as named or filled like labels: {', '.join(unused)}"
+        others = (path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != ".")
+        if stray := [path.name for path in others if not any((path / part).is_dir() for part in synthetic.SPLITS)]:
+            dataset.notes += f"; not used, as without a folder train or val: {', '.join(stray)}"
         files = {frame.name: (*frame.images, *([frame.label] if frame.label else [])) for frame in spread(frames, 64)}
         if some := [name for name, paths in files.items() if len(set(map(turned, paths))) > 1]:
             dataset.notes += f"; warning: EXIF turns some files of {some[0]}, but not all"
@@ -369,15 +385,18 @@ def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
     found = [f"{count} frames of {size} pixels" for size, count in sizes] + dataset.broken
     if pixels[0] and pixels[IGNORED] and not pixels[1:IGNORED].any():
         found.append("warning: labels of 0 and 255 alone, and 255 is ignored; for binary masks, --label-map 0=0,255=1")
-    for m, (modality, (kind, low, high, *_)) in enumerate(dataset.ranges.items() if dataset.looks else ()):
-        if kind == "16 bit" and high - low < 65535 / 20:
-            found.append(f"warning: {modality} fills less than a twentieth of 16 bit; check its unit")
-        medians, highest = (np.array([look[part][m] for look in dataset.looks]) for part in (2, 3))
-        if (constant := int((highest == 1).sum())) > len(highest) / 10:
-            found.append(f"warning: {modality} is constant in {constant} of {len(highest)} frames; is the sensor dead?")
-        if kind != "8 bit" and (share := np.median(highest)) > 0.05 and not constant:
-            found.append(f"warning: {share:.0%} of {modality} is its largest value; 0 must stand for nothing measured")
-        far = (medians > 5 * np.median(medians)) | (5 * medians < np.median(medians))
+    for m, (modality, (kind, low, _, mean, deviation)) in enumerate(dataset.ranges.items() if dataset.looks else ()):
+        medians, marks, means = (np.array([look[part][m] for look in dataset.looks]) for part in (2, 3, 4))
+        if (constant := int((marks == 1).sum())) > len(marks) / 10:
+            found.append(f"warning: {modality} is constant in {constant} of {len(marks)} frames; is the sensor dead?")
+        if kind != "8 bit" and (share := np.median(marks)) > 0.05 and not constant:
+            what = f"{share:.0%} of {modality} is its largest or smallest value"
+            found.append(f"warning: {what}; 0 must stand for nothing measured")
+        if abs(off := (means.mean() - np.mean(mean)) / np.mean(deviation)) > 2:
+            what = f"{modality} is on average {off:+.1f} deviations from train's mean"
+            found.append(f"warning: {what}; is it of another unit, or another sensor?")
+        middle = np.quantile(medians, 0.5, method="higher")
+        far = (marks < 1) & (middle > 0) & ((medians > 5 * middle) | (5 * medians < middle))
         if kind != "8 bit" and low >= 0 and far.any():
             first = dataset.frames[far.argmax()].name
             found.append(f"warning: {modality} of {far.sum()} frames, such as {first}, is 5 times off; another unit?")
@@ -421,7 +440,11 @@ def main() -> int:
     add = parser.add_argument_group("for --check").add_argument
     add("--data", choices=DATASETS, default="synthetic", help="data set (default synthetic)")
     add("--root", help="its folder")
-    add("--modalities", type=lambda text: text.split(","), help="by comma (all, but muses no radar, nyuv2 rgb,depth)")
+    add(
+        "--modalities",
+        type=lambda text: text.replace(" ", "").split(","),
+        help="by comma (all, but muses no radar, nyuv2 rgb,depth)",
+    )
     add("--depth", choices=("hha", "raw"), default="hha", help="of deliver and nyuv2 (default hha)")
     add("--classes", type=int, choices=(13, 40), default=40, help="of nyuv2 (default 40)")
     add("--label-map", help="ids of a folder's labels: shift:-1, or 0=255,1=0,... with 255 for ignored")

@@ -13,7 +13,7 @@ from statistics import mode
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from datasets.derived import derive_event, derive_lidar
 
@@ -85,7 +85,9 @@ def read_file(path: Path, ids: bool = False) -> np.ndarray:
         array = array[::-1] if turn in (3, 4, 7, 8) else array
         return np.ascontiguousarray(array[:, ::-1] if turn in (2, 3, 6, 7) else array)  # torch takes no flipped views
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise ValueError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "it is empty, or no PNG, JPEG or TIFF" if unknown else str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {why}") from error
 
 
 def turned(path: Path) -> bool:
@@ -198,7 +200,7 @@ def learn_ranges(name: str, modalities: list[str], frames: list[Frame], *codes: 
         odd = min((len(ends) - 1) // 2, 1 + len(ends) // 10)
         low, high, top = float(lows[odd]), float(highs[-1 - odd]), LARGEST_OF.get(kind, 1)
         least, most = limits([kind, low, high], modality)
-        near = [value for value in values if least <= value[1] <= value[2] <= most] or values
+        near = [v for v in values if (v[1] == 0 or least <= v[1]) and (v[2] == 0 or v[2] <= most)] or values
         *_, means, variances, paths = zip(*near, strict=True)
         mean, deviation = np.mean(means, 0), np.sqrt(np.mean(variances, 0) + np.var(means, 0))
         varies = deviation > max(1e-4 * (high - low), 1e-9 * max(-low, high))  # the second is rounding
@@ -233,11 +235,12 @@ def refuse_two_units(modality: str, tops: list[tuple[float, Path]]) -> None:
 
 
 def limits(known: list, modality: str) -> tuple[float, float]:
-    """What values may be by an entry of `learn_ranges`: beyond its range by 4 widths, or 0 (nothing measured)."""
+    """What values other than 0 may be by an entry of `learn_ranges`: beyond its range by 4 widths at most."""
     kind, low, high, *_ = known
     if modality == "rgb" or kind == "8 bit":  # which have limits of their own
         return 0, LARGEST_OF.get(kind, 1)
-    return min(0, low - 4 * (high - low)), max(0, high + 4 * (high - low))
+    least, most = low - 4 * (high - low), high + 4 * (high - low)
+    return (least, most) if kind == "float" else (max(0, least), min(65535, most))
 
 
 def checked(image: np.ndarray, modality: str, path: Path | str, ranges: dict[str, list]) -> np.ndarray:
@@ -246,10 +249,11 @@ def checked(image: np.ndarray, modality: str, path: Path | str, ranges: dict[str
         kind, (known, *_) = KINDS[image.dtype.name], ranges[modality]
         if kind != known:
             raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
-        low, high, (least, most) = image.min(), image.max(), limits(ranges[modality], modality)
-        if not least <= low <= high <= most:  # NaN neither
+        values, (least, most) = image if kind == "8 bit" else image[image != 0], limits(ranges[modality], modality)
+        low, high = (values.min(), values.max()) if values.size else (0, 0)
+        if values.size and not least <= low <= high <= most:  # NaN neither
             what = f"values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, by the training split"
-            raise ValueError(f"{path} has {what}; correct the file or its unit")
+            raise ValueError(f"{path} has {what}; correct the file or its unit, or clip it")
     return scaled(image) if image.dtype == np.uint16 else image
 
 
@@ -271,7 +275,7 @@ def read_label(name: str, path: Path, table: np.ndarray, palette: np.ndarray) ->
     ids = ids[..., 0] if ids.ndim == 3 and (name == "deliver" or ids.shape[2] == 1) else ids
     if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "ui" or not 0 <= ids.min() <= ids.max() < len(table):
         what = f"{path} is {ids.dtype} {ids.shape}, no label map"
-        raise ValueError(f"{what}; expected class ids of 8 or 16 bit in one channel")
+        raise ValueError(f"{what}; expected class ids of 8 or 16 bit, 0..65535, in one channel")
     label = table.take(ids)  # (H, W), in int16: no id can wrap around
     if label.min() < 0:
         known = np.flatnonzero(table >= 0)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.files import IGNORED, SUFFIXES, Frame
+from datasets.files import IGNORED, SUFFIXES, Frame, why_missing
 from datasets.synthetic import CASES, SPLITS
 
 
@@ -101,7 +101,7 @@ def read_classes(path: Path) -> tuple[list[str], np.ndarray]:
         name = " ".join(words)
         if max(colour) > 255 or name in classes or re.search(r"[,;#]|\d\.\d+$| r g b$", name):
             what = f"{path} has the class {name!r} of colour {colour}; write 'name' or 'name r g b' a line"
-            raise ValueError(f"{what}, no name twice, no comma or semicolon, and r, g, b in 0..255")
+            raise ValueError(f"{what}, no name twice, no comma, semicolon or #, and r, g, b in 0..255")
         classes[name] = colour
     return list(classes), np.array(list(classes.values()), np.uint8)
 
@@ -152,6 +152,8 @@ def open_layout(name: str, root: str | Path | None, depth: str, classes: int) ->
             hint = f"its folders must be {labels}/train, not train/{labels}, and so on"
         raise FileNotFoundError(f"{root} has no {labels}; {hint}")
     if name == "folder":
+        if dead := [path for path in root.iterdir() if path.is_symlink() and not path.exists()]:
+            raise FileNotFoundError(why_missing(dead[0]))
         folders = {path.name for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)}
         for found in folders:
             if re.search("[=,]", found):
@@ -237,9 +239,15 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
     for pattern, found in indexed.items() if keys else ():
         if not found and (pattern != layout.label or split != "test"):
             hint = f"; --depth raw reads {root / raw} instead" if raw and pattern == hha else ""
+            if pattern == layout.label and name == "folder" and layout.unasked:
+                hint = f"; rename {layout.unasked[0]} to labels, if it holds them"
             folder, ending = pattern.split("/**/")
-            what = f"{root / folder} has no {ending} of {split}"
+            what = f"{root / folder} has no {ending} of {split} ({', '.join(SUFFIXES)} are read)"
             raise FileNotFoundError(f"{what}, though other folders have files{hint}")
+    whole = (key for key in keys if all(key in found for found in indexed.values() if found))
+    if keys and layout.split_level >= 0 and not any(whole):
+        some = " and ".join(str(min(found.values())) for found in indexed.values() if found)
+        raise ValueError(f"no frame of {split} has all of its files, such as {some}; give those of a frame one name")
     frames = []
     for key in keys:
         # A file that is not there keeps the path where it should be, so that reading the frame names it.

@@ -19,9 +19,9 @@ class Cell(NamedTuple):
 def photograph(image: np.ndarray) -> Image.Image:
     """A modality's image (H, W, 1 or 3), uint8 or float 0..1, for display. Grey is stretched: depth may look black."""
     values = image / 255 if image.dtype == np.uint8 else image
-    if (values == values[..., :1]).all():
-        low, high = np.percentile(values, (0, 98))
-        values = (values - low) / max(high - low, 1e-6)
+    grey = (values == values[..., :1]).all()
+    low, high = np.percentile(values, (0, 98)) if grey else (0, 1 if image.dtype == np.uint8 else values.max())
+    values = (values - low) / max(high - low, 1e-6)
     return Image.fromarray(np.rint(255 * values.clip(0, 1)).astype(np.uint8).repeat(3 // image.shape[2], 2))
 
 

@@ -64,11 +64,12 @@ def test_honest_frames_of_varied_scenes_are_in_range(tmp_path):
     assert [len([dataset[i] for i in range(16)]) for dataset in (train, val)] == [16, 16]
 
 
-def test_check_says_dead_frames_and_marks_for_nothing_measured(tmp_path, data_py):
+@pytest.mark.parametrize("mark", [3500, 1])
+def test_check_says_dead_frames_and_marks_for_nothing_measured(tmp_path, data_py, mark):
     root = folder_dataset(tmp_path / "d", depth=(1000, 3000, "u2"), event=(0, 256, "u1"))
     for file in (root / "depth").glob("*/*"):
         depth = files.read_image(file)[..., 0]
-        depth[:20] = 3500
+        depth[:20] = mark
         write_file(file, depth)
     for i in (0, 1):
         write_file(root / f"event/train/{i}.png", np.zeros((40, 60), np.uint8))
@@ -76,7 +77,7 @@ def test_check_says_dead_frames_and_marks_for_nothing_measured(tmp_path, data_py
     status, printed = data_py(f"--check --data folder --root {root}")
     assert status == 0 and "not one pixel" not in printed.out
     assert "train: warning: event is constant in 2 of 4 frames" in printed.out
-    assert "train: warning: 50% of depth is its largest value" in printed.out
+    assert "train: warning: 50% of depth is its largest or smallest value" in printed.out
 
 
 @pytest.mark.parametrize("key, value", [(284, 2), (262, 0)])

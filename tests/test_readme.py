@@ -1,6 +1,7 @@
 """What the README and the docs show works as it is pasted, and what they point to is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def test_every_file_that_a_page_links_or_runs_is_there(page):
 
 
 def test_the_commands_of_stage_one_have_options_that_exist():
-    lines = re.findall(r"^python train_stage1\.py (.*)", "\n".join(page.read_text() for page in PAGES), re.MULTILINE)
+    text = "\n".join(page.read_text() for page in PAGES).replace("\\\n", "")
+    lines = re.findall(r"^python train_stage1\.py (.*)", text, re.MULTILINE)
     assert lines
     for line in lines:
-        options.stage1_options("", line.partition("  ")[0].split())
+        options.stage1_options("", shlex.split(line, comments=True))

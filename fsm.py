@@ -41,7 +41,7 @@ class FSM(nn.Module):
         self.depthwise_bias = nn.ParameterList(torch.empty(2, c).uniform_(-1 / 3, 1 / 3) for c in levels)
         self.pointwise = nn.ParameterList(torch.empty(2, c).uniform_(-(c**-0.5), c**-0.5) for c in levels)
         self.pointwise_bias = nn.ParameterList(torch.empty(2).uniform_(-(c**-0.5), c**-0.5) for c in levels)
-        self.modality_bias = nn.Parameter(torch.zeros(5, 2, modalities + 2), requires_grad=conditioned)
+        self.modality_bias = nn.Parameter(torch.zeros(5, 2, modalities + 2), requires_grad=conditioned)  # (5, S, M + 2)
         if conditioned and rule == "score":  # starts as the switch: T has weight 0.98 if all are present, else 0.02
             self.modality_bias.data[:, :, -2:] = torch.tensor([[2.0, -2.0], [-2.0, 2.0]])
 

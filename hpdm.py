@@ -5,7 +5,7 @@ modalities are pulled towards those of randomly matched teacher modalities, so t
 
     eq. 4   prototype   p[b, m, k]  = mean of the features of modality m over the pixels of class k in sample b
     eq. 5   matching    modality m of the robust model is matched with teacher modality pi_b(m) = match[b, m], a
-                        random permutation
+                        random permutation (the inverse of the paper's pi, as random)
             L_hpdm      KL(softmax_k p_teacher[pi(m)] || softmax_k p_robust[m]): sum over the classes that occur, over
                         channels, present modalities and stages; divided by K and C, mean over samples
     total   L = CE + 50 KL(teacher logits || robust logits) + 100 L_hpdm; CE is OHEM, KL a mean over pixels and classes
@@ -68,8 +68,9 @@ def distill_logits(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def ohem_cross_entropy(logits: Tensor, labels: Tensor, threshold: float = 0.7) -> Tensor:
-    """Cross entropy over the hard pixels: those whose own class has a probability below `threshold`, or, if they are
-    fewer than a sixteenth of the valid ones, that hardest sixteenth -> scalar (0 if no pixel is valid).
+    """Online hard example mining (OHEM): cross entropy over the hard pixels, those whose own class has a probability
+    below `threshold`, or, if they are fewer than a sixteenth of the valid ones, that hardest sixteenth -> scalar (0 if
+    no pixel is valid).
 
     logits (B, K, H, W), labels (B, H, W) with 255 = ignore.
     """

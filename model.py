@@ -119,7 +119,7 @@ class FFM(nn.Module):
 
 
 class CMNeXt(nn.Module):
-    """CMNeXt (arXiv 2303.01480, section 4): RGB by a MiT, all others by one light branch on their largest features.
+    """CMNeXt (arXiv 2303.01480, section 4): RGB by a MiT, the others by one light branch on their element-wise maximum.
 
     An absent auxiliary modality is left out of the hub's maximum, an absent RGB has zero features; the published code
     feeds zero images through every branch.

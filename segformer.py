@@ -262,7 +262,7 @@ class MSegFormer(nn.Module):
         return tuple(features)
 
     def answer(self, per_modality: tuple[Tensor, ...], present: Tensor | None, size: tuple[int, int]) -> Output:
-        """Features of `encode`, and which of them count, (B, M) bool -> logits of this size, from their mean."""
+        """The mean of `encode`'s features over `present`, (B, M) bool or None: all; and its logits of this size."""
         present = torch.ones(per_modality[0].shape[:2], dtype=torch.bool) if present is None else present
         weights = present.to(per_modality[0].device, torch.float32, non_blocking=True)
         weights = (weights / weights.sum(1, keepdim=True))[..., None, None, None]  # (B, M, 1, 1, 1)

@@ -4,9 +4,9 @@
     python train_single.py --data deliver --root data/DELIVER --pretrained mit_b0.pth --amp bf16
 
 Each batch is predicted twice: from all modalities, and from a random subset of each sample's. The loss is
-CE(complete) + w CE(subset), w = --subset-weight, 0.4. OHEM chooses the hard pixels of each apart: in a common choice,
-most would be of the subsets. An MSegFormer encodes a batch once for both; a CMNeXt runs twice, since its modalities mix
-in the encoder.
+CE(complete) + w CE(subset), w = --subset-weight, 0.4. OHEM chooses the hard pixels of each separately: of both
+together, most would be the subsets'. An MSegFormer encodes a batch once for both; a CMNeXt runs twice, since its
+modalities mix in the encoder.
 
 Writes into the run folder (--out): config.json, log.jsonl, single.pt, and last.pt to continue from (--resume).
 Next: python evaluate.py RUN, python predict.py RUN.

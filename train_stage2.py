@@ -3,9 +3,9 @@
     python train_stage2.py --stage1 runs/synthetic
     python train_stage2.py --teacher teacher.pt --robust robust.pt
 
-Data, size and batch are those of the robust model's run unless given. Writes into the folder of --stage1, else into
-runs/stage2 (or --out): config.json, log.jsonl, fsm.pt, student.pt, and last.pt to continue from (--resume). Next:
-python evaluate.py RUN.
+The data are those of the robust model's run; so are size, batch, rate, precision and seed unless given. Writes into the
+folder of --stage1, else into runs/stage2 (or --out): config.json, log.jsonl, fsm.pt, student.pt, and last.pt to
+continue from (--resume). Next: python evaluate.py RUN.
 
 What we read of the paper stops at the selection. How it is trained, and the student, are this project's choice.
 """

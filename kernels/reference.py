@@ -1,8 +1,9 @@
 """The plain definitions of the public calls, in vectorised PyTorch: specification, CPU path and gradcheck target.
 
-No loop over classes, samples or modalities. Everything is computed in float32 (float64 stays float64), and the
-gradients are autograd's own. `kernels/__init__.py` has the shapes and ranges of `prototype_distance` and
-`feature_select`, and calls these two outside autocast. The others have no kernel: no default run calls them.
+All but `prototype_distance_loop` work without a loop over classes, samples or modalities, in float32 (float64 stays
+float64). The gradients are autograd's own. `kernels/__init__.py` has the shapes and ranges of `prototype_distance` and
+`feature_select`, and calls these two outside autocast. `prototype_pool` and `pixel_prototype_cosine` have no kernel: no
+default run calls them.
 
 Axes: B samples, M modalities, K classes, C channels of a stage, h x w its positions, P = h*w, S sources.
 """

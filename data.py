@@ -252,6 +252,8 @@ def open_dataset(
             near = [path for path in Path(root).glob("*/*") if path.name.lower().startswith(split) and path.is_dir()]
             alike = [path for path in near if path.name != split]
             what = f"rename {alike[0]} and its like to {split}" if alike else LAYOUTS[name].expected()
+            if name == "folder" and layout.unasked and not modalities:
+                what = f"{layout.unasked[0]} is named or filled like labels; use it by --modalities {layout.unasked[0]}"
             raise FileNotFoundError(f"{root} has no {split} frames of {name}; {what}")
         train = frames if split == "train" else find_frames(name, layout, root, "train", modalities, hold_out)
         if split != "train":

@@ -255,6 +255,9 @@ def test_folders_that_are_no_modality_of_this_layout_are_named(tmp_path):
         path.rename(path.with_stem(f"rgb_{i}"))
     with fails(ValueError, root / "rgb/train/rgb_0.png", root / "labels/train/0.png", "one name"):
         open_dataset("folder", root)
+    (root / "rgb").rename(root / "target")
+    with fails(FileNotFoundError, "--modalities target"):
+        open_dataset("folder", root)
     (root / "depth").symlink_to("nowhere")
     with fails(FileNotFoundError, root / "depth", "nowhere"):
         open_dataset("folder", root)

@@ -28,7 +28,7 @@ from torch import Tensor
 from datasets import synthetic
 from datasets.derived import frame_rng
 from datasets.export import export
-from datasets.files import IGNORED, IMAGENET, Frame, learn_ranges, nearest, read_frame, read_label, turned
+from datasets.files import IGNORED, IMAGENET, Frame, learn_ranges, nearest, read_frame, read_label, scaled, turned
 from datasets.layouts import DATASETS, LAYOUTS, find_frames, label_table, open_layout, spread
 
 # The published 3 x 3 Gaussian blur: a deviation of 0.8 pixels.
@@ -109,7 +109,7 @@ class FrameDataset(torch.utils.data.Dataset):
             try:
                 images, label = self.read(index)
                 medians = [float(np.median(image[image != 0])) if image.any() else 0.0 for image in images]
-                means = [float(image.mean()) / (255 if image.dtype == np.uint8 else 1) for image in images]
+                means = [float(scaled(image).mean()) for image in images]
                 return label.shape, np.bincount(label.ravel(), minlength=256), medians, list(map(mark, images)), means
             except (ValueError, OSError) as error:
                 return str(error)
@@ -252,7 +252,7 @@ def open_dataset(
             near = [path for path in Path(root).glob("*/*") if path.name.lower().startswith(split) and path.is_dir()]
             alike = [path for path in near if path.name != split]
             what = f"rename {alike[0]} and its like to {split}" if alike else LAYOUTS[name].expected()
-            if name == "folder" and layout.unasked and not modalities:
+            if layout.unasked and not modalities:
                 what = f"{layout.unasked[0]} is named or filled like labels; use it by --modalities {layout.unasked[0]}"
             raise FileNotFoundError(f"{root} has no {split} frames of {name}; {what}")
         train = frames if split == "train" else find_frames(name, layout, root, "train", modalities, hold_out)
@@ -381,6 +381,14 @@ def say(text: str) -> None:
             print(f"warning: what follows cannot be printed: {error.strerror}", file=sys.stderr)
 
 
+def by_comma(text: str) -> list[str]:
+    """Type of an option: names, separated by commas."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found or len(set(found)) != len(found):
+        raise argparse.ArgumentTypeError(f"'{text}' must be names separated by commas, none twice")
+    return found
+
+
 def remarks(dataset: FrameDataset, pixels: np.ndarray) -> list[str]:
     """Remarks for the user on a split whose frames were all read; pixels (256,): of each class."""
     sizes = Counter(f"{rows} x {columns}" for (rows, columns), *_ in dataset.looks).most_common(5)
@@ -442,11 +450,7 @@ def main() -> int:
     add = parser.add_argument_group("for --check").add_argument
     add("--data", choices=DATASETS, default="synthetic", help="data set (default synthetic)")
     add("--root", help="its folder")
-    add(
-        "--modalities",
-        type=lambda text: text.replace(" ", "").split(","),
-        help="by comma (all, but muses no radar, nyuv2 rgb,depth)",
-    )
+    add("--modalities", type=by_comma, help="by comma (all, but muses no radar, nyuv2 rgb,depth)")
     add("--depth", choices=("hha", "raw"), default="hha", help="of deliver and nyuv2 (default hha)")
     add("--classes", type=int, choices=(13, 40), default=40, help="of nyuv2 (default 40)")
     add("--label-map", help="ids of a folder's labels: shift:-1, or 0=255,1=0,... with 255 for ignored")

@@ -25,11 +25,11 @@ from torch import Tensor
 
 import kernels
 import metrics
-from data import IGNORED, FrameDataset, random_missing, sensor_noise
+from data import IGNORED, FrameDataset, by_comma, random_missing, sensor_noise
 from engine import loop, runs
 from engine.checkpoint import require
 from engine.inference import load_models, open_data, titles
-from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, SIDE, Parser, names
+from engine.options import COUNT, COUNT_OR_0, DEVICES, RECIPES, SIDE, Parser
 from engine.output import MARK, check_output, write_output
 from engine.subsets import all_subsets, selected_logits, subset_logits, switch_logits
 
@@ -52,8 +52,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     listed = "\n".join(f"    {name:<9}  {what}" for name, what in PROTOCOLS.items())
     parser = Parser("evaluate.py", f"{__doc__}\nprotocols:\n{listed}")
     parser.add_argument("checkpoint", nargs="+", help="model files, or run folders: all that they hold")
-    parser.add_argument("--only", type=names, help="of all the rows that run folders give, these, by comma")
-    parser.add_argument("--protocol", type=names, default=["any"], help=f"by comma, of {', '.join(PROTOCOLS)}, or all")
+    parser.add_argument("--only", type=by_comma, help="of all the rows that run folders give, these, by comma")
+    parser.add_argument("--protocol", type=by_comma, default=["any"], help=f"all, or by comma: {', '.join(PROTOCOLS)}")
     add = parser.add_argument_group("data", "by default what the first checkpoint was trained on").add_argument
     add("--data", choices=RECIPES)
     add("--root", help="folder of the data set")

@@ -24,13 +24,13 @@ import torch
 from PIL import Image
 
 import metrics
-from data import IGNORED, incomplete, normalise, resize, resized_to, say
+from data import IGNORED, by_comma, incomplete, normalise, resize, resized_to, say
 from datasets.files import LARGEST_OF, checked, scaled
 from datasets.layouts import label_table
 from engine import pictures, runs
 from engine.checkpoint import fitting
 from engine.inference import given_depth, input_frames, load_models, open_data, samples, titles
-from engine.options import COUNT, RATE, RECIPES, Parser, names
+from engine.options import COUNT, RATE, RECIPES, Parser
 from engine.output import check_output, write_picture
 from engine.program import export
 from segformer import upsample
@@ -134,7 +134,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--root", help="folder of the data set")
     add("--split", choices=("train", "val", "test"), help="None: val")
     add("--count", type=COUNT, help="frames, spread over the split. None: 8")
-    add("--modalities", type=names, help="use only these, by comma, the others are missing. None: all")
+    add("--modalities", type=by_comma, help="use only these, by comma, the others are missing. None: all")
     add("--depth-unit", type=RATE, help="metres of a step of 16-bit raw depth (--input, nyuv2). None: 0.001")
     add("--keep-constant", action="store_true", help="an image without any variation is not a missing one")
     add("--size", type=image_size, help="shorter side, or HxW, that the network sees. None: the training's --val-size")

@@ -26,8 +26,9 @@ from statistics import fmean
 from threading import Lock
 from typing import NamedTuple
 
+from data import by_comma
 from engine.checkpoint import fitting
-from engine.options import COUNT_OR_0, Parser, names
+from engine.options import COUNT_OR_0, Parser
 from engine.output import replace
 from engine.runs import guarded
 from engine.subsets import all_subsets
@@ -112,7 +113,7 @@ CHILDREN = []  # the commands that were started
 
 
 def seeds(text: str) -> list[int]:
-    return list(dict.fromkeys(COUNT_OR_0(seed) for seed in names(text)))
+    return list(dict.fromkeys(COUNT_OR_0(seed) for seed in by_comma(text)))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -120,9 +121,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--root", type=lambda folder: ["--root", folder], default=[], help="folder of the data set")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="by comma")
-    parser.add_argument("--rows", type=names, default=list(BY_NAME), help="by comma; default: all")
+    parser.add_argument("--rows", type=by_comma, default=list(BY_NAME), help="by comma; default: all")
     parser.add_argument("--pretrained", metavar="FILE", help="start weights of what starts from scratch")
-    parser.add_argument("--device", type=names, default=["cpu"], help="by comma; they share the seeds")
+    parser.add_argument("--device", type=by_comma, default=["cpu"], help="by comma; they share the seeds")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.rows) - set(BY_NAME)):

@@ -240,7 +240,7 @@ def limits(known: list, modality: str) -> tuple[float, float]:
     if modality == "rgb" or kind == "8 bit":  # which have limits of their own
         return 0, LARGEST_OF.get(kind, 1)
     least, most = low - 4 * (high - low), high + 4 * (high - low)
-    return (least, most) if kind == "float" else (max(0, least), min(65535, most))
+    return (least, most) if kind == "float" else (max(0, least), min(LARGEST_OF[kind], most))
 
 
 def checked(image: np.ndarray, modality: str, path: Path | str, ranges: dict[str, list]) -> np.ndarray:
@@ -249,9 +249,10 @@ def checked(image: np.ndarray, modality: str, path: Path | str, ranges: dict[str
         kind, (known, *_) = KINDS[image.dtype.name], ranges[modality]
         if kind != known:
             raise ValueError(f"{path} is {kind}, but {modality} of the training split is {known}; convert one of them")
-        values, (least, most) = image if kind == "8 bit" else image[image != 0], limits(ranges[modality], modality)
-        low, high = (values.min(), values.max()) if values.size else (0, 0)
-        if values.size and not least <= low <= high <= most:  # NaN neither
+        values = image[image != 0] if kind != "8 bit" else image[:0]  # 0: nothing measured; 8 bit: no value is too far
+        least, most = limits(ranges[modality], modality)
+        if not ((least <= values) & (values <= most)).all():  # NaN neither
+            low, high = values.min(), values.max()
             what = f"values in {low:g}..{high:g}, but {modality} must be in {least:g}..{most:g}, by the training split"
             raise ValueError(f"{path} has {what}; correct the file or its unit, or clip it")
     return scaled(image) if image.dtype == np.uint16 else image

@@ -152,7 +152,8 @@ def open_layout(name: str, root: str | Path | None, depth: str, classes: int) ->
             hint = f"its folders must be {labels}/train, not train/{labels}, and so on"
         raise FileNotFoundError(f"{root} has no {labels}; {hint}")
     if name == "folder":
-        if dead := [path for path in root.iterdir() if path.is_symlink() and not path.exists()]:
+        dead = [path for path in root.iterdir() if path.is_symlink() and not path.exists() and path.name[0] != "."]
+        if dead:  # it may be a sensor on a disk that is not mounted, without which training would go on
             raise FileNotFoundError(why_missing(dead[0]))
         folders = {path.name for path in root.iterdir() if any((path / split).is_dir() for split in SPLITS)}
         for found in folders:
@@ -245,7 +246,7 @@ def find_frames(name: str, layout: Layout, root: Path, split: str, modalities: l
             what = f"{root / folder} has no {ending} of {split} ({', '.join(SUFFIXES)} are read)"
             raise FileNotFoundError(f"{what}, though other folders have files{hint}")
     whole = (key for key in keys if all(key in found for found in indexed.values() if found))
-    if keys and layout.split_level >= 0 and not any(whole):
+    if keys and layout.split_level >= 0 and not any(whole):  # else each frame would be called broken, for no reason
         some = " and ".join(str(min(found.values())) for found in indexed.values() if found)
         raise ValueError(f"no frame of {split} has all of its files, such as {some}; give those of a frame one name")
     frames = []

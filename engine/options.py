@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from data import by_comma
 from engine.checkpoint import FILES, FREE, fitting, load_last, read
 
 # The published recipe (docs/paper_vs_code.md), with the usual batch size on DELIVER. Stage 2 has no published recipe.
@@ -60,13 +61,6 @@ COUNT, COUNT_OR_0, SIDE = number(int, 1), number(int, 0), number(int, 32)
 RATE, WEIGHT, SHARE, MINUTES = number(float, 1e-9), number(float, 0), number(float, 0, 1), number(float, 1e-6, 1e5)
 
 
-def names(text: str) -> list[str]:
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found or len(set(found)) != len(found):
-        raise argparse.ArgumentTypeError(f"'{text}' must be names separated by commas, none twice")
-    return found
-
-
 def run_folder(text: str) -> str:
     if Path(text).name == "last.previous.pt":
         raise argparse.ArgumentTypeError(f"'{text}': the run goes on from last.pt; to go back, delete that first")
@@ -77,7 +71,7 @@ def data_options(parser: Parser) -> None:
     """Of the scripts that train from the data alone; stage 2 takes all of this from its models."""
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=RECIPES, default="synthetic", help="data set; it also picks the recipe")
-    add("--modalities", type=names, help="by comma; default: all; of MUSES all but radar, of NYUv2 rgb,depth")
+    add("--modalities", type=by_comma, help="by comma; default: all; of MUSES all but radar, of NYUv2 rgb,depth")
     add("--depth", choices=("hha", "raw"), default="hha", help="of DELIVER and NYUv2; published models: hha")
     add("--label-map", help='folder: label ids to classes, "shift:-1" or "0=255,1=0"; 255 = ignore')
     add("--classes", type=int, choices=(13, 40), default=40, help="NYUv2: number of classes")
@@ -258,10 +252,10 @@ def stage2_options(doc: str, argv: list[str] | None = None) -> argparse.Namespac
         return {**options, "root": meta["root"], "out": args.stage1 or "runs/stage2"}
 
     args = parse(parser, argv, from_models)
-    for name in ("stage1", "teacher", "robust") if args.resume else ():
-        if (path := getattr(args, name)) and not os.path.exists(path):
-            raise ValueError(f"{path}, which the run started from, is not there; name its new place by --{name}.")
     if args.resume:
+        for name in ("stage1", "teacher", "robust"):
+            if (path := getattr(args, name)) and not os.path.exists(path):
+                raise ValueError(f"{path}, which the run started from, is not there; name its new place by --{name}.")
         require_robust(args.stage1)  # which may be trained anew
     refuse(parser, "with --student-epochs 0", not args.student_epochs, "gamma_logits", "gamma_features")
     aimless = args.student_epochs and not args.gamma_logits and not args.gamma_features

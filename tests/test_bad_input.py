@@ -91,6 +91,12 @@ def test_a_deliver_label_with_a_palette_is_refused(mini):
         ({"lidar": METRES}, "lidar/val/2.npy", flat(1e30), ["1e+30"]),
         ({"lidar": METRES}, "lidar/train/2.npy", flat(1e30), ["1e+30"]),
         ({"lidar": METRES}, "lidar/val/1.npy", flat(800), ["800", "training split"]),
+        (
+            {"heat": (283, 311, "f4")},
+            "heat/val/1.npy",
+            20 * np.eye(SIDE, dtype="f4"),
+            ["20..20", "or clip it"],
+        ),  # Celsius
         ({"depth": SIXTEEN}, "depth/val/0.png", flat(9, "u1"), ["is 8 bit, but depth", "training split is 16 bit"]),
         ({"depth": SIXTEEN}, "depth/train/1.png", flat(0, "u1"), ["is 8 bit, but depth", "is 16 bit"]),
         ({"depth": SIXTEEN}, "depth/val/0.npy", flat(20), ["is float, but depth", "is 16 bit"]),
@@ -116,9 +122,10 @@ def test_a_file_of_a_wrong_kind_range_or_size_is_named_and_the_others_are_read(t
     assert values is None or dataset[3 - number]
 
 
-def test_one_and_a_half_times_the_metres_of_training_are_read(tmp_path):
-    write_file(folder(tmp_path, lidar=METRES) / "lidar/val/1.npy", flat(120))
-    assert open_dataset("folder", tmp_path, "val", ["lidar"])[1][0].max() == pytest.approx(120)
+@pytest.mark.parametrize("least, value", [(0, 120), (283, 0)])  # half beyond the range; nothing measured
+def test_one_and_a_half_times_the_values_of_training_are_read_and_0_always(tmp_path, least, value):
+    write_file(folder(tmp_path, lidar=(least, least + 80, "f4")) / "lidar/val/1.npy", np.eye(SIDE, dtype="f4") * value)
+    assert open_dataset("folder", tmp_path, "val", ["lidar"])[1][0].max() == pytest.approx(value)
 
 
 def test_evaluation_prints_the_modalities_in_use_and_the_absolute_root(tmp_path, monkeypatch, capsys):

@@ -128,9 +128,8 @@ def test_rgb_of_16_bit_has_one_range_whether_it_is_jittered_or_not(tmp_path, mod
         write_file(root / f"rgb/train/{i:02d}.png", rng.integers(30000, 60000, (40, 60, 3), np.uint16))
     dataset = open_dataset("folder", root, modalities=modalities, size=24, augment=True)
     images = [dataset[0, i][0][0] for i in range(12)]
-    assert {image.dtype for image in images} == {torch.float32} and 0.5 < max(
-        image.max() for image in images
-    ) <= 60 / 65
+    assert {image.dtype for image in images} == {torch.float32}
+    assert 0.5 < max(image.max() for image in images) <= 60 / 65
 
 
 def test_items_depend_on_seed_epoch_and_index_only():

@@ -226,29 +226,19 @@ def test_check_tells_what_a_person_would_want_to_know(tmp_path, data_py):
     assert all(f"train: warning: {text}" in printed.out for text in warnings), printed.out
 
 
-def test_check_tells_a_split_far_from_train_and_training_refuses_another_unit(tmp_path, data_py):
-    root = folder_dataset(tmp_path / "d", nir=(0, 256, "u1"), thermal=(283, 311, "f4"))
+@pytest.mark.parametrize("train, warned", [((0, 256), []), ((192, 256), ["val"])])  # 1.7 deviations may be a night
+def test_check_tells_a_split_that_is_far_from_train(tmp_path, data_py, train, warned):
+    root = folder_dataset(tmp_path / "d", nir=(*train, "u1"))
     for path in (root / "nir/val").iterdir():
-        write_file(path, files.read_image(path)[..., 0] // 40)
-    _, printed = data_py(f"--check --data folder --root {root}")
-    assert "val: warning: nir is on average -1.7" not in printed.out and "train: warning" not in printed.out
-    for path in (root / "nir/train").iterdir():
-        write_file(path, files.read_image(path)[..., 0] // 4 + 192)
-    _, printed = data_py(f"--check --data folder --root {root}")
-    assert "val: warning: nir is on average -" in printed.out and "train: warning" not in printed.out
-    kelvin = np.load(root / "thermal/val/0.npy")
-    np.save(root / "thermal/val/0.npy", np.where(kelvin > 300, 0, kelvin))  # nothing measured there
-    np.save(root / "thermal/val/1.npy", np.where(kelvin > 300, 0, kelvin - 273.15))
-    val = open_dataset("folder", root, "val", ["thermal"], skip_broken=None)
-    assert len(val) == 3 and "1.npy has values in 9.8" in val.broken[0] and "or clip it" in val.broken[0]
+        write_file(path, np.random.default_rng(0).integers(0, 6, (40, 60), np.uint8))
+    printed = data_py(f"--check --data folder --root {root}")[1].out
+    assert [line[:3] for line in printed.splitlines() if "warning: nir is on average -" in line] == warned
 
 
 def test_folders_that_are_no_modality_of_this_layout_are_named(tmp_path):
     root = folder_dataset(tmp_path / "d")
-    (root / "event").rename(root / "event flat")
-    shutil.move(root / "event flat/train", root / "event flat/Train")
-    for split in ("val", "test"):
-        shutil.rmtree(root / "event flat" / split)
+    shutil.move(root / "event/train", root / "event flat/Train")
+    shutil.rmtree(root / "event")
     dataset = open_dataset("folder", root)
     assert dataset.modalities == ["rgb"] and "without a folder train or val: event flat" in dataset.describe()
     for i, path in enumerate(sorted((root / "rgb/train").iterdir())):
